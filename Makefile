@@ -1,0 +1,99 @@
+# Every target does its own set-up in a local virtual environment; nothing outside this folder changes.
+#
+#   make test     set up, then run the tests
+#   make demo     set up, then train a small model on a generated preference task
+#   make bench    benchmark against pinned peers, in an environment of its own
+#   make lint     ruff, mypy, clang-format, codespell
+#   make wheel    build sdist and wheel into dist/
+#   make clean    remove build products (distclean: the virtual environments too)
+#
+# Variables: PYTHON (3.11 or newer), VENV, JOBS (test processes), TORCH_SPEC, PYTEST_ARGS.
+# TORCH_SPEC is handed to pip as it stands. Where the default index serves the CUDA build and the
+# CPU build is wanted:
+#   make test TORCH_SPEC="torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu"
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
+TORCH_SPEC ?= torch==2.13.0
+VENV ?= .venv
+BENCH_VENV ?= .venv-bench
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$(( n < 8 ? n : 8 )))
+PYTEST_ARGS ?=
+
+PIP = $(1)/bin/python -m pip --disable-pip-version-check
+# A new TORCH_SPEC is a new stamp, so it is installed; a checksum keeps '=' and '/' out of the name.
+TORCH_KEY := $(shell printf '%s' '$(TORCH_SPEC)' | cksum | cut -d' ' -f1)
+NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+
+.PHONY: help setup test demo bench lint lint-setup wheel clean distclean
+help:
+	@sed -n '3,13p' Makefile | cut -c3-
+
+# ---- set-up: $(1)/.venv -> .torch-<key> -> .deps-<key> -> .prefkern ---------------------------------
+define environment
+$(1)/.venv:
+	@test -n "$(PYTHON)" || { echo "No Python found: install Python 3.11 or newer, or pass PYTHON=/path/to/python3.11." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, $(PYTHON) is older; pass PYTHON=/path/to/python3.11." >&2; exit 1; }
+	"$(PYTHON)" -m venv $(1)
+	@touch $$@
+
+# torch comes first: the native part is built against it.
+$(1)/.torch-$(TORCH_KEY): $(1)/.venv
+	rm -f $(1)/.torch-* $(1)/.deps-*
+	$(call PIP,$(1)) install --quiet -c $(2) $(TORCH_SPEC)
+	@touch $$@
+
+$(1)/.deps-$(TORCH_KEY): $(1)/.torch-$(TORCH_KEY) $(2)
+	$(call PIP,$(1)) install --quiet -r $(2)
+	@touch $$@
+
+$(1)/.prefkern: $(1)/.deps-$(TORCH_KEY) $(NATIVE_SOURCES)
+	$(call PIP,$(1)) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $$@
+endef
+$(eval $(call environment,$(VENV),requirements/test.txt))
+$(eval $(call environment,$(BENCH_VENV),requirements/bench.txt))
+
+timed = @start=$$(date +%s); \
+	$(MAKE) --no-print-directory -q $(1)/.prefkern 2>/dev/null || $(MAKE) --no-print-directory $(1)/.prefkern; \
+	echo "set-up took $$(( $$(date +%s) - start )) s (environment: $(1))"
+
+setup:
+	$(call timed,$(VENV))
+
+# ---- what people run ----------------------------------------------------------------------------
+# One OpenMP thread per test process: the processes already fill the cores. Tests of threading set
+# their own count. A file stays in one process, so that its fixtures (wheel builds) run once.
+test: setup
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+demo: setup
+	$(VENV)/bin/prefkern demo
+
+bench:
+	$(call timed,$(BENCH_VENV))
+	$(BENCH_VENV)/bin/prefkern bench
+
+lint-setup: setup
+	@$(call PIP,$(VENV)) install --quiet -r requirements/lint.txt
+
+lint: lint-setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(VENV)/bin/codespell
+
+wheel: setup
+	@$(call PIP,$(VENV)) install --quiet build==1.6.1
+	$(VENV)/bin/python -m build --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info prefkern/*.so prefkern/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(VENV)/.prefkern $(BENCH_VENV)/.prefkern
+
+distclean: clean
+	rm -rf $(VENV) $(BENCH_VENV)

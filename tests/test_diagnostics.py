@@ -1,0 +1,59 @@
+"""`prefkern env`: the report, its reasons, and a self-test that can fail."""
+
+import json
+import re
+import types
+
+import pytest
+
+from prefkern import backends, diagnostics, env, reference
+
+
+def test_report_is_json_and_names_every_backend_and_variable(capsys):
+    assert diagnostics.run(as_json=True) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert [b["name"] for b in info["backends"]] == list(backends.backend_names())
+    assert set(env.VARIABLES) <= set(info["environment"])
+    assert info["versions"]["torch"] and info["versions"]["numpy"]
+    for backend in info["backends"]:
+        assert backend["on"] or backend["reasons"], backend
+
+
+def test_text_shows_state_and_reason(monkeypatch):
+    monkeypatch.setenv("PREFKERN_CPU_ISA", "baseline")
+    text = diagnostics.format_text(diagnostics.collect())
+    assert "reference  on for cpu" in text
+    assert "PREFKERN_CPU_ISA=baseline" in text
+    assert "PREFKERN_BACKEND not set (" in text
+    if "cpu        on for cpu" in text:
+        assert "kernels in use: " in text
+
+
+def test_a_missing_build_record_says_how_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(diagnostics, "PACKAGE", tmp_path)
+    assert "pip install --no-build-isolation" in diagnostics.build_record()["reason"]
+
+
+def test_self_test_passes_on_every_backend_that_is_on(capsys):
+    assert diagnostics.run(check=True) == 0
+    assert "all passed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["forward", "backward"])
+def test_self_test_catches_a_wrong_backend(fault, fresh_backend_module, capsys):
+    def forward(*args):
+        out, *rest = reference.linear_logps_fwd(*args)
+        return (out * 1.001, *rest) if fault == "forward" else (out, *rest)
+
+    def backward(*args):
+        d_hidden, *rest = reference.linear_logps_bwd(*args)
+        return (d_hidden * 1.001, *rest) if fault == "backward" else (d_hidden, *rest)
+
+    module = types.ModuleType("prefkern_planted_backend")
+    module.__dict__.update({name: getattr(reference, name) for name in reference.__all__})
+    module.linear_logps_fwd, module.linear_logps_bwd = forward, backward
+    fresh_backend_module(module, "planted")
+    assert diagnostics.run(check=True) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"FAIL planted +cpu +float32 +linear_logps ", out), out
+    assert re.search(r"ok +planted +cpu +float32 +linear_divergence ", out), out
