@@ -1,0 +1,33 @@
+"""Preference-optimization losses from hidden states and the language-model head.
+
+The [tokens, vocabulary] logits are never held: ops turn hidden states into a few numbers per token,
+losses are pure functions of their sums. See `preference_loss` and `linear_logps`.
+"""
+
+from .backends import use_backend
+from .losses import LOSSES
+from .objective import PreferenceLoss, preference_loss
+from .ops.linear_divergence import linear_divergence
+from .ops.linear_logps import linear_logps
+from .ops.list_rank import list_rank
+from .ops.logits_logps import logits_logps, selective_log_softmax
+from .ops.segment_sum import segment_sum
+from .types import SeqStats, TokenStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LOSSES",
+    "PreferenceLoss",
+    "SeqStats",
+    "TokenStats",
+    "__version__",
+    "linear_divergence",
+    "linear_logps",
+    "list_rank",
+    "logits_logps",
+    "preference_loss",
+    "segment_sum",
+    "selective_log_softmax",
+    "use_backend",
+]

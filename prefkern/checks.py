@@ -1,0 +1,159 @@
+"""Argument checks of the public functions: each message says what must hold, what came, what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shape_text(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} must be a torch.Tensor, got {type(value).__name__}; pass a tensor."
+        )
+    if type(value).__name__ == "DTensor":
+        raise ValueError(
+            f"{name} must be a plain tensor, got a DTensor; unshard it first with "
+            f"{name}.full_tensor() (inside the wrapped model's forward, so that gradients stay in sync)."
+        )
+    return value
+
+
+def check_float(name: str, value: object) -> Tensor:
+    tensor = check_tensor(name, value)
+    if tensor.dtype not in FLOATS:
+        raise ValueError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}; cast it first."
+        )
+    return tensor
+
+
+def check_same_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be on the device of {like_name} ({like.device}), got {tensor.device}; "
+            f"move it with {name}.to({str(like.device)!r})."
+        )
+
+
+def check_integer_targets(name: str, value: object) -> Tensor:
+    tensor = check_tensor(name, value)
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{name} must be integer labels (int64), got {tensor.dtype}; use {name}.long()."
+        )
+    return tensor
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *,
+    prefix: str = "",
+) -> None:
+    """Shapes and devices of one model's head: hidden [..., D], weight [V, D], targets [...]."""
+    check_float(f"{prefix}hidden", hidden)
+    check_float(f"{prefix}weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(
+            f"{prefix}weight must be [V, D] (one row per vocabulary entry), got {shape_text(weight)}; "
+            "pass lm_head.weight."
+        )
+    if hidden.dim() not in (2, 3) or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{prefix}hidden must be [N, D] or [B, T, D] with D = {weight.shape[1]} to match "
+            f"{prefix}weight {shape_text(weight)}, got {shape_text(hidden)}."
+        )
+    if tuple(targets.shape) != tuple(hidden.shape[:-1]):
+        raise ValueError(
+            f"targets must be {list(hidden.shape[:-1])} to match {prefix}hidden {shape_text(hidden)}, "
+            f"got {shape_text(targets)}; pass the shifted labels, one per hidden row."
+        )
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"{prefix}weight must not be empty, got {shape_text(weight)}.")
+    check_same_device(f"{prefix}weight", weight, f"{prefix}hidden", hidden)
+    check_same_device("targets", targets, f"{prefix}hidden", hidden)
+    if bias is not None:
+        check_float(f"{prefix}bias", bias)
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(
+                f"{prefix}bias must be [V] = [{weight.shape[0]}] to match {prefix}weight, "
+                f"got {shape_text(bias)}."
+            )
+        check_same_device(f"{prefix}bias", bias, f"{prefix}hidden", hidden)
+
+
+def check_logit_options(
+    scale: float, softcap: float | None, temperature: float, prefix: str = ""
+) -> None:
+    for name, value in (("scale", scale), ("temperature", temperature)):
+        if not (value == value and abs(value) != float("inf")):
+            raise ValueError(f"{prefix}{name} must be a finite number, got {value}.")
+    if temperature <= 0:
+        raise ValueError(f"{prefix}temperature must be > 0, got {temperature}; use 1.0 for none.")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(
+            f"{prefix}softcap must be > 0 or None, got {softcap}; use None for no cap."
+        )
+
+
+def check_target_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raises for labels outside [0, V) that are not ignore_index. Reads values: CPU tensors only."""
+    if targets.numel() == 0:
+        return
+    bad = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+    if bool(bad.any()):
+        row = int(bad.flatten().nonzero()[0])
+        raise ValueError(
+            f"targets must be in [0, {vocabulary}) or ignore_index = {ignore_index}, got "
+            f"{int(targets.flatten()[row])} at position {row}; mask that position with ignore_index "
+            "or check that tokenizer and head have the same vocabulary."
+        )
+
+
+def check_constant(name: str, tensor: Tensor | None) -> None:
+    """A reference input must not ask for a gradient: none is computed for it."""
+    if tensor is not None and tensor.requires_grad:
+        raise ValueError(
+            f"{name} must not require grad: the reference is a constant here; compute it under "
+            f"torch.no_grad() or pass {name}.detach()."
+        )
+
+
+def check_cu_seqlens(
+    cu: object, total: int, *, name: str = "cu_seqlens", of: str = "tokens"
+) -> Tensor:
+    """Boundaries [S+1]: integer, from 0 to `total`, never decreasing. Reads values on CPU only."""
+    tensor = check_tensor(name, cu)
+    if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() != 1 or tensor.numel() < 1:
+        raise ValueError(
+            f"{name} must be a 1-d int32 tensor of boundaries, got {tensor.dtype} {shape_text(tensor)}; "
+            f"build it as the cumulative sum of the lengths with a leading 0."
+        )
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_boundaries(tensor, total, name=name, of=of)
+    return tensor
+
+
+def check_boundaries(cu: Tensor, total: int, *, name: str, of: str) -> None:
+    """The value part of `check_cu_seqlens`."""
+    if int(cu[0]) != 0 or int(cu[-1]) != total:
+        raise ValueError(
+            f"{name} must start at 0 and end at {total} (the number of {of}), got "
+            f"{int(cu[0])} ... {int(cu[-1])}."
+        )
+    steps = cu[1:] - cu[:-1]
+    if bool((steps < 0).any()):
+        i = int((steps < 0).nonzero()[0])
+        raise ValueError(
+            f"{name} must never decrease (sequences must not overlap), got {int(cu[i])} then "
+            f"{int(cu[i + 1])} at position {i}; sort the boundaries."
+        )

@@ -1,0 +1,52 @@
+"""How many rows of logits a forward keeps for its backward.
+
+Sizes follow from shapes and the budget alone, never from free memory: the budget changes time, not
+one bit of a result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Bytes kept by default, per device type. 256 MiB on CPU holds the fp32 logits of 2,048 tokens of a
+# 32,000-entry vocabulary; 1 GiB on a GPU holds 3,500 bf16 tokens of a 152k vocabulary.
+DEFAULT_BUDGET = {"cpu": 256 << 20, "cuda": 1 << 30}
+_FALLBACK_BUDGET = 256 << 20
+
+
+def check_budget(memory_budget: int | None) -> None:
+    if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 0):
+        raise ValueError(
+            f"memory_budget must be a number of bytes >= 0 or None, got {memory_budget!r}; "
+            "0 keeps nothing (the backward recomputes), None is a constant per device."
+        )
+
+
+def rows_kept(
+    rows: int, bytes_per_row: int, memory_budget: int | None, device: torch.device
+) -> int:
+    """Rows [0, rows] whose logits fit the budget; 0 where no backward can follow or a checkpoint
+    region would drop what is kept."""
+    if not torch.is_grad_enabled() or _in_checkpoint_region():
+        return 0
+    if memory_budget is None:
+        memory_budget = DEFAULT_BUDGET.get(device.type, _FALLBACK_BUDGET)
+    return min(rows, memory_budget // bytes_per_row)
+
+
+def _in_checkpoint_region() -> bool:
+    """True under saved-tensor hooks (non-reentrant checkpointing, offloading): what the forward
+    keeps would be dropped or moved, so keeping it only costs memory."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def count_scored(targets: Tensor, ignore_index: int, num_scored: int | None) -> int:
+    """Rows that will be computed: exact on CPU, the stated `num_scored` or N elsewhere."""
+    if num_scored is not None:
+        return num_scored
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        return int((targets != ignore_index).sum())
+    return targets.numel()

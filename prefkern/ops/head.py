@@ -1,0 +1,79 @@
+"""What the two head ops share: flattening, dtypes, backend choice, turning columns into TokenStats."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..types import NO_GRADIENT, Problem, Stat, TokenStats
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The autocast dtype if autocast is on for this device, else hidden's (fp64 stays fp64)."""
+    device = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+def rows_of(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """hidden [N, D] or [B, T, D] -> contiguous [N, D] in the compute dtype."""
+    return hidden.reshape(-1, hidden.shape[-1]).to(dtype).contiguous()
+
+
+def stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def resolve(
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    stats: str,
+    backend: str,
+    shape: tuple[int, int, int] | None,
+) -> str:
+    """Backend name for one call; evaluated once per trace under torch.compile."""
+    n, v, d = shape or (None, None, None)
+    problem = Problem(
+        op=op, device=device, dtype=dtype, weight_dtype=weight_dtype,
+        stats=tuple(stats.split(",")) if stats else (), N=n, V=v, D=d,
+    )  # fmt: skip
+    return backends.select_backend(problem, backend)
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo (1.2 s).
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def shape_for_message(n: int, v: int, d: int) -> tuple[int, int, int] | None:
+    """Sizes quoted in a refusal; left out while tracing, where they may be symbolic."""
+    return None if torch.compiler.is_compiling() else (n, v, d)
+
+
+def to_token_stats(out: Tensor, stats: tuple[Stat, ...], shape: torch.Size) -> TokenStats:
+    """out [n, N] -> one field per statistic in the shape of targets; constants are detached."""
+    fields = {}
+    for stat, column in zip(stats, out.unbind(0), strict=True):
+        column = column.detach() if stat.name in NO_GRADIENT else column
+        fields[stat.name] = column.reshape(shape)
+    return TokenStats(**fields)
+
+
+def refuse_double_backward(op: str) -> None:
+    """Gives the backward op `op` an autograd formula that raises, so that a second derivative is
+    refused and never silently wrong."""
+
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"{op} is not differentiable a second time: prefkern's fused ops offer first derivatives "
+            "only. Call backward without create_graph=True, or compute the loss from full logits in "
+            "plain PyTorch where second derivatives are needed."
+        )
+
+    torch.library.register_autograd(op, backward, setup_context=setup_context)

@@ -1,0 +1,172 @@
+"""list_rank: ranking losses of ragged groups, with the derivative formed in the forward.
+
+The forward saves u = dL_g/ds for every score, so the backward is one product per item whatever the
+family; backends therefore have a forward only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks, list_options
+from . import head
+
+
+def list_rank(
+    scores: Tensor,  # [S]
+    labels: Tensor,  # [S]
+    cu_groups: Tensor,  # [G+1] int32
+    *,
+    family: str,
+    topk: int | Tensor | None = None,  # [G]
+    backend: str = "auto",
+    **options: object,
+) -> Tensor:  # [G]
+    """Loss of every group of scored items against their labels.
+
+    With (i, j) running over the strict pairs of a group (y_i > y_j) and A = log sum exp s:
+
+    pair            sum_ij w_ij softplus(-(s_i - s_j))
+    hinge           sum_ij max(0, margin - (s_i - s_j))
+    plackett_luce   sum over the label order i of A(items not before i) - s_i
+    softmax         sum_i q_i (A - s_i)
+    pro             sum over ranks k of LSE(M_k s_k, {m_ki s_i}) - M_k s_k,
+                    m_ki = y_k - y_i, M_k = max_i m_ki, i ranked after k
+    nca             -sum_i q_i log sigmoid(s_i) - 1/K sum_i log sigmoid(-s_i),
+                    q = softmax(y / alpha)
+
+    Groups of 0 or 1 items give 0 (nca acts on one item). A non-finite score makes its group NaN.
+
+    Args:
+        scores: `[S]` fp32 or fp64, differentiable.
+        labels: `[S]` numbers, higher is better; NaN removes the item. Constant.
+        cu_groups: Boundaries `[G+1]`, int32, from 0 to S, never decreasing; empty groups give 0.
+        family: One of pair, hinge, plackett_luce, softmax, pro, nca.
+        topk: plackett_luce: number of stages, one number or `[G]` integers >= 1, clamped to the
+            group's size. Default None, all.
+        backend: "auto" or a backend name.
+        options: Of the family, see prefkern.list_options.ListOptions for names and defaults.
+
+    Returns:
+        `[G]` in the dtype of scores.
+
+    Raises:
+        ValueError: shapes, dtypes or boundaries that do not fit, an unknown family or option,
+            negative labels with target="sum".
+
+    >>> scores, labels = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 5.0])
+    >>> list_rank(scores, labels, torch.tensor([0, 2, 3]), family="hinge", margin=3)
+    tensor([2., 0.])
+    """
+    checks.check_tensor("scores", scores)
+    if scores.dtype not in (torch.float32, torch.float64) or scores.dim() != 1:
+        raise ValueError(
+            f"scores must be [S] float32 or float64, got {scores.dtype} "
+            f"{checks.shape_text(scores)}; "
+            "sums of log-probabilities lose their meaning in 16 bits."
+        )
+    checks.check_tensor("labels", labels)
+    if labels.shape != scores.shape or labels.dtype == torch.bool or labels.is_complex():
+        raise ValueError(
+            f"labels must be numbers [S] = [{scores.shape[0]}] to match scores, got {labels.dtype} "
+            f"{checks.shape_text(labels)}; give each item its rank or reward."
+        )
+    checks.check_constant("labels", labels)
+    checks.check_same_device("labels", labels, "scores", scores)
+    cu_groups = checks.check_cu_seqlens(cu_groups, scores.shape[0], name="cu_groups", of="items")
+    checks.check_same_device("cu_groups", cu_groups, "scores", scores)
+    text = list_options.pack(family, options)
+    chosen = head.resolve("list_rank", scores.device.type, scores.dtype, None, "", backend, None)
+    loss, _ = torch.ops.prefkern.list_rank_fwd(
+        scores.contiguous(),
+        labels.to(scores.dtype).contiguous(),
+        cu_groups.to(torch.int32).contiguous(),
+        _stages(topk, family, cu_groups),
+        family,
+        text,
+        chosen,
+    )
+    return loss
+
+
+def _stages(
+    topk: int | Tensor | None, family: str, cu_groups: Tensor
+) -> Tensor | None:  # [G] int64
+    if topk is None:
+        return None
+    if family != "plackett_luce":
+        raise ValueError(f"topk belongs to family 'plackett_luce', got family {family!r}.")
+    groups = cu_groups.shape[0] - 1
+    if isinstance(topk, Tensor):
+        if topk.shape != (groups,) or topk.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"topk must be an int or integers [G] = [{groups}], got {topk.dtype} "
+                f"{checks.shape_text(topk)}."
+            )
+        return topk.to(torch.int64).contiguous()
+    if isinstance(topk, bool) or not isinstance(topk, int):
+        raise ValueError(f"topk must be an int >= 1 or integers [G], got {topk!r}.")
+    return torch.full((groups,), topk, dtype=torch.int64, device=cu_groups.device)
+
+
+@torch.library.custom_op("prefkern::list_rank_fwd", mutates_args=())
+def _fwd(
+    scores: Tensor,
+    labels: Tensor,
+    cu_groups: Tensor,
+    topk: Tensor | None,
+    family: str,
+    options: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss [G], u [S])."""
+    if scores.device.type == "cpu":
+        checks.check_boundaries(cu_groups, scores.shape[0], name="cu_groups", of="items")
+        if bool((topk is not None) and (topk < 1).any()):
+            raise ValueError(
+                "topk must be >= 1 for every group, got a smaller value; use None for all."
+            )
+        if "target=sum" in options and bool((labels < 0).any()):
+            raise ValueError(
+                "labels must be >= 0 with target='sum' (they become shares), got "
+                f"{labels.min().item()}; "
+                "shift them or use target='softmax'."
+            )
+    return backends.load_backend(backend).list_rank_fwd(
+        scores, labels, cu_groups, topk, family, options
+    )
+
+
+@_fwd.register_fake
+def _(scores, labels, cu_groups, topk, family, options, backend):
+    return scores.new_empty(cu_groups.shape[0] - 1), torch.empty_like(scores)
+
+
+@torch.library.custom_op("prefkern::list_rank_bwd", mutates_args=())
+def _bwd(d_loss: Tensor, slope: Tensor, cu_groups: Tensor) -> Tensor:
+    """d_scores [S]: the incoming number of an item's group times its saved derivative."""
+    item = torch.arange(slope.numel(), device=slope.device, dtype=cu_groups.dtype)
+    group = torch.searchsorted(cu_groups[1:].contiguous(), item, right=True)
+    return d_loss[group] * slope
+
+
+@_bwd.register_fake
+def _(d_loss, slope, cu_groups):
+    return torch.empty_like(slope)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output[1], inputs[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, d_loss, _):
+    if d_loss is None:
+        return (None,) * 7
+    slope, cu_groups = ctx.saved_tensors
+    return (torch.ops.prefkern.list_rank_bwd(d_loss, slope, cu_groups),) + (None,) * 6
+
+
+_fwd.register_autograd(_backward, setup_context=_setup_context)
+head.refuse_double_backward("prefkern::list_rank_bwd")

@@ -1,0 +1,205 @@
+"""logits_logps: the same statistics where logits already exist; selective_log_softmax on top."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..types import ONE_MODEL_STATS, SAVED_ROWS, TWO_MODEL_STATS, TokenStats, parse_stats
+from . import head
+
+
+def logits_logps(
+    logits: Tensor,  # [N, V] or [B, T, V]
+    targets: Tensor,  # [N] or [B, T] int64
+    *,
+    ref_logits: Tensor | None = None,  # like logits
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    stats: str | Sequence[str] = ("logp",),
+    backend: str = "auto",
+) -> TokenStats:
+    """Per-token statistics of softmax(logits / temperature): one read forward, one read and one
+    write backward, no log-softmax in memory.
+
+    Args:
+        logits: `[N, V]` or `[B, T, V]`, fp32, bf16, fp16 or fp64; sums are fp32 (fp64 for fp64).
+        targets: Labels `[N]` or `[B, T]`, in [0, V) or `ignore_index`; ignored rows give exactly 0.
+        ref_logits: The reference's logits, same shape; needed by two-model statistics. Constant.
+        temperature: Divisor of both logits, > 0. Default 1.
+        ignore_index: Label of rows to leave out. Default -100.
+        stats: Names as in `linear_logps`, with `ref_logits` also those of `linear_divergence`
+            except ev. Default ("logp",).
+        backend: "auto" or a backend name.
+
+    Returns:
+        TokenStats; each requested field has the shape of `targets`, nats.
+
+    Raises:
+        ValueError: arguments that cannot be; two-model statistics without `ref_logits`.
+    """
+    checks.check_integer_targets("targets", targets)
+    checks.check_float("logits", logits)
+    if logits.dim() not in (2, 3) or tuple(logits.shape[:-1]) != tuple(targets.shape):
+        raise ValueError(
+            f"logits must be {list(targets.shape)} + [V] to match targets, got {checks.shape_text(logits)}; "
+            "shift logits and labels first so that row i scores targets[i]."
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have at least one column, got {checks.shape_text(logits)}.")
+    checks.check_same_device("targets", targets, "logits", logits)
+    checks.check_logit_options(1.0, None, temperature)
+    allowed = ONE_MODEL_STATS
+    if ref_logits is not None:
+        allowed += tuple(s for s in TWO_MODEL_STATS if s != "ev")
+        checks.check_float("ref_logits", ref_logits)
+        checks.check_constant("ref_logits", ref_logits)
+        checks.check_same_device("ref_logits", ref_logits, "logits", logits)
+        if ref_logits.shape != logits.shape:
+            raise ValueError(
+                f"ref_logits must have the shape of logits {checks.shape_text(logits)}, got "
+                f"{checks.shape_text(ref_logits)}."
+            )
+    parsed = parse_stats(stats, allowed=allowed)
+    n, v = targets.numel(), logits.shape[-1]
+    names = ",".join(str(s) for s in parsed)
+    chosen = head.resolve(
+        "logits_logps", logits.device.type, logits.dtype, None, names, backend,
+        head.shape_for_message(n, v, 0),
+    )  # fmt: skip
+    out, _ = torch.ops.prefkern.logits_logps_fwd(
+        logits.reshape(n, v).contiguous(), targets.reshape(-1).long().contiguous(),
+        None if ref_logits is None else ref_logits.reshape(n, v).to(logits.dtype).contiguous(),
+        float(temperature), ignore_index, names, chosen,
+    )  # fmt: skip
+    return head.to_token_stats(out, parsed, targets.shape)
+
+
+def selective_log_softmax(
+    logits: Tensor,  # [..., V]
+    index: Tensor,  # [...] or [..., K] int64
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,  # [...] bool
+) -> Tensor:  # like index, logits.dtype
+    """log_softmax(logits / temperature) gathered at `index`, without the log-softmax in memory.
+
+    TRL's function of this name, same arguments and result.
+
+    Args:
+        logits: `[..., V]` float.
+        index: `[...]` one entry per row, or `[..., K]` several.
+        temperature: Divisor of the logits, > 0. Default 1.
+        row_mask: `[...]` bool; rows that are False are not computed and give 0. Default None (all).
+
+    Returns:
+        Log-probabilities in the shape of `index` and the dtype of `logits`, nats.
+
+    Raises:
+        ValueError: shapes or labels that do not fit.
+    """
+    checks.check_float("logits", logits)
+    checks.check_integer_targets("index", index)
+    lead = tuple(logits.shape[:-1])
+    several = index.dim() == logits.dim()
+    if tuple(index.shape[: len(lead)]) != lead or index.dim() > logits.dim():
+        raise ValueError(
+            f"index must be {list(lead)} or {list(lead)} + [K] to match logits "
+            f"{checks.shape_text(logits)}, got {checks.shape_text(index)}."
+        )
+    if row_mask is not None and tuple(row_mask.shape) != lead:
+        raise ValueError(f"row_mask must be {list(lead)}, got {checks.shape_text(row_mask)}.")
+    ignore = -100
+    flat = logits.reshape(-1, logits.shape[-1])
+    first = (index[..., 0] if several else index).reshape(-1)
+    if row_mask is not None:
+        first = first.masked_fill(~row_mask.reshape(-1), ignore)
+    if not several:
+        found = logits_logps(flat, first, temperature=temperature, ignore_index=ignore)
+        return found.logp.reshape(index.shape).to(logits.dtype)
+    # K entries share one normaliser: gather the K logits, subtract the row's lse once.
+    lse = logits_logps(
+        flat, first, temperature=temperature, ignore_index=ignore, stats=("lse",)
+    ).lse
+    chosen = flat.gather(-1, index.reshape(flat.shape[0], -1)).to(lse.dtype) / temperature
+    result = (chosen - lse[:, None]).reshape(index.shape)
+    if row_mask is not None:
+        result = torch.where(row_mask[..., None], result, torch.zeros_like(result))
+    return result.to(logits.dtype)
+
+
+@torch.library.custom_op("prefkern::logits_logps_fwd", mutates_args=())
+def _fwd(
+    logits: Tensor,
+    targets: Tensor,
+    ref_logits: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    stats: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(out [n, N], saved [10, N])."""
+    if targets.device.type == "cpu":
+        checks.check_target_range(targets, logits.shape[1], ignore_index)
+    return backends.load_backend(backend).logits_logps_fwd(
+        logits, targets, ref_logits, temperature, ignore_index, tuple(stats.split(","))
+    )
+
+
+@_fwd.register_fake
+def _(logits, targets, ref_logits, temperature, ignore_index, stats, backend):
+    acc = head.stat_dtype(logits.dtype)
+    n = logits.shape[0]
+    out = logits.new_empty((len(stats.split(",")), n), dtype=acc)
+    return out, logits.new_empty((SAVED_ROWS, n), dtype=acc)
+
+
+@torch.library.custom_op("prefkern::logits_logps_bwd", mutates_args=())
+def _bwd(
+    d_out: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    ref_logits: Tensor | None,
+    out: Tensor,
+    saved: Tensor,
+    temperature: float,
+    ignore_index: int,
+    stats: str,
+    backend: str,
+) -> Tensor:
+    """d_logits [N, V]."""
+    return backends.load_backend(backend).logits_logps_bwd(
+        d_out.contiguous(), logits, targets, ref_logits, out, saved, temperature, ignore_index,
+        tuple(stats.split(",")),
+    )  # fmt: skip
+
+
+@_bwd.register_fake
+def _(d_out, logits, *args):
+    return torch.empty_like(logits)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logits, targets, ref_logits = inputs[:3]
+    ctx.options = inputs[3:7]
+    ctx.has_ref = ref_logits is not None
+    ctx.save_for_backward(logits, targets, *output, *((ref_logits,) if ctx.has_ref else ()))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, d_out, *_):
+    if d_out is None:
+        return (None,) * 7
+    logits, targets, out, saved, *rest = ctx.saved_tensors
+    temperature, ignore_index, stats, backend = ctx.options
+    d_logits = torch.ops.prefkern.logits_logps_bwd(
+        d_out, logits, targets, rest[0] if ctx.has_ref else None, out, saved, temperature,
+        ignore_index, stats, backend,
+    )  # fmt: skip
+    return (d_logits,) + (None,) * 6
+
+
+_fwd.register_autograd(_backward, setup_context=_setup_context)
+head.refuse_double_backward("prefkern::logits_logps_bwd")
