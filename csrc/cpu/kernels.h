@@ -1,0 +1,89 @@
+// What an op hands to the kernels of one instruction set: raw pointers and sizes, no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.h"
+#include "numerics/stats.h"
+
+namespace prefkern {
+
+// Runs fn(arg, i) for i in [0, threads), possibly at the same time.
+struct Pool {
+  int threads = 1;
+  void (*run)(int threads, void (*fn)(void*, int), void* arg) = nullptr;
+};
+
+struct Head {
+  const void* hidden = nullptr;  // [N, depth]
+  const void* weight = nullptr;  // [V, depth]
+  const void* bias = nullptr;    // [V] or null
+  Dtype hidden_type = Dtype::f32, weight_type = Dtype::f32, bias_type = Dtype::f32;
+  int64_t depth = 0;
+  double scale = 1.0, softcap = 0.0, temperature = 1.0;  // softcap 0: none
+};
+
+struct HeadCall {
+  int64_t rows = 0, vocab = 0;
+  const int64_t* targets = nullptr;  // [N]
+  int64_t ignore = -100;
+  Head policy, ref, aux;
+  bool has_ref = false, has_aux = false;
+  const void* values = nullptr;  // [V], or [N, values_k] with values_index
+  Dtype values_type = Dtype::f32;
+  const int64_t* values_index = nullptr;
+  int64_t values_k = 0;
+  StatPlan plan;
+  void* out = nullptr;    // [n, N] float (double for an fp64 hidden)
+  void* saved = nullptr;  // [saved_rows, N]
+  int saved_rows = 1;
+  void* cache = nullptr;  // [models, cache_rows, V] in hidden's dtype
+  int64_t cache_rows = 0;
+  void* frozen = nullptr;  // [frozen_count, N, D] float (double)
+  int frozen_count = 0;
+  StatKind frozen_kind[kStatCount] = {};
+  // backward only; a null gradient is not needed
+  const void* d_out = nullptr;
+  void* d_hidden = nullptr;
+  void* d_weight = nullptr;
+  void* d_bias = nullptr;
+  Pool pool;
+};
+
+struct LogitsCall {
+  int64_t rows = 0, vocab = 0;
+  const void* logits = nullptr;      // [N, V]
+  const void* ref_logits = nullptr;  // [N, V] or null
+  Dtype type = Dtype::f32, ref_type = Dtype::f32;
+  const int64_t* targets = nullptr;
+  int64_t ignore = -100;
+  double temperature = 1.0;
+  StatPlan plan;
+  void* out = nullptr;    // [n, N]
+  void* saved = nullptr;  // [kSavedRows, N]
+  const void* d_out = nullptr;
+  void* d_logits = nullptr;  // [N, V] in the logits' dtype
+  Pool pool;
+};
+
+// Times the epilogue alone on one tile of `rows` x `cols` fp32 logits that stays in L2: nanoseconds
+// per logit of the forward fold (with entropy) and of the gradient.
+struct EpilogueTimes {
+  double forward, forward_entropy, backward, backward_entropy;
+};
+
+struct Kernels {
+  const char* name;
+  // False when working memory could not be had.
+  bool (*head_forward)(const HeadCall&);
+  bool (*head_backward)(const HeadCall&);
+  bool (*logits_forward)(const LogitsCall&);
+  bool (*logits_backward)(const LogitsCall&);
+  EpilogueTimes (*bench_epilogue)(int64_t rows, int64_t cols, int64_t repeats);
+};
+
+// The kernels for this CPU, or those PREFKERN_CPU_ISA names. Throws std::runtime_error with a full
+// sentence when that variable names something this CPU or this build lacks.
+const Kernels& kernels();
+
+}  // namespace prefkern

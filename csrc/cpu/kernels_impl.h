@@ -1,0 +1,107 @@
+// Everything an instruction set's translation unit exports: one table of entry points.
+// Included by kernels_<isa>.cpp, which names the namespace in PK_ISA.
+#pragma once
+
+#include <ctime>
+
+#include "cpu/head_backward.h"
+#include "cpu/head_forward.h"
+#include "cpu/logits_rows.h"
+
+namespace prefkern {
+namespace PK_ISA {
+
+template <template <class> class Driver>
+bool run_head(const HeadCall& call) {
+  switch (call.policy.hidden_type) {
+    case Dtype::f64: return Driver<Plain<double>>(call).run();
+#if defined(__AVX512BF16__)
+    case Dtype::bf16: return Driver<Bf16>(call).run();
+#endif
+    default: return Driver<Plain<float>>(call).run();
+  }
+}
+inline bool head_forward(const HeadCall& call) { return run_head<HeadForward>(call); }
+inline bool head_backward(const HeadCall& call) {
+  if (call.frozen == nullptr) return run_head<HeadBackward>(call);
+  if (call.policy.hidden_type == Dtype::f64) frozen_backward<double>(call);
+  else frozen_backward<float>(call);
+  return true;
+}
+inline bool logits_forward(const LogitsCall& call) {
+  return call.type == Dtype::f64 ? LogitsRows<double>(call).forward() : LogitsRows<float>(call).forward();
+}
+inline bool logits_backward(const LogitsCall& call) {
+  return call.type == Dtype::f64 ? LogitsRows<double>(call).backward() : LogitsRows<float>(call).backward();
+}
+
+inline double seconds() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+}
+
+// Nanoseconds per logit on tiles that stay in L2: the fold reads one, the gradient reads it and writes another.
+inline EpilogueTimes bench_epilogue(int64_t rows, int64_t cols, int64_t repeats) {
+  constexpr int L = Lanes<float>::L;
+  cols = round_up(cols, L);
+  const int64_t stride = block_stride<Plain<float>>(rows), size = cols / L * stride;
+  Memory memory;
+  float *z = nullptr, *work = nullptr, *line = nullptr;
+  RowSums* s = nullptr;
+  const auto layout = [&](Arena& a) {
+    z = a.take<float>(size), work = a.take<float>(size), line = a.take<float>(cols), s = a.take<RowSums>(rows);
+  };
+  if (!memory.place(layout)) return {};
+  uint32_t state = 1;
+  for (int64_t i = 0; i < size; ++i) {
+    state = state * 1664525u + 1013904223u;
+    z[i] = float(state >> 8) * 0x1p-21f - 4.0f;
+  }
+  StatPlan plain, entropy;
+  plain.slot[kLogp] = entropy.slot[kLogp] = 0;
+  entropy.slot[kEnt] = 1;
+  const int64_t blocks = cols / L;
+  const auto row = [&](const float* p, int64_t r) {
+    return TileRow<float>{p + r * L, nullptr, nullptr, nullptr, stride, 0, blocks, 0};
+  };
+  const auto best = [&](const auto& body) {
+    double least = 1e30;
+    for (int64_t i = 0; i < repeats; ++i) {
+      const double start = seconds();
+      for (int k = 0; k < 8; ++k) body();
+      const double t = (seconds() - start) / 8;
+      least = t < least ? t : least;
+    }
+    return least * 1e9 / double(rows * cols);
+  };
+  const auto fold = [&](const StatPlan& p) {
+    return best([&] {
+      RowTop<float> top[kUnitRows];
+      for (int64_t first = 0; first < rows; first += kUnitRows) {
+        const int64_t n = rows - first < kUnitRows ? rows - first : kUnitRows;
+        for (int64_t r = 0; r < n; ++r) top[r] = row_tops(row(z, first + r));
+        for (int64_t r = 0; r < n; ++r) {
+          s[first + r] = RowSums();
+          fold_first(s[first + r], p, row(z, first + r), top[r]);
+        }
+      }
+    });
+  };
+  const auto grad = [&](double a1) {
+    GradCoef c;
+    c.a0 = -0.1, c.a1 = a1;
+    const GradRow<float> g{c, Split<float>(10.0), Split<float>(0.0), Split<float>(0.0)};
+    return best([&] {
+      for (int64_t r = 0; r < rows; ++r) grad_row(g, row(z, r), work + r * L, line, -1, 0.0, 1.0, Dtype::f32);
+    });
+  };
+  return {fold(plain), fold(entropy), grad(0.0), grad(0.05)};
+}
+
+extern const Kernels table;
+const Kernels table = {PK_NAME,        &head_forward,    &head_backward,
+                       &logits_forward, &logits_backward, &bench_epilogue};
+
+}  // namespace PK_ISA
+}  // namespace prefkern
