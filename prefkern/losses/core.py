@@ -1,0 +1,125 @@
+"""Checks and small pieces shared by the losses of all families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import SeqStats
+
+
+def difference(chosen: Tensor, rejected: Tensor) -> Tensor:  # [P]
+    """chosen - rejected, refusing shapes that would broadcast."""
+    if chosen.shape != rejected.shape:
+        raise ValueError(
+            "chosen and rejected must hold the same number of sequences [P], got "
+            f"{list(chosen.shape)} "
+            f"and {list(rejected.shape)}; pass one chosen and one rejected answer per pair."
+        )
+    return chosen - rejected
+
+
+def same_items(chosen: SeqStats, other: SeqStats) -> None:
+    """Refuses rows of different size where no difference of theirs is formed."""
+    difference(chosen.require("logp"), other.require("logp"))
+
+
+def logratio_gap(chosen: SeqStats, rejected: SeqStats) -> Tensor:  # [P]
+    """logratio(chosen) - logratio(rejected), in nats."""
+    return difference(chosen.logratio, rejected.logratio)
+
+
+def sequence_logratio(seq: SeqStats, reference_free: bool = False) -> Tensor:  # [S]
+    """The log-ratio, or the log-probability itself where the reference is taken as 0."""
+    return seq.require("logp") if reference_free else seq.logratio
+
+
+def per_item(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A number, or a tensor of the shape of `like` (in its dtype, without gradient)."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    if value.dim() != 0 and value.shape != like.shape:
+        raise ValueError(
+            f"{name} must be a number or a tensor {list(like.shape)} (one value per item), "
+            f"got {list(value.shape)}."
+        )
+    return value.detach().to(like.dtype)
+
+
+def data(name: str, value: object, like: Tensor) -> Tensor:
+    """A required constant tensor of the shape of `like`, in its dtype."""
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} must be a tensor {list(like.shape)} (one value per item), got "
+            f"{type(value).__name__}."
+        )
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name} must be {list(like.shape)} (one value per item), got {list(value.shape)}."
+        )
+    return value.detach().to(like.dtype)
+
+
+def scalar(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A number or 0-d tensor, taken as a constant."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got {list(value.shape)}.")
+    return value.detach().to(like.dtype).reshape(())
+
+
+def boolean(name: str, value: object, like: Tensor) -> Tensor:
+    """A required bool tensor of the shape of `like`."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"{name} must be a bool tensor {list(like.shape)}, got {got}; a number or NaN is no "
+            "label: "
+            f"write the condition out, e.g. {name}=scores > 0."
+        )
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name} must be {list(like.shape)} (one value per sequence), got {list(value.shape)}."
+        )
+    return value
+
+
+def positive(name: str, value: float | Tensor) -> None:
+    """Refuses a hyper-parameter that is not a finite number > 0 (tensors are taken as they are)."""
+    if not isinstance(value, Tensor) and not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} must be a finite number > 0, got {value}.")
+
+
+def not_negative(name: str, value: float) -> None:
+    if not 0.0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value}.")
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
+
+
+def logratio_rewards(
+    seq: SeqStats, *, beta: float = 1.0, reference_free: bool = False, **_: Any
+) -> Tensor:  # [S]
+    """beta * log-ratio of the whole sequence: the implicit reward that trainers log."""
+    return beta * sequence_logratio(seq, reference_free)
+
+
+def logp_rewards(seq: SeqStats, *, beta: float = 1.0, **_: Any) -> Tensor:  # [S]
+    """beta * log-probability of the whole sequence (losses without a reference)."""
+    return beta * seq.require("logp")
+
+
+def mean_logp_rewards(seq: SeqStats, *, beta: float = 1.0, **_: Any) -> Tensor:  # [S]
+    """beta * log-probability per token (length-normalised losses without a reference)."""
+    return beta * seq.mean_logp
+
+
+def token_rewards(seq: SeqStats, *, beta: float = 1.0, **_: Any) -> Tensor:  # [S]
+    """beta * (log-ratio + KL(reference || policy)), both summed over tokens with their weights."""
+    return beta * (seq.logratio + seq.require("fkl"))

@@ -1,0 +1,1 @@
+"""Losses of ranked lists: (scores, labels, cu_groups, *, ...) -> [G]."""

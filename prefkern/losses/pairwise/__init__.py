@@ -1,0 +1,1 @@
+"""Losses of a chosen and a rejected answer: (chosen, rejected, *, ...) -> [P]."""

@@ -1,0 +1,65 @@
+"""D2O: one human-labelled bad answer against self-generated ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ... import surrogates
+from ...types import Loss, SeqStats
+from .. import core
+
+
+def d2o(
+    chosen: SeqStats,
+    rejected: SeqStats,
+    *,
+    beta: float = 0.1,
+    alpha: float = 0.1,
+) -> Tensor:  # [P]
+    """D2O: the mean log-ratio of self-samples over a worse reference against a rejected answer over
+    a better one.
+
+    l = softplus(-m),  m = beta mean_k logratio(chosen_k) - alpha logratio(rejected)
+
+    Duan et al. 2024 (arXiv 2403.03419), eq. 3. The two sides may have two reference models: give
+    each its own `ref_logp`.
+
+    Args:
+        chosen: Statistics of K >= 1 self-samples per prompt, `[P, K]` (or `[P]` for K = 1); needs
+            `ref_logp` under the more harmful reference.
+        rejected: Statistics of the rejected answer `[P]`; needs `ref_logp` under the more helpful
+            one.
+        beta: Strength on the self-samples, > 0, default 0.1.
+        alpha: Strength on the rejected answer, > 0, default 0.1.
+
+    Returns:
+        Unreduced loss `[P]`.
+
+    Raises:
+        ValueError: beta or alpha <= 0, K = 0, shapes that differ.
+    """
+    core.positive("beta", beta)
+    core.positive("alpha", alpha)
+    samples = chosen.logratio
+    if samples.dim() == 2:
+        if samples.shape[1] == 0:
+            raise ValueError("d2o needs at least one self-sample per prompt, got [P, 0].")
+        samples = samples.mean(1)
+    return surrogates.logistic(core.difference(beta * samples, alpha * rejected.logratio))
+
+
+def _rewards(seq: SeqStats, *, beta: float, **_: Any) -> Tensor:
+    return beta * seq.logratio
+
+
+D2O = Loss(
+    d2o,
+    "d2o",
+    "pairwise",
+    needs_reference=True,
+    status="two independent notes agree; no official code found",
+    source="arXiv 2403.03419 eq. 3",
+    rewards=_rewards,
+)

@@ -1,0 +1,53 @@
+"""DPO-positive (Smaug): a penalty inside the margin when the chosen answer becomes less likely."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import surrogates
+from ...types import Loss, SeqStats
+from .. import core
+
+
+def dpop(
+    chosen: SeqStats,
+    rejected: SeqStats,
+    *,
+    beta: float = 0.3,
+    lam: float = 50.0,
+) -> Tensor:  # [P]
+    """DPOP: DPO's margin less a penalty for falling below the reference on the chosen answer.
+
+    l = softplus(-m),
+    m = beta [logratio(chosen) - logratio(rejected) - lam max(0, -logratio(chosen))]
+
+    Pal et al. 2024 (arXiv 2402.13228). At the first step the penalty is at its kink, where its
+    derivative is taken as 0.
+
+    Args:
+        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
+        beta: Strength of the pull to the reference, > 0, default 0.3.
+        lam: Weight of the penalty, >= 0, default 50.
+
+    Returns:
+        Unreduced loss `[P]`.
+
+    Raises:
+        ValueError: beta <= 0, lam < 0, shapes that differ.
+    """
+    core.positive("beta", beta)
+    core.not_negative("lam", lam)
+    gap = core.logratio_gap(chosen, rejected)
+    return surrogates.logistic(beta * (gap - lam * torch.relu(-chosen.logratio)))
+
+
+DPOP = Loss(
+    dpop,
+    "dpop",
+    "pairwise",
+    needs_reference=True,
+    status="formula second-hand, defaults from several independent implementations",
+    source="arXiv 2402.13228",
+    rewards=core.logratio_rewards,
+)

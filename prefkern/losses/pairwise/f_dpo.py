@@ -1,0 +1,66 @@
+"""f-DPO: DPO's margin under another divergence from the reference."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import surrogates
+from ...types import Loss, SeqStats
+from .. import core
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+
+
+def fdpo(
+    chosen: SeqStats,
+    rejected: SeqStats,
+    *,
+    beta: float = 0.1,
+    divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+) -> Tensor:  # [P]
+    """f-DPO: logistic loss of the margin of f-divergence scores of the log-ratios.
+
+    l = softplus(-m),  m = beta (phi(logratio(chosen)) - phi(logratio(rejected))),
+    phi(a) = a (reverse_kl), 1 - e^-a (forward_kl), log 2 + log sigmoid(a) (js),
+    (1 - e^(-alpha a)) / alpha (alpha)
+
+    Wang et al. 2023 (arXiv 2309.16240). Exponents are capped at 80. alpha is the paper's: TRL since
+    0.29 takes 1 - alpha.
+
+    Args:
+        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
+        beta: Strength of the pull to the reference, > 0, default 0.1.
+        divergence: "reverse_kl" (DPO), "forward_kl", "js" or "alpha"; default "reverse_kl".
+        alpha: Of the alpha divergence, in [0, 1], default 0.5.
+
+    Returns:
+        Unreduced loss `[P]`.
+
+    Raises:
+        ValueError: beta <= 0, an unknown divergence, alpha outside [0, 1], shapes that differ.
+    """
+    core.positive("beta", beta)
+    core.choice("divergence", divergence, DIVERGENCES)
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}.")
+    score = {
+        "reverse_kl": lambda a: a,
+        "forward_kl": surrogates.forward_kl_score,
+        "js": surrogates.jensen_shannon_score,
+        "alpha": lambda a: surrogates.alpha_score(a, alpha),
+    }[divergence]
+    return surrogates.logistic(
+        beta * core.difference(score(chosen.logratio), score(rejected.logratio))
+    )
+
+
+FDPO = Loss(
+    fdpo,
+    "fdpo",
+    "pairwise",
+    needs_reference=True,
+    status="checked against the authors' code and TRL",
+    source="arXiv 2309.16240",
+    rewards=core.logratio_rewards,
+)

@@ -1,0 +1,53 @@
+"""Odds-ratio preference optimization: likelihood plus an odds-ratio term."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ... import surrogates
+from ...types import Loss, SeqStats, Supervised
+from .. import core
+
+
+def orpo(chosen: SeqStats, rejected: SeqStats, *, lam: float = 0.1) -> Tensor:  # [P]
+    """ORPO: logistic loss of the log odds ratio of the mean log-probabilities.
+
+    l = lam softplus(-(o(chosen) - o(rejected))),  o = x - log(1 - e^x), x = mean_logp,
+    objective: mean l + nll_weight * NLL(chosen) per token of the batch
+
+    Hong et al. 2024 (arXiv 2403.07691), eq. 4, 7. x is capped at -1e-6, where the odds are finite.
+    The authors' likelihood term also scores the prompt, which needs targets that do.
+
+    Args:
+        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `length`.
+        lam: Weight of the odds-ratio term, >= 0, default 0.1 (TRL calls it beta).
+
+    Returns:
+        Unreduced loss `[P]`, without the likelihood term (weight `nll_weight`, default 1).
+
+    Raises:
+        ValueError: lam < 0, shapes that differ.
+    """
+    core.not_negative("lam", lam)
+    odds = core.difference(
+        surrogates.log_odds(chosen.mean_logp), surrogates.log_odds(rejected.mean_logp)
+    )
+    return lam * surrogates.logistic(odds)
+
+
+def _rewards(seq: SeqStats, **_: Any) -> Tensor:
+    return seq.mean_logp
+
+
+ORPO = Loss(
+    orpo,
+    "orpo",
+    "pairwise",
+    status="checked against TRL",
+    source="arXiv 2403.07691 eq. 4, 7",
+    rewards=_rewards,
+    supervised=Supervised("nll_weight", 1.0),
+    logps="mean_logp",
+)

@@ -1,0 +1,58 @@
+"""Self-play preference optimization."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import surrogates
+from ...types import Loss, SeqStats
+from .. import core
+
+
+def sppo(
+    chosen: SeqStats,
+    rejected: SeqStats,
+    *,
+    p_win: float | Tensor = 1.0,  # [P]
+    p_lose: float | Tensor = 0.0,  # [P]
+    beta: float = 0.001,
+    half: bool = False,
+) -> Tensor:  # [P]
+    """SPPO: squared distance of each log-ratio from its scaled win rate.
+
+    l = c [(logratio(chosen) - (p_win - 1/2) / beta)^2
+           + (logratio(rejected) - (p_lose - 1/2) / beta)^2]
+
+    Wu et al. 2024 (arXiv 2405.00675), eq. 4.7. The targets are hundreds of nats, so the loss starts
+    near 2.5e5.
+
+    Args:
+        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
+        p_win: Win rate of the chosen answer in [0, 1], number or `[P]`, default 1 (hard label).
+        p_lose: Win rate of the rejected answer, default 0.
+        beta: 1 / eta of the paper, > 0, default 0.001.
+        half: c = 1/2 as in the authors' code instead of 1 as in TRL, default False.
+
+    Returns:
+        Unreduced loss `[P]`.
+
+    Raises:
+        ValueError: beta <= 0, shapes that differ.
+    """
+    core.positive("beta", beta)
+    core.same_items(chosen, rejected)
+    a, b = chosen.logratio, rejected.logratio
+    loss = surrogates.squared(a - (core.per_item("p_win", p_win, a) - 0.5) / beta)
+    loss = loss + surrogates.squared(b - (core.per_item("p_lose", p_lose, b) - 0.5) / beta)
+    return 0.5 * loss if half else loss
+
+
+SPPO = Loss(
+    sppo,
+    "sppo",
+    "pairwise",
+    needs_reference=True,
+    status="checked against the authors' code (half, soft) and TRL (hard)",
+    source="arXiv 2405.00675 eq. 4.7",
+    rewards=core.logratio_rewards,
+)

@@ -1,0 +1,64 @@
+"""WPO: pairs weighted by how likely the current policy would have written them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import surrogates
+from ...types import Loss, SeqStats
+from .. import core
+
+
+def wpo(
+    chosen: SeqStats,
+    rejected: SeqStats,
+    *,
+    beta: float = 0.01,
+    label_smoothing: float = 0.0,
+    clamp: bool = True,
+) -> Tensor:  # [P]
+    """WPO: DPO with the weight of each pair from the policy's own probabilities.
+
+    l = w [(1 - eps) softplus(-m) + eps softplus(m)],
+    m = beta (logratio(chosen) - logratio(rejected)),
+    w = min(1, exp(A(chosen) + A(rejected))),  A = mean over tokens of log p_y - log sum_v p_v^2
+
+    Zhou et al. 2024 (arXiv 2406.11827), eq. 2. w is constant. TRL since 0.29 does not clamp.
+
+    Args:
+        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`, `col`,
+            `length`.
+        beta: Strength of the pull to the reference, > 0, default 0.01.
+        label_smoothing: Probability eps in [0, 0.5] that a label is wrong, default 0.
+        clamp: Bounds w by 1, as the authors do, default True.
+
+    Returns:
+        Unreduced loss `[P]`.
+
+    Raises:
+        ValueError: beta <= 0, label_smoothing outside [0, 0.5], shapes that differ.
+    """
+    core.positive("beta", beta)
+    margin = beta * core.logratio_gap(chosen, rejected)
+    weight = torch.exp(_aligned_mean(chosen) + _aligned_mean(rejected))
+    if clamp:
+        weight = weight.clamp(max=1.0)
+    return weight * surrogates.smoothed_logistic(margin, label_smoothing)
+
+
+def _aligned_mean(seq: SeqStats) -> Tensor:  # [P]
+    total = seq.require("logp") - seq.require("col")
+    return (total / seq.require("length").clamp(min=1)).detach()
+
+
+WPO = Loss(
+    wpo,
+    "wpo",
+    "pairwise",
+    stats=("logp", "col"),
+    needs_reference=True,
+    status="checked against the authors' code, and TRL without the clamp",
+    source="arXiv 2406.11827 eq. 2",
+    rewards=core.logratio_rewards,
+)

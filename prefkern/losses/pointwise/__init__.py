@@ -1,0 +1,1 @@
+"""Losses of single answers with a good/bad label: (seq, *, label, ...) -> [S]."""

@@ -1,0 +1,88 @@
+"""Binary classifier optimization: good against bad answers, around a running mean reward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import surrogates
+from ...types import Loss, SeqStats
+from .. import core
+
+
+class BcoState(NamedTuple):
+    """Mean of all rewards seen so far and their number; belongs in the checkpoint."""
+
+    mean: float = 0.0
+    count: int = 0
+
+
+def bco(
+    seq: SeqStats,
+    *,
+    label: Tensor,  # [S] bool
+    delta: float | Tensor,  # []
+    undesirable_weight: float | Tensor = 1.0,  # [S]
+    beta: float = 0.1,
+) -> Tensor:  # [S]
+    """BCO: logistic classification of rewards around the shift delta.
+
+    l = softplus(-(beta a - delta))                        where label,
+    l = undesirable_weight softplus(beta a - delta)        elsewhere,  a = logratio
+
+    Jung et al. 2024 (arXiv 2404.04656). delta is the mean of all rewards seen, this batch included:
+    state = update(state, seq, beta=beta); bco(..., delta=state.mean).
+
+    Args:
+        seq: Statistics of the answers, each field `[S]`; needs `ref_logp`.
+        label: `[S]` bool, True where the answer is desirable.
+        delta: Reward shift, a number or 0-d tensor, constant.
+        undesirable_weight: Factor of undesirable answers, number or `[S]`, see `density_weight`;
+            default 1.
+        beta: Strength of the pull to the reference, > 0, default 0.1; the paper uses 0.01.
+
+    Returns:
+        Unreduced loss `[S]`; its mean runs over all rows, both labels together.
+
+    Raises:
+        ValueError: label is not a bool tensor `[S]`, beta <= 0, shapes that differ.
+    """
+    core.positive("beta", beta)
+    reward = beta * seq.logratio
+    label = core.boolean("label", label, reward)
+    above = reward - core.scalar("delta", delta, reward)
+    weight = core.per_item("undesirable_weight", undesirable_weight, reward)
+    return torch.where(label, surrogates.logistic(above), weight * surrogates.logistic(-above))
+
+
+def update(state: BcoState, seq: SeqStats, *, beta: float = 0.1) -> BcoState:
+    """The state after this batch's rewards; call it before the loss (it waits for the device)."""
+    rewards = beta * seq.logratio.detach()
+    count = state.count + rewards.numel()
+    if count == 0:
+        return state
+    return BcoState((state.mean * state.count + rewards.double().sum().item()) / count, count)
+
+
+def density_weight(probability: Tensor) -> Tensor:  # [S]
+    """Underlying distribution matching: clip(p / (1 - p + 1e-8), 0.5, 10).
+
+    The weight of undesirable answers, p `[S]` being the probability, according to a classifier of
+    prompts, that the prompt is one of a desirable answer.
+    """
+    return (probability / (1.0 - probability + 1e-8)).clamp(0.5, 10.0)
+
+
+BCO = Loss(
+    bco,
+    "bco",
+    "pointwise",
+    needs_reference=True,
+    extra=("label", "delta"),
+    status="checked against TRL 1.10",
+    source="arXiv 2404.04656",
+    rewards=core.logratio_rewards,
+    update=update,
+)

@@ -1,0 +1,196 @@
+"""One loss of an objective: token weights, sequence sums, the loss, its denominator, its metrics.
+
+Shapes: N tokens, S sequences, P pairs, G groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, losses, segments
+from .metrics import list_metrics, pair_metrics, unpaired_metrics
+from .types import Loss, SeqStats, TokenStats, TokenWeights
+
+
+class Term(NamedTuple):
+    """One loss of the objective with its arguments."""
+
+    record: Loss
+    call: losses.Bound
+    weight: float
+
+
+def from_stats(record: Loss) -> tuple[str, ...]:
+    """Extra tensors of a loss that are filled from SeqStats here."""
+    return tuple(name for name in record.extra if name in SeqStats._fields)
+
+
+class Batch(NamedTuple):
+    """What every term of the objective reads."""
+
+    tokens: TokenStats
+    targets: Tensor
+    cu_seqlens: Tensor  # [S+1]
+    layout: str
+    cu_groups: Tensor | None
+    labels: Tensor | None
+    ignore_index: int
+    backend: str
+    user_weights: Tensor | dict[str, Tensor] | None
+    ref_seq_logp: Tensor | None
+    loss_stats: frozenset[str]  # names of the statistics that losses read
+
+    @property
+    def scored(self) -> Tensor:  # [N] bool
+        return (self.targets != self.ignore_index).reshape(-1)
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    def sequences(self, stage: TokenWeights | None) -> SeqStats:
+        """SeqStats under a stage's weights times the caller's."""
+        here = tuple(f for f in self.tokens._fields if getattr(self.tokens, f) is not None)
+        weighted = tuple(
+            f for f in here if f in self.loss_stats
+        )  # what is only logged is not weighted
+        weights = segments.combine_weights(stage, self.user_weights, weighted)
+        seq = segments.sequence_stats(
+            self.tokens, self.targets, self.cu_seqlens, token_weights=weights,
+            ignore_index=self.ignore_index, backend=self.backend,
+        )  # fmt: skip
+        if self.ref_seq_logp is not None:
+            if tuple(self.ref_seq_logp.shape) != (self.num_sequences,):
+                raise ValueError(
+                    f"ref_seq_logp must be [S] = [{self.num_sequences}], one sum per sequence, got "
+                    f"{checks.shape_text(self.ref_seq_logp)}; for values per token use ref_logp."
+                )
+            seq = seq._replace(ref_logp=self.ref_seq_logp.to(torch.float64))
+        return seq
+
+
+def weight_stage(term: Term, batch: Batch) -> TokenWeights | None:
+    """Runs the loss's token-weight stage with the inputs it names."""
+    stage = term.record.weights
+    if stage is None:
+        return None
+    rows = len(term.record.rows)
+    role = segments.role_of_sequence(batch.num_sequences, rows, batch.layout, batch.targets.device)
+    n = batch.targets.numel()
+
+    def public_length() -> Tensor:
+        length = segments.segment_sum(
+            batch.scored.float(), batch.cu_seqlens, backend=batch.backend
+        ).long()
+        split = segments.split_rows(SeqStats(length=length), rows, batch.layout, term.record.rows)
+        shortest = torch.stack([seq.length for seq in split]).amin(0)  # [P]
+        return (
+            shortest.repeat_interleave(rows) if batch.layout == "pairs" else shortest.repeat(rows)
+        )
+
+    makers = {
+        "cu_seqlens": lambda: batch.cu_seqlens,
+        "scored": lambda: batch.scored,
+        "ref_logp": lambda: batch.tokens.ref_logp.reshape(-1).detach(),
+        "logp": lambda: batch.tokens.logp.reshape(-1).detach(),
+        "sign": lambda: segments.spread(1 - 2 * role.clamp(max=1), batch.cu_seqlens, n),
+        "public_length": public_length,
+    }
+    return stage.fn(**{name: makers[name]() for name in stage.given}, **term.call.stage)
+
+
+def reduce(
+    term: Term, seq: SeqStats, stage: TokenWeights | None, batch: Batch, num_items: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss over its denominator, plus the stage's penalty and the likelihood term."""
+    record, call = term.record, term.call
+    filled = {name: seq.require(name) for name in from_stats(record) if name not in call.args}
+    args = {**call.args, **filled}
+    parts: dict[str, Tensor] = {}
+    if record.family == "pairwise":
+        values = record.fn(*_split(term, seq, batch), **args)
+        items = "pairs"
+    elif record.family == "pointwise":
+        values, items = record.fn(seq, label=_labels(record, batch), **args), "sequences"
+    elif record.family == "listwise":
+        labels, cu = _labels(record, batch), _groups(record, batch)
+        values, items = record.fn(getattr(seq, record.score), labels, cu, **args), "groups"
+    elif record.family == "tokenwise":
+        values, items = record.fn(batch.tokens, batch.cu_seqlens, **args), "sequences"
+    else:
+        raise ValueError(
+            f"loss {record.name!r} is of the family {record.family!r} and reads no hidden states; call "
+            f"prefkern.losses.{record.name} on its own inputs."
+        )
+    count = num_items.get(items, values.numel())
+    value = values.sum() / count
+    if stage is not None and stage.penalty is not None:
+        penalty = stage.penalty.sum() / count
+        parts["penalty"] = penalty.detach()
+        value = value + penalty
+    if call.supervised:
+        nll = _likelihood(term, seq, batch, num_items, count)
+        parts["nll_loss"] = nll.detach()
+        value = value + call.supervised * nll
+    return value, parts
+
+
+def _likelihood(
+    term: Term, seq: SeqStats, batch: Batch, num_items: dict[str, Any], count: Any
+) -> Tensor:
+    """Negative log-likelihood of the rows a loss names, with its own denominator."""
+    spec = term.record.supervised
+    row = _split(term, seq, batch)[term.record.rows.index(spec.rows)]
+    if spec.mode == "token":
+        return -row.require("logp").sum() / num_items.get(
+            "tokens", row.require("length").sum().clamp(min=1)
+        )
+    per_sequence = row.mean_logp if spec.mode == "seq" else row.require("logp")
+    return -per_sequence.sum() / count
+
+
+def _split(term: Term, seq: SeqStats, batch: Batch) -> list[SeqStats]:
+    return segments.split_rows(seq, len(term.record.rows), batch.layout, term.record.rows)
+
+
+def _labels(record: Loss, batch: Batch) -> Tensor:
+    if batch.labels is None:
+        raise ValueError(
+            f"loss {record.name!r} needs labels [S] = [{batch.num_sequences}] (bool for unpaired, relevance "
+            "for lists), got none."
+        )
+    if tuple(batch.labels.shape) != (batch.num_sequences,):
+        raise ValueError(
+            f"labels must be [S] = [{batch.num_sequences}], one per sequence, got "
+            f"{checks.shape_text(batch.labels)}."
+        )
+    return batch.labels
+
+
+def _groups(record: Loss, batch: Batch) -> Tensor:
+    if batch.cu_groups is None:
+        raise ValueError(
+            f"loss {record.name!r} ranks lists and needs cu_groups [G+1] on the sequence axis, got none."
+        )
+    return checks.check_cu_seqlens(
+        batch.cu_groups, batch.num_sequences, name="cu_groups", of="sequences"
+    )
+
+
+def term_metrics(term: Term, seq: SeqStats, batch: Batch) -> dict[str, Tensor]:
+    """What trainers log for the first loss of the objective."""
+    record, call = term.record, term.call
+    rewards = None if record.rewards is None else lambda s: record.rewards(s, **call.hyper)
+    seq = SeqStats(*(None if f is None else f.detach() for f in seq))
+    if record.family == "pairwise":
+        chosen, rejected = _split(term, seq, batch)[:2]
+        return pair_metrics(chosen, rejected, rewards, record.logps)
+    if record.family == "pointwise":
+        return unpaired_metrics(seq, _labels(record, batch), rewards)
+    if record.family == "listwise":
+        scores = getattr(seq, record.score)
+        return list_metrics(seq, scores, _labels(record, batch), _groups(record, batch), rewards)
+    return {}

@@ -1,0 +1,409 @@
+"""The list_rank op: loops in plain Python as oracle, ties, ragged shapes, autograd, bad input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefkern.list_options import FAMILIES, ListOptions, pack, unpack
+from prefkern.ops.list_rank import list_rank
+
+VARIANTS = [
+    ("pair", {}),
+    ("pair", {"weights": "labeldiff", "pair_reduction": "mean"}),
+    ("pair", {"weights": "lambda"}),
+    ("pair", {"weights": "lambda", "tie_rank": "average", "log_base": "2", "topn": 2}),
+    ("pair", {"weights": "lambda", "rank_source": "label", "gain": "linear", "normalize": True}),
+    ("pair", {"weights": "lambda", "form": "dcg2", "scale_by_list_size": True}),
+    ("hinge", {"margin": 0.5}),
+    ("plackett_luce", {}),
+    ("plackett_luce", {"ties": "stable", "topk": 2}),
+    ("plackett_luce", {"ties": "breslow", "item_gain": "exp2"}),
+    ("softmax", {"target": "sum"}),
+    ("softmax", {"target": "none"}),
+    ("softmax", {"target": "softmax", "alpha": 0.5}),
+    ("pro", {}),
+    ("nca", {"alpha": 0.5}),
+]
+IDS = ["-".join([f, *map(str, o.values())]) for f, o in VARIANTS]
+
+
+def lse(values):
+    top = max(values)
+    return top + math.log(sum(math.exp(v - top) for v in values))
+
+
+def softplus(x):
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def ranks(values):
+    """1-based, descending, equal values by position."""
+    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    return {item: r + 1 for r, item in enumerate(order)}
+
+
+def oracle(s, y, family, topk=None, **options):
+    """Loss of one group by loops over its items; masked items are dropped first."""
+    o = ListOptions(**options)
+    keep = [i for i in range(len(s)) if not math.isnan(y[i])]
+    s, y = [s[i] for i in keep], [y[i] for i in keep]
+    k = len(s)
+    if k == 0:
+        return 0.0
+    strict = [(i, j) for i in range(k) for j in range(k) if y[i] > y[j]]
+    size = (k if o.scale_by_list_size else 1) / (
+        max(len(strict), 1) if o.pair_reduction == "mean" else 1
+    )
+    log = math.log2 if o.log_base == "2" else math.log
+    if family == "hinge":
+        return size * sum(max(0.0, o.margin - (s[i] - s[j])) for i, j in strict)
+    if family == "pair":
+        rank = ranks(s if o.rank_source == "score" else y)
+
+        def disc(r):
+            return 0.0 if o.topn and r > o.topn else 1 / log(1 + r)
+
+        def place(i):
+            source = s if o.rank_source == "score" else y
+            block = (
+                [j for j in range(k) if source[j] == source[i]] if o.tie_rank == "average" else [i]
+            )
+            return sum(disc(rank[j]) for j in block) / len(block)
+
+        def gain(v):
+            return 2.0**v - 1 if o.gain == "exp2" else v
+
+        ideal = 1.0
+        if o.normalize:
+            ideal = sum(gain(y[i]) * disc(r) for i, r in ranks(y).items()) or 1.0
+        total = 0.0
+        for i, j in strict:
+            weight = 1.0
+            if o.weights == "labeldiff":
+                weight = abs(y[i] - y[j])
+            elif o.weights == "lambda" and o.form == "dcg2":
+                apart = abs(rank[i] - rank[j])
+                weight = abs(gain(y[i]) - gain(y[j])) * abs(disc(apart) - disc(apart + 1))
+            elif o.weights == "lambda":
+                weight = abs(gain(y[i]) - gain(y[j])) / ideal * abs(place(i) - place(j))
+            total += weight * softplus(-(s[i] - s[j]))
+        return size * total
+    if family == "plackett_luce":
+        rank = ranks(y)
+        total = 0.0
+        for i in range(k):
+            place = rank[i] if o.ties == "stable" else 1 + sum(y[j] > y[i] for j in range(k))
+            if topk is not None and place > topk:
+                continue
+            if o.ties == "stable":
+                risk = [s[j] for j in range(k) if rank[j] >= rank[i]]
+            elif o.ties == "breslow":
+                risk = [s[j] for j in range(k) if y[j] <= y[i]]
+            else:
+                risk = [s[i]] + [s[j] for j in range(k) if y[j] < y[i]]
+            total += (2.0 ** y[i] - 1 if o.item_gain == "exp2" else 1.0) * (lse(risk) - s[i])
+        return total
+    if family == "pro":
+        if not strict:
+            return 0.0
+        order = sorted(range(k), key=lambda i: (-y[i], i))
+        total = 0.0
+        for place in range(k - 1):
+            best, rest = order[place], order[place + 1 :]
+            widest = max(y[best] - y[i] for i in rest)
+            total += (
+                lse([widest * s[best]] + [(y[best] - y[i]) * s[i] for i in rest]) - widest * s[best]
+            )
+        return total
+    if family == "softmax" and o.target != "softmax":
+        q = list(y)
+        if o.target == "sum":
+            q = [v / sum(y) for v in y] if sum(y) > 0 else [0.0] * k
+    else:
+        norm = lse([v / o.alpha for v in y])
+        q = [math.exp(v / o.alpha - norm) for v in y]
+    if family == "softmax":
+        return sum(w * (lse(s) - v) for w, v in zip(q, s, strict=True))
+    return sum(w * softplus(-v) + softplus(v) / k for w, v in zip(q, s, strict=True))
+
+
+def oracle_slope(s, y, family, **options):
+    """Central differences of the oracle."""
+    step, slope = 1e-5, []
+    for i in range(len(s)):
+        ends = []
+        for d in (step, -step):
+            moved = list(s)
+            moved[i] += d
+            ends.append(oracle(moved, y, family, **options))
+        slope.append((ends[0] - ends[1]) / (2 * step))
+    return slope
+
+
+def ragged(sizes, seed=0, tied_scores=False, masked=False):
+    g = torch.Generator().manual_seed(seed)
+    n = sum(sizes)
+    scores = torch.randn(n, generator=g, dtype=torch.float64)
+    labels = torch.randint(0, 4, (n,), generator=g).double() / 2
+    if tied_scores:
+        scores = torch.zeros_like(scores)
+    if masked:
+        labels[torch.rand(n, generator=g) < 0.3] = torch.nan
+    cu = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+    return scores.requires_grad_(), labels, cu
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize(("family", "options"), VARIANTS, ids=IDS)
+def test_against_loops(family, options, masked):
+    sizes = [3, 0, 1, 7, 2, 0, 12, 5, 1]
+    scores, labels, cu = ragged(sizes, masked=masked)
+    loss = list_rank(scores, labels, cu, family=family, **options)
+    (grad,) = torch.autograd.grad(loss.sum(), scores)
+    for g in range(len(sizes)):
+        rows = slice(int(cu[g]), int(cu[g + 1]))
+        s, y = scores[rows].tolist(), labels[rows].tolist()
+        assert loss[g].item() == pytest.approx(
+            oracle(s, y, family, **options), rel=1e-11, abs=1e-11
+        )
+        slope = oracle_slope(s, y, family, **options)
+        assert grad[rows].tolist() == pytest.approx(slope, rel=1e-6, abs=1e-7)
+
+
+# lambda weights by score jump at score ties: there the weights of the tie itself are held.
+SMOOTH_AT_TIES = [
+    (f, o) for f, o in VARIANTS if o.get("weights") != "lambda" or o.get("rank_source") == "label"
+]
+
+
+@pytest.mark.parametrize(("family", "options"), SMOOTH_AT_TIES, ids=lambda v: str(v))
+def test_derivative_where_every_score_is_tied(family, options):
+    scores, labels, cu = ragged([4, 6], tied_scores=True)
+    loss = list_rank(scores, labels, cu, family=family, **options)
+    (grad,) = torch.autograd.grad(loss.sum(), scores)
+    for g in range(2):
+        rows = slice(int(cu[g]), int(cu[g + 1]))
+        slope = oracle_slope(scores[rows].tolist(), labels[rows].tolist(), family, **options)
+        assert grad[rows].tolist() == pytest.approx(slope, rel=1e-6, abs=1e-7)
+
+
+def test_first_step_of_lambda_follows_storage_or_averages():
+    labels = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    cu = torch.tensor([0, 3], dtype=torch.int32)
+
+    def slopes(order, **options):
+        scores = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+        loss = list_rank(scores, labels[order], cu, family="pair", weights="lambda", **options)
+        return torch.autograd.grad(loss.sum(), scores)[0]
+
+    first, last = slopes([0, 1, 2]), slopes([1, 2, 0])
+    assert first[0] != last[2]
+    assert slopes([0, 1, 2], tie_rank="average").abs().max() == 0
+
+
+@pytest.mark.parametrize(("family", "options"), VARIANTS, ids=IDS)
+def test_gradcheck(family, options):
+    scores, labels, cu = ragged([3, 0, 1, 6])
+    assert torch.autograd.gradcheck(
+        lambda s: list_rank(s, labels, cu, family=family, **options), scores
+    )
+
+
+@pytest.mark.parametrize(("family", "options"), VARIANTS, ids=IDS)
+def test_second_derivative_is_refused(family, options):
+    scores, labels, cu = ragged([3, 4])
+    loss = list_rank(scores, labels, cu, family=family, **options).sum()
+    (grad,) = torch.autograd.grad(loss, scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        grad.sum().backward()
+
+
+def test_backward_twice_gives_the_same_bits():
+    scores, labels, cu = ragged([3, 9, 4])
+    loss = list_rank(scores, labels, cu, family="pair", weights="lambda").sum()
+    once, twice = (torch.autograd.grad(loss, scores, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(once, twice)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_opcheck(family):
+    scores, labels, cu = ragged([3, 0, 5])
+    args = (scores, labels, cu, None, family, "", "reference")
+    torch.library.opcheck(torch.ops.prefkern.list_rank_fwd, args)
+    slope = torch.randn(8, dtype=torch.float64)
+    torch.library.opcheck(
+        torch.ops.prefkern.list_rank_bwd, (torch.randn(3, dtype=torch.float64), slope, cu)
+    )
+
+
+def test_compiles_whole():
+    scores, labels, cu = ragged([3, 0, 5])
+
+    def step(s):
+        return list_rank(2.0 * s, labels, cu, family="plackett_luce", topk=2).sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(scores)
+    want = step(scores)
+    assert torch.equal(compiled, want)
+    got_grad, want_grad = (torch.autograd.grad(v, scores)[0] for v in (compiled, want))
+    assert torch.equal(got_grad, want_grad)
+
+
+@pytest.mark.parametrize(("family", "options"), VARIANTS, ids=IDS)
+def test_degenerate_groups(family, options):
+    nan = float("nan")
+    labels = torch.tensor([nan, 0.5, nan, 1.0, 1.0], dtype=torch.float64)
+    cu = torch.tensor([0, 0, 1, 3, 5], dtype=torch.int32)  # empty, all masked, one left, all equal
+    scores = torch.tensor([nan, 0.3, nan, 0.2, -0.4], dtype=torch.float64, requires_grad=True)
+    loss = list_rank(scores, labels, cu, family=family, **options)
+    (grad,) = torch.autograd.grad(loss.sum(), scores)
+    assert torch.isfinite(loss).all() and torch.isfinite(grad).all()
+    assert loss[0] == 0 and loss[1] == 0 and grad[0] == 0 and grad[2] == 0
+    if family != "nca":
+        assert loss[2] == 0 and grad[1] == 0
+    if family in ("pair", "hinge", "pro") or (
+        family == "plackett_luce" and options.get("ties") is None
+    ):
+        assert loss[3] == 0 and (grad[3:] == 0).all()
+
+
+def test_no_groups_and_no_items():
+    empty = torch.zeros(0, dtype=torch.float64, requires_grad=True)
+    for cu, groups in (([0], 0), ([0, 0, 0], 2)):
+        loss = list_rank(empty, empty.detach(), torch.tensor(cu, dtype=torch.int32), family="pair")
+        assert loss.tolist() == [0.0] * groups
+        loss.sum().backward()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("family", "options"), VARIANTS, ids=IDS)
+def test_a_broken_score_breaks_its_own_group_only(family, options, bad):
+    scores, labels, cu = ragged([3, 4, 3])
+    with torch.no_grad():
+        scores[4] = bad
+    loss = list_rank(scores, labels, cu, family=family, **options)
+    assert loss.isnan().tolist() == [False, True, False]
+    (grad,) = torch.autograd.grad(loss.sum(), scores)
+    assert grad.isnan().tolist() == [False] * 3 + [True] * 4 + [False] * 3
+
+
+ORDER_FREE = [
+    (f, o)
+    for f, o in VARIANTS
+    if o.get("ties") != "stable" and o.get("rank_source") != "label" and f != "pro"
+]
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_order_inside_groups_and_of_groups_does_not_matter(data):
+    family, options = data.draw(st.sampled_from(ORDER_FREE))
+    sizes = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=6))
+    scores, labels, cu = ragged(
+        sizes, seed=data.draw(st.integers(0, 1000)), masked=data.draw(st.booleans())
+    )
+    loss = list_rank(scores, labels, cu, family=family, **options)
+    (grad,) = torch.autograd.grad(loss.sum(), scores)
+    groups = data.draw(st.permutations(range(len(sizes))))
+    items = [
+        i for g in groups for i in data.draw(st.permutations(range(int(cu[g]), int(cu[g + 1]))))
+    ]
+    moved = scores.detach()[items].requires_grad_()
+    new_cu = torch.tensor([0, *itertools.accumulate(sizes[g] for g in groups)], dtype=torch.int32)
+    again = list_rank(moved, labels[items], new_cu, family=family, **options)
+    torch.testing.assert_close(again, loss[list(groups)], rtol=1e-12, atol=1e-12)
+    (moved_grad,) = torch.autograd.grad(again.sum(), moved)
+    torch.testing.assert_close(moved_grad, grad[items], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("family", "options"), VARIANTS, ids=IDS)
+def test_a_batch_equals_its_groups_alone(family, options):
+    sizes = [5, 2, 31, 1, 9]
+    scores, labels, cu = ragged(sizes)
+    loss = list_rank(scores, labels, cu, family=family, **options)
+    for g, size in enumerate(sizes):
+        rows = slice(int(cu[g]), int(cu[g + 1]))
+        alone = list_rank(
+            scores[rows],
+            labels[rows],
+            torch.tensor([0, size], dtype=torch.int32),
+            family=family,
+            **options,
+        )
+        torch.testing.assert_close(alone[0], loss[g], rtol=1e-13, atol=1e-14)
+
+
+def test_many_groups_and_one_big_one():
+    """1e5 lists of 16 in blocks; a list of 1500 beside them. Spot-checked against the oracle."""
+    sizes = [16] * 100_000 + [1500]
+    n = sum(sizes)
+    g = torch.Generator().manual_seed(5)
+    scores = torch.randn(n, generator=g).requires_grad_()
+    labels = torch.rand(n, generator=g)
+    cu = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+    loss = list_rank(scores, labels, cu, family="plackett_luce")
+    loss.sum().backward()
+    assert torch.isfinite(scores.grad).all()
+    for group in (0, 777, 99_999, 100_000):
+        rows = slice(int(cu[group]), int(cu[group + 1]))
+        want = oracle(scores[rows].tolist(), labels[rows].tolist(), "plackett_luce")
+        assert loss[group].item() == pytest.approx(want, rel=1e-5)
+
+
+def test_options_survive_their_text():
+    for family, options in VARIANTS:
+        found = {k: v for k, v in options.items() if k != "topk"}
+        assert unpack(pack(family, found)) == ListOptions(**found)
+    assert pack("pair", {}) == ""
+
+
+BAD = [
+    (dict(family="pairs"), "family must be one of"),
+    (dict(family="pair", weight="lambda"), "nearest: weights"),
+    (dict(family="hinge", ties="strict"), "takes the options"),
+    (dict(family="pair", gain="exp"), "gain must be one of"),
+    (dict(family="pair", form="dcg2", topn=3), "dcg2"),
+    (dict(family="pair", topn=-1), "topn must be an int"),
+    (dict(family="pair", normalize=1), "True or False"),
+    (dict(family="softmax", alpha=0.0), "alpha must be > 0"),
+    (dict(family="softmax", alpha=float("nan")), "finite"),
+    (dict(family="pair", topk=2), "plackett_luce"),
+    (dict(family="plackett_luce", topk=0), "topk must be >= 1"),
+    (dict(family="plackett_luce", topk=1.5), "topk must be an int"),
+    (
+        dict(family="plackett_luce", topk=torch.tensor([1, 2])),
+        r"topk must be an int or integers \[G\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_options(options, message):
+    scores, labels, cu = ragged([3])
+    with pytest.raises(ValueError, match=message):
+        list_rank(scores, labels, cu, **options)
+
+
+def test_bad_tensors():
+    scores, labels, cu = ragged([3, 2])
+
+    def refused(message, s=scores, y=labels, c=cu, **options):
+        with pytest.raises(ValueError, match=message):
+            list_rank(s, y, c, **{"family": "pair", **options})
+
+    refused("float32 or float64", s=scores.bfloat16())
+    refused("float32 or float64", s=scores[None])
+    refused("labels must be numbers", y=labels[:3])
+    refused("labels must be numbers", y=labels > 0)
+    refused("must not require grad", y=labels.clone().requires_grad_())
+    refused("start at 0 and end at 5", c=torch.tensor([0, 3, 4], dtype=torch.int32))
+    refused("never decrease", c=torch.tensor([0, 4, 3, 5], dtype=torch.int32))
+    refused("labels must be >= 0", y=labels - 2, family="softmax", target="sum")
+    refused("backend must be one of", backend="tpu")

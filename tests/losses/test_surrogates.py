@@ -1,0 +1,79 @@
+"""Links and scores: derivative at 0 and at kinks, tails, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from prefkern import surrogates
+
+
+def slope(fn, x, *args):
+    leaf = torch.tensor([x], dtype=torch.float64, requires_grad=True)
+    value = fn(leaf, *args)
+    return value.item(), torch.autograd.grad(value.sum(), leaf)[0].item()
+
+
+@pytest.mark.parametrize(
+    ("fn", "x", "args", "value", "derivative"),
+    [
+        (surrogates.logistic, 0.0, (), math.log(2), -0.5),
+        (surrogates.logistic, -1e4, (), 1e4, -1.0),
+        (surrogates.logistic, 1e4, (), 0.0, 0.0),
+        (surrogates.logistic, 1e4, (1.0, 0.5), 5e3, 0.5),
+        (surrogates.smoothed_logistic, 0.0, (0.2,), math.log(2), 0.5 - 0.8),
+        (surrogates.hinge, 1.0, (), 0.0, 0.0),
+        (surrogates.hinge, 0.0, (), 1.0, -1.0),
+        (surrogates.squared, -3.0, (), 9.0, -6.0),
+        (surrogates.zero_one, 0.0, (), 0.5, -0.25),
+        (surrogates.zero_one, 40.0, (), math.exp(-40.0), -math.exp(-40.0)),
+        (surrogates.forward_kl_score, 0.0, (), 0.0, 1.0),
+        (surrogates.forward_kl_score, -1e4, (), 1 - math.exp(80.0), 0.0),
+        (surrogates.jensen_shannon_score, 0.0, (), 0.0, 0.5),
+        (surrogates.jensen_shannon_score, 1e4, (), math.log(2), 0.0),
+        (surrogates.alpha_score, 0.0, (0.5,), 0.0, 1.0),
+        (surrogates.alpha_score, 2.0, (0.0,), 2.0, 1.0),
+        (surrogates.alpha_score, 1e-9, (1.0,), 1e-9, 1.0),
+        (surrogates.log_odds, math.log(0.5), (), 0.0, 2.0),
+        (surrogates.log_odds, 0.0, (), -1e-6 - math.log(1e-6) + 5e-7, 0.0),
+        (surrogates.log_odds, -1e3, (), -1e3, 1.0),
+    ],
+)
+def test_value_and_derivative(fn, x, args, value, derivative):
+    got = slope(fn, x, *args)
+    assert got[0] == pytest.approx(value, rel=1e-9, abs=1e-15)
+    assert got[1] == pytest.approx(derivative, rel=1e-9, abs=1e-15)
+
+
+def test_logistic_keeps_its_digits_beyond_twenty():
+    """torch's softplus turns linear at 20 and is 2e-9 off there."""
+    x = torch.tensor([-25.0], dtype=torch.float64)
+    assert surrogates.logistic(x).item() == 25.0 + math.log1p(math.exp(-25.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("x", [0.0, 1e4, -1e4])
+def test_everything_is_finite_far_out(x, dtype):
+    functions = [
+        surrogates.logistic,
+        surrogates.hinge,
+        surrogates.squared,
+        surrogates.zero_one,
+        surrogates.forward_kl_score,
+        surrogates.jensen_shannon_score,
+        lambda v: surrogates.alpha_score(v, 0.3),
+        surrogates.log_odds,
+    ]
+    for fn in functions:
+        leaf = torch.tensor([x], dtype=dtype, requires_grad=True)
+        value = fn(leaf)
+        assert value.dtype == dtype and torch.isfinite(value).all()
+        assert torch.isfinite(torch.autograd.grad(value.sum(), leaf)[0]).all()
+
+
+@pytest.mark.parametrize("eps", [-0.1, 0.6, float("nan")])
+def test_label_smoothing_range(eps):
+    with pytest.raises(ValueError, match=r"\[0, 0.5\]"):
+        surrogates.smoothed_logistic(torch.zeros(1), eps)

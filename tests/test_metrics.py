@@ -1,0 +1,86 @@
+"""Metrics against hand-computed values, golden ranking vectors and TRL's definitions."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefkern import metrics
+from prefkern.types import SeqStats
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "list.json").read_text())
+
+
+def seq(**fields):
+    return SeqStats(**{k: torch.tensor(v, dtype=torch.float64) for k, v in fields.items()})
+
+
+@pytest.mark.parametrize("case", GOLDEN["metrics"], ids=lambda c: c["dataset"])
+def test_rank_stats_golden(case):
+    data = GOLDEN["datasets"][case["dataset"]]
+    scores = case["beta"] * (
+        torch.tensor(data["logp"]).double() - torch.tensor(data["ref_logp"]).double()
+    )
+    labels = torch.tensor(
+        [math.nan if y is None else y for y in data["labels"]], dtype=torch.float64
+    )
+    cu = torch.tensor(data["offsets"], dtype=torch.int32)
+    whole, at3 = (
+        metrics.rank_stats(scores, labels, cu),
+        metrics.rank_stats(scores, labels, cu, at=3),
+    )
+    for g, want in enumerate(case["per_group"]):
+        assert whole.ndcg[g].item() == pytest.approx(want["ndcg"], rel=1e-6)
+        assert at3.ndcg[g].item() == pytest.approx(want["ndcg_at_3"], rel=1e-6)
+        for name, got in (
+            ("pair_accuracy", whole.pair_accuracy), ("best_beats_all", whole.best_first),
+            ("margin_best_minus_mean_rest", whole.margin),
+        ):  # fmt: skip
+            if want[name] is None:
+                assert math.isnan(got[g].item())
+            else:
+                assert got[g].item() == pytest.approx(float(want[name]), rel=1e-5)
+
+
+def test_masked_items_do_not_count():
+    scores = torch.tensor([3.0, 9.0, 1.0, 2.0])
+    labels = torch.tensor([1.0, math.nan, 0.0, 2.0])
+    got = metrics.rank_stats(scores, labels, torch.tensor([0, 4], dtype=torch.int32))
+    alone = metrics.rank_stats(
+        scores[[0, 2, 3]], labels[[0, 2, 3]], torch.tensor([0, 3], dtype=torch.int32)
+    )
+    for a, b in zip(got, alone, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_pair_metrics_by_hand():
+    chosen = seq(logp=[-4.0, -6.0], ref_logp=[-5.0, -6.0], length=[2.0, 4.0], fkl=[0.5, 0.1],
+                 zmean=[2.0, 4.0], top1=[1.0, 2.0], ent=[3.0, 3.0])  # fmt: skip
+    rejected = seq(logp=[-4.0, -7.0], ref_logp=[-4.0, -9.0], length=[1.0, 1.0], fkl=[0.2, 0.2],
+                   zmean=[5.0, 1.0], top1=[0.0, 1.0], ent=[1.0, 1.0])  # fmt: skip
+    got = metrics.pair_metrics(chosen, rejected, lambda s: 0.1 * s.logratio)
+    want = {
+        "logps/chosen": -5.0, "logps/rejected": -5.5,
+        "rewards/chosen": 0.05, "rewards/rejected": 0.1, "rewards/margins": -0.05, "rewards/accuracies": 0.5,
+        "kl/chosen": 0.3, "kl/rejected": 0.2, "kl/margin": 0.1,
+        "logits/chosen": 1.0, "logits/rejected": 3.0, "mean_token_accuracy": 0.5, "entropy": 1.0,
+    }  # fmt: skip
+    assert {k: pytest.approx(v.item()) for k, v in got.items()} == want
+    assert all(v.dim() == 0 and not v.requires_grad for v in got.values())
+
+
+def test_equal_rewards_are_not_accurate():
+    same = seq(logp=[-4.0], ref_logp=[-4.0], length=[2.0])
+    got = metrics.pair_metrics(same, same, lambda s: s.logratio)
+    assert got["rewards/accuracies"] == 0 and got["rewards/margins"] == 0
+
+
+def test_unpaired_metrics_one_side_missing():
+    rows = seq(logp=[-4.0, -6.0], ref_logp=[-5.0, -6.0], length=[2.0, 0.0])
+    got = metrics.unpaired_metrics(rows, torch.tensor([True, True]), lambda s: s.logratio)
+    assert got["rewards/chosen"].item() == pytest.approx(0.5)
+    assert got["rewards/rejected"] == 0 and got["rewards/margins"] == 0
+    both = metrics.unpaired_metrics(rows, torch.tensor([True, False]), lambda s: s.logratio)
+    assert both["rewards/margins"].item() == pytest.approx(1.0)
