@@ -114,7 +114,9 @@ def reduce(
         values = record.fn(*_split(term, seq, batch), **args)
         items = "pairs"
     elif record.family == "pointwise":
-        values, items = record.fn(seq, label=_labels(record, batch), **args), "sequences"
+        if "label" in record.extra:
+            args["label"] = _labels(record, batch)
+        values, items = record.fn(seq, **args), "sequences"
     elif record.family == "listwise":
         labels, cu = _labels(record, batch), _groups(record, batch)
         values, items = record.fn(getattr(seq, record.score), labels, cu, **args), "groups"
@@ -188,7 +190,7 @@ def term_metrics(term: Term, seq: SeqStats, batch: Batch) -> dict[str, Tensor]:
     if record.family == "pairwise":
         chosen, rejected = _split(term, seq, batch)[:2]
         return pair_metrics(chosen, rejected, rewards, record.logps)
-    if record.family == "pointwise":
+    if record.family == "pointwise" and "label" in record.extra:
         return unpaired_metrics(seq, _labels(record, batch), rewards)
     if record.family == "listwise":
         scores = getattr(seq, record.score)

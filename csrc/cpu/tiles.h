@@ -122,7 +122,7 @@ inline void shape_row(T* z, int64_t stride, int64_t blocks, int64_t width, const
 }
 
 // Tile row <-> plain memory of any dtype. Whole blocks of fp32 and bf16 move as vectors: kept logits go
-// past the caches (they come back only after the whole forward), and `ahead` bytes further, where the
+// past the caches (they come back only after the whole forward), and `ahead` elements further, where the
 // next row's part of the tile lies, is asked for while this one is read.
 template <class T>
 inline void tile_to_plain(void* dst, Dtype type, int64_t at, const T* z, int64_t stride, int64_t width) {

@@ -44,7 +44,10 @@ def loss_arguments(case: dict) -> tuple[dict, dict]:
             given[name] = torch.cat([leaves[f"{key}_{side}"] for side in SIDES])
     elif case["method"] == "MaPO":
         features = vectors.tensor(extra["activations_hook_t_d"]).mean(-1)
-        given |= {"activations": torch.cat([features] * 2, 1), "hook_type": torch.tensor(extra["hook_type"])}
+        given |= {
+            "activations": torch.cat([features] * 2, 1),
+            "hook_type": torch.tensor(extra["hook_type"]),
+        }
     elif case["method"] == "TGDPO":
         aux = torch.log_softmax(vectors.tensor(flat(case, "aux1_logits")), -1)
         given["aux_logp"] = aux.gather(1, torch.tensor(flat(case, "targets"))[:, None])[:, 0]

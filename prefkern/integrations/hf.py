@@ -1,0 +1,250 @@
+"""What a loss needs from a transformers model: backbone hidden states and the head, never logits.
+
+Shapes: B rows of T tokens (a packed batch has B = 1), D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import packed_attention
+
+# A transformers causal model, or a PEFT model around one. nn.Module would be less than the truth:
+# the checker would know neither config nor base_model.
+Model = Any
+
+# Config names that scale the logits, as transformers' modelling files use them.
+_MULTIPLIES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+# `logits_scaling` divides (granite, minicpm3, ...), except where the model multiplies by it.
+_MULTIPLIES_BY_LOGITS_SCALING = frozenset({"hyperclovax", "hyperclovax_vision_v2"})
+# Configs that carry a name which their modelling file never applies.
+_NOT_APPLIED = {"mpt": frozenset({"logit_scale"})}
+
+
+class Head(NamedTuple):
+    """The last layer: logits = softcap * tanh(scale * (h . w + b) / softcap)."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    scale: float
+    softcap: float | None
+
+    def options(self, prefix: str = "") -> dict[str, Any]:
+        """Keyword arguments of the fused ops; prefix "ref_" for a reference head."""
+        return {
+            f"{prefix}bias": self.bias,
+            f"{prefix}scale": self.scale,
+            f"{prefix}softcap": self.softcap,
+        }
+
+
+def causal_lm(model: Model) -> Model:
+    """The transformers model inside a PEFT wrapper (or the model itself)."""
+    peft = sys.modules.get("peft")
+    return model.get_base_model() if peft and isinstance(model, peft.PeftModel) else model
+
+
+def text_config(model: Model) -> Any:
+    return causal_lm(model).config.get_text_config()
+
+
+def logit_options(config: Any) -> tuple[float, float | None]:
+    """(scale, softcap) that the family applies to its logits, read from the text config."""
+    skip = _NOT_APPLIED.get(config.model_type, frozenset())
+    scale = 1.0
+    for name in _MULTIPLIES:
+        value = getattr(config, name, None)
+        if value is not None and name not in skip:
+            scale *= float(value)
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None:
+        multiplies = config.model_type in _MULTIPLIES_BY_LOGITS_SCALING
+        scale = scale * float(divisor) if multiplies else scale / float(divisor)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return scale, None if softcap is None else float(softcap)
+
+
+def _output_layer(model: Model) -> tuple[str, Any]:
+    """(name, module) of the output embedding; raises ValueError where there is none."""
+    base = causal_lm(model)
+    layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if layer is None:
+        raise ValueError(
+            f"{type(base).__name__} has no output embedding (lm_head): prefkern needs a causal "
+            "language model with a linear head; load it with AutoModelForCausalLM."
+        )
+    name = next((n for n, m in base.named_modules(remove_duplicate=False) if m is layer), "lm_head")
+    return name, layer
+
+
+def refuse_unsupported(model: Model) -> None:
+    """Raises ValueError, by name, for what would be ignored silently: adapters on the head, prompt
+    learning, encoder-decoder models, router losses."""
+    base, config = causal_lm(model), text_config(model)
+    name, layer = _output_layer(model)
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    if type(layer).__module__.startswith("peft."):
+        how = "modules_to_save" if "Wrapper" in type(layer).__name__ else "an adapter"
+        raise ValueError(
+            f"{how} on the output embedding {name!r} ({kind}) is not supported: the fused head "
+            f"reads one plain weight and would ignore it; take {name!r} out of the PEFT config."
+        )
+    for adapter, settings in getattr(model, "peft_config", {}).items():
+        if getattr(settings, "is_prompt_learning", False):
+            raise ValueError(
+                f"adapter {adapter!r} is prompt learning ({settings.peft_type}), which adds "
+                "positions that carry no label; use LoRA or another weight adapter."
+            )
+        targets = getattr(settings, "target_parameters", None) or ()
+        if any(name in target for target in targets):
+            raise ValueError(
+                f"adapter {adapter!r} targets parameters of the head {name!r}: not supported."
+            )
+    weight = getattr(layer, "weight", None)
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        found = "no weight" if weight is None else f"{weight.dtype} {list(weight.shape)}"
+        raise ValueError(
+            f"the head {name!r} ({kind}) must have a float weight [V, D], got {found}."
+        )
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(base).__name__} is an encoder-decoder model; prefkern needs a decoder."
+        )
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "output_router_logits=True asks for the router's auxiliary loss, which the trainer "
+            "does not add; set output_router_logits=False in the model's config."
+        )
+
+
+def read_head(model: Model) -> Head:
+    """The head's live parameters and the constants of its logits."""
+    _, layer = _output_layer(model)
+    config = text_config(model)
+    scale, softcap = logit_options(config)
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    real = getattr(config, "unpadded_vocab_size", None)
+    if real is not None and real < weight.shape[0]:  # the model cuts its logits there
+        weight, bias = weight[:real], None if bias is None else bias[:real]
+    return Head(weight, bias, scale, softcap)
+
+
+def backbone(model: Model) -> Model:
+    """The module below the head, adapters included."""
+    base = causal_lm(model)
+    inner = base.base_model if base.base_model is not base else base.get_decoder()
+    if inner is base:
+        raise ValueError(
+            f"{type(base).__name__} does not name its backbone (base_model_prefix); prefkern "
+            "cannot separate hidden states from the head."
+        )
+    return inner
+
+
+def takes_position_ids(model: Model) -> bool:
+    """Packed batches restart positions; a backbone without position_ids cannot be packed."""
+    return "position_ids" in inspect.signature(backbone(model).forward).parameters
+
+
+def hidden_states(
+    model: Model,
+    input_ids: Tensor,  # [B, T]
+    *,
+    position_ids: Tensor | None,  # [B, T]
+    attention_mask: Tensor | None,  # [B, T]
+    layers: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # [B, T, D], [L, B, T, D] or None
+    """Last hidden states, as they enter the head, and those after every block when asked for."""
+    arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if position_ids is not None and takes_position_ids(model):
+        arguments["position_ids"] = position_ids
+    with packed_attention.arguments(causal_lm(model), position_ids, attention_mask) as extra:
+        out = backbone(model)(
+            **arguments, **extra, use_cache=False, output_hidden_states=layers, return_dict=True
+        )
+    return out.last_hidden_state, torch.stack(out.hidden_states[1:]) if layers else None
+
+
+def adapter_off(model: Model) -> AbstractContextManager:
+    """Context in which a PEFT model is its base model; a plain model is refused."""
+    peft = sys.modules.get("peft")
+    if not (peft and isinstance(model, peft.PeftModel)):
+        raise ValueError(
+            "reference=adapter switches a PEFT adapter off, but the policy has none; set lora_r or "
+            "use reference=model."
+        )
+    return model.disable_adapter()
+
+
+@torch.no_grad()
+def fused_logps(
+    model: Model,
+    input_ids: Tensor,  # [B, T]
+    targets: Tensor,  # [B, T]
+    *,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    backend: str = "auto",
+) -> Tensor:  # [B, T]
+    """Log-probabilities of the targets from hidden states and head; 0 where ignored."""
+    import prefkern
+
+    hidden, _ = hidden_states(
+        model, input_ids, position_ids=position_ids, attention_mask=attention_mask
+    )
+    head = read_head(model)
+    stats = prefkern.linear_logps(hidden, head.weight, targets, **head.options(), backend=backend)
+    assert stats.logp is not None
+    return stats.logp
+
+
+@torch.no_grad()
+def check_head(
+    model: Model,
+    input_ids: Tensor,  # [B, T]
+    targets: Tensor,  # [B, T]
+    *,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    limit: float = 1e-4,
+    backend: str = "auto",
+) -> float:
+    """Largest difference between fused log-probabilities and those of the model's own logits.
+
+    Raises ValueError beyond `limit` (nats) plus what rounding logits to a 16-bit dtype costs: the
+    family does something to its logits that the config does not say.
+    """
+    arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if position_ids is not None and takes_position_ids(model):
+        arguments["position_ids"] = position_ids
+    was_training = model.training
+    model.eval()
+    with torch.autocast(input_ids.device.type, enabled=False):
+        logits = causal_lm(model)(**arguments, use_cache=False).logits.float()  # [B, T, V]
+        fused = fused_logps(
+            model, input_ids, targets,
+            position_ids=position_ids, attention_mask=attention_mask, backend=backend,
+        )  # fmt: skip
+    model.train(was_training)
+    scored = targets != -100
+    own = logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    difference = (own - fused)[scored].abs().max().item() if bool(scored.any()) else 0.0
+    dtype = read_head(model).weight.dtype
+    # Own logits come rounded to the working dtype: eps * |z| each, in the target and in the lse.
+    slack = 0.0 if dtype in (torch.float32, torch.float64) else 2 * torch.finfo(dtype).eps
+    allowed = limit + slack * logits[scored].abs().max().item() if bool(scored.any()) else limit
+    if not difference <= allowed:
+        scale, softcap = logit_options(text_config(model))
+        raise ValueError(
+            f"{type(causal_lm(model)).__name__}: log-probabilities from hidden states and head "
+            f"differ from the model's own logits by {difference:.3g} nats (limit {allowed:.2g}), "
+            f"with scale={scale:g}, softcap={softcap} read from the config; this family treats its "
+            "logits in a way prefkern does not know, so training it would be wrong."
+        )
+    return difference

@@ -1,0 +1,143 @@
+"""Checks on losses, model and data before the first step; each refuses with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .. import losses
+from ..integrations import hf, packed_attention
+from ..types import Loss, SeqStats
+from . import masks as mask_module
+from .config import TrainConfig, nearest
+from .data import Example, collate
+
+LAYOUT_OF = {
+    "pairwise": "pairs", "tokenwise": "pairs", "pointwise": "unpaired", "listwise": "lists",
+}  # fmt: skip
+# Tensors that the loop hands to a loss, beside fields of the sequence statistics.
+SUPPLIED = frozenset(
+    {"label", "kl_baseline", "reward_mask", "kl_mask", "activations", "hook_type", "aux_logp"}
+)
+FIELDS = frozenset(SeqStats._fields)
+# Packed and alone differ by rounding alone; a leak between sequences costs tenths of a nat.
+PACKING_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+
+
+def check_losses(config: TrainConfig) -> list[Loss]:
+    """The records of config.loss.
+
+    Raises:
+        ValueError: an unknown loss, or an argument that none of the losses has.
+    """
+    records = [losses.resolve(name)[0] for name in config.loss]
+    known = {name for record in records for name in losses.arguments(record)}
+    if any("reward_mask" in losses.required(record) for record in records):
+        known |= set(mask_module.OPTIONS)
+    for name in config.loss_args:
+        if name not in known:
+            near = nearest(name, known) or f"; known: {', '.join(sorted(known)) or 'none'}"
+            raise ValueError(f"loss {', '.join(config.loss)} has no argument {name!r}{near}.")
+    return records
+
+
+def check_family(records: list[Loss], layout: str) -> None:
+    for record in records:
+        if LAYOUT_OF.get(record.family) != layout:
+            raise ValueError(
+                f"loss {record.name!r} is {record.family} and trains on "
+                f"{LAYOUT_OF.get(record.family)}, but the data are {layout}; choose another "
+                "loss (prefkern losses) or other data."
+            )
+        if record.update is not None:
+            raise ValueError(
+                f"loss {record.name!r} keeps a state between steps: not supported here."
+            )
+        lacking = [n for n in losses.required(record) if n not in SUPPLIED and n not in FIELDS]
+        if lacking or (record.family == "pairwise" and len(record.rows) != 2):
+            what = " and ".join(lacking) or f"the rows {', '.join(record.rows)}"
+            raise ValueError(
+                f"loss {record.name!r} needs {what}, which this trainer does not supply; call "
+                "prefkern.preference_loss from a loop of your own."
+            )
+
+
+def check_first_batch(model: hf.Model, examples: list[Example], config: TrainConfig) -> float:
+    """The model's own logits against the fused head on the first group, at most 256 tokens each."""
+    batch = collate(examples[:1], packed=False).to(next(model.parameters()).device)
+    longest = 256 if batch.targets[:, :256].ne(-100).any() else batch.targets.shape[1]
+    assert batch.attention_mask is not None  # padded
+    return hf.check_head(
+        model,
+        batch.input_ids[:, :longest],
+        batch.targets[:, :longest],
+        position_ids=batch.position_ids[:, :longest],
+        attention_mask=batch.attention_mask[:, :longest],
+        backend=config.backend,
+    )
+
+
+def packing_difference(model: hf.Model, examples: list[Example], config: TrainConfig) -> float:
+    """Largest difference in nats between packed log-probabilities and each sequence alone."""
+    sequences = [s for e in examples[:2] for s in e.sequences][:4]
+    alone = [Example(row=0, sequences=(s,)) for s in sequences]
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+
+    def logps(examples: list[Example]) -> torch.Tensor:  # [n], scored rows
+        batch = collate(examples, packed=True).to(device)
+        out = hf.fused_logps(
+            model, batch.input_ids, batch.targets,
+            position_ids=batch.position_ids, attention_mask=None, backend=config.backend,
+        )  # fmt: skip
+        return out[batch.targets != -100]
+
+    packed = logps(alone)
+    single = torch.cat([logps([example]) for example in alone])
+    model.train(was_training)
+    return (packed - single).abs().max().item() if packed.numel() else 0.0
+
+
+def choose_packing(
+    say: Callable[[str], None], model: hf.Model, examples: list[Example], config: TrainConfig
+) -> bool:
+    """Whether batches are packed; where that is wrong or wasteful they are padded, and said so."""
+    if config.packing == "off":
+        return False
+    inner = hf.causal_lm(model)
+    varlen = packed_attention.use(inner, config.max_length)
+    attention = str(hf.text_config(model)._attn_implementation)
+    limit = PACKING_LIMIT[next(model.parameters()).dtype]
+    must = config.packing == "on" or config.token_budget is not None
+    if not hf.takes_position_ids(model):
+        reason = f"{type(hf.backbone(model)).__name__} takes no position_ids"
+    elif not (varlen or must or attention.startswith("flash") or attention == "flex_attention"):
+        reason = (
+            f"{attention} attention would mask a packed batch at the square of its total length"
+        )
+    elif (found := packing_difference(model, examples, config)) > limit:
+        reason = (
+            f"packed log-probabilities differ by {found:.3g} nats from each sequence alone "
+            f"(limit {limit:g}, {attention} attention)"
+        )
+    else:
+        return True
+    if must:
+        raise ValueError(
+            f"batches cannot be packed: {reason}; use packing=off and no token_budget."
+        )
+    packed_attention.stop(inner)
+    say(f"batches are padded, not packed: {reason}.")
+    return False
+
+
+def check_examples(examples: list[Example]) -> None:
+    """The trainer's losses weigh every group alike."""
+    weighted = next((e.row for e in examples if e.weight != 1.0), None)
+    if weighted is not None:
+        raise ValueError(
+            f"row {weighted} has a weight other than 1, and the trainer would ignore it; drop the "
+            "column `weight`, or weigh tokens with chosen_weights and rejected_weights."
+        )

@@ -1,0 +1,332 @@
+"""Every option of a training run, in one frozen dataclass.
+
+The command line is derived from it, a YAML file fills it, a checkpoint stores it. Names follow TRL
+and transformers where they have one. No torch import: reading a configuration is instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Options of `prefkern train`. A group answers one prompt: a pair, a list or one answer."""
+
+    model: str
+    """Causal language model: folder or hub name (transformers)."""
+    dataset: str
+    """JSON lines (plain or .gz), Parquet, or the name of a `datasets` data set."""
+    output_dir: str = "prefkern-output"
+    """Checkpoints, logs, curves and the final model go here."""
+
+    # data
+    eval_dataset: str | None = None
+    """Held-out data, evaluated every eval_steps and at the end."""
+    dataset_split: str = "train"
+    """Split of `dataset` (only for `datasets` names)."""
+    eval_split: str = "test"
+    """Split of `eval_dataset` (only for `datasets` names)."""
+    layout: Literal["auto", "pairs", "lists", "unpaired"] = "auto"
+    """What a row is; auto reads it off the columns."""
+    max_length: int = 1024
+    """Prompt plus completion in tokens; longer rows keep their start."""
+    append_eos: bool = True
+    """End plain-text answers with EOS."""
+    list_labels: Literal["scores", "order"] = "scores"
+    """Labels of ranked lists: the scores as they are, or only their order (0 for the worst)."""
+    strict: bool = False
+    """Refuse the data set at the first bad row instead of counting and skipping bad rows."""
+    limit: int | None = None
+    """Use only the first rows of `dataset`."""
+    eval_limit: int | None = None
+    """Use only the first rows of `eval_dataset`."""
+
+    # objective
+    loss: tuple[str, ...] = ("dpo",)
+    """One or more names from `prefkern losses`; several are summed with loss_weights."""
+    loss_weights: tuple[float, ...] | None = None
+    """One factor per loss (default: 1 each)."""
+    loss_args: dict[str, Any] = field(default_factory=dict)
+    """Hyper-parameters of the loss, e.g. {beta: 0.1}; on the command line --loss-arg beta=0.1."""
+    reference: Literal["auto", "model", "adapter", "columns", "none"] = "auto"
+    """Where the reference comes from; auto: none, the cache, the adapter switched off, or a second
+    model, whichever the loss, precomputed_ref and lora_r call for."""
+    ref_model: str | None = None
+    """Reference model; default: a frozen copy of `model`."""
+    precomputed_ref: str | None = None
+    """File or folder written by `prefkern precompute`."""
+    aux_model: str | None = None
+    """Second frozen model for losses that read one (tgdpo's token rewards)."""
+    mask_learning_rate: float | None = None
+    """Learning rate of sparsepo's mask module (default: learning_rate)."""
+    mask_weight_decay: float = 0.01
+    """Weight decay of sparsepo's mask module."""
+    backend: str = "auto"
+    """Backend of the fused ops: auto, reference, cpu, triton, cuda."""
+
+    # adapter
+    lora_r: int = 0
+    """Rank of a LoRA adapter; 0 trains all weights."""
+    lora_alpha: int = 16
+    """Scale numerator of the adapter."""
+    lora_dropout: float = 0.0
+    """Dropout of the adapter (needs disable_dropout=False)."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Layers to adapt; empty: all linear layers except the head."""
+
+    # batches
+    per_device_train_batch_size: int = 8
+    """Groups per micro-batch and process."""
+    per_device_eval_batch_size: int = 8
+    """Groups per evaluation batch and process."""
+    token_budget: int | None = None
+    """Fill packed micro-batches up to this many tokens instead of a fixed number of groups."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Concatenate sequences instead of padding them; auto checks that the model supports it."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step and process; denominators are global over the step."""
+
+    # optimization
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; biases and norms have none."""
+    adam_beta1: float = 0.9
+    """AdamW's first decay rate."""
+    adam_beta2: float = 0.999
+    """AdamW's second decay rate."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm; 0 turns clipping off."""
+    lr_scheduler_type: str = "linear"
+    """Any schedule name of transformers: linear, cosine, constant_with_warmup, ..."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    warmup_ratio: float = 0.0
+    """Warm-up as a share of all steps (used when warmup_steps is 0)."""
+    num_train_epochs: float = 1.0
+    """Passes over the data."""
+    max_steps: int = -1
+    """Optimizer steps; > 0 overrides num_train_epochs."""
+    seed: int = 42
+    """Order of the data, dropout, adapter and mask initialisation."""
+
+    # precision and memory
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights in memory (and of the checkpoint)."""
+    bf16: bool = False
+    """Compute in bfloat16 (autocast) over weights of type `dtype`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    attn_implementation: str | None = None
+    """transformers' attention: eager, sdpa, flash_attention_2, ... (default: the model's own)."""
+    disable_dropout: bool = True
+    """Set every dropout of policy and mask module to 0."""
+    memory_budget: int | None = None
+    """Bytes of logits kept between forward and backward; changes time, not one bit of a result."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes an accelerator when there is one."""
+
+    # logs and checkpoints
+    logging_steps: int = 10
+    """Steps per logged row."""
+    eval_steps: int = 0
+    """Steps between evaluations; 0: only before the first and after the last step."""
+    save_steps: int = 500
+    """Steps between checkpoints; 0: none but the final model."""
+    save_total_limit: int | None = None
+    """Keep only the newest checkpoints."""
+    resume_from_checkpoint: str | None = None
+    """auto (the newest in output_dir, if any) or a checkpoint folder; continues bit for bit."""
+    overwrite_output_dir: bool = False
+    """Start afresh in a folder that holds checkpoints."""
+    report_to: tuple[str, ...] = ()
+    """Trackers of accelerate: tensorboard, wandb, trackio, mlflow, ..."""
+    run_name: str = "prefkern"
+    """Project name given to the trackers."""
+    plots: bool = True
+    """Write PNG curves at the end."""
+    disable_tqdm: bool = False
+    """No progress bar."""
+
+    def __post_init__(self) -> None:
+        for name, low in _LOWEST.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} must be >= {low}, got {value}.")
+        if not self.loss:
+            raise ValueError("loss must name at least one loss, got none; see `prefkern losses`.")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss):
+            raise ValueError(
+                f"loss_weights must have one number per loss, got {len(self.loss_weights)} for "
+                f"{len(self.loss)} losses {list(self.loss)}."
+            )
+        if self.token_budget is not None and self.packing == "off":
+            raise ValueError("token_budget packs sequences; it cannot go with packing=off.")
+        if self.lora_dropout and self.disable_dropout:
+            raise ValueError(
+                f"lora_dropout={self.lora_dropout} needs disable_dropout=False (default: True)."
+            )
+        if self.precomputed_ref and self.reference != "auto":
+            raise ValueError(
+                f"precomputed_ref replaces the reference model; it cannot go with reference="
+                f"{self.reference}; leave reference=auto."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+_LOWEST = {
+    "max_length": 2,
+    "limit": 1,
+    "eval_limit": 1,
+    "lora_r": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "token_budget": 2,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0.0,
+    "max_grad_norm": 0.0,
+    "warmup_steps": 0,
+    "warmup_ratio": 0.0,
+    "num_train_epochs": 0.0,
+    "logging_steps": 1,
+    "eval_steps": 0,
+    "save_steps": 0,
+    "save_total_limit": 1,
+    "memory_budget": 0,
+}
+
+# Options that do not change the sequence of weights: a resumed run may set them differently.
+_FREE_ON_RESUME = frozenset(
+    {
+        "output_dir", "eval_dataset", "eval_split", "eval_limit", "per_device_eval_batch_size",
+        "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
+        "overwrite_output_dir", "report_to", "run_name", "plots", "disable_tqdm", "memory_budget",
+    }
+)  # fmt: skip
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """'; nearest: a, b' or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def _coerce(name: str, value: Any, kind: Any) -> Any:
+    """`value` from YAML in the type of the field; raises ValueError where it does not fit."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, UnionType):
+        if value is None:
+            return None
+        return _coerce(name, value, next(a for a in typing.get_args(kind) if a is not type(None)))
+    if origin is Literal:
+        # YAML reads on/off as booleans
+        if isinstance(value, bool) and "on" in typing.get_args(kind):
+            value = "on" if value else "off"
+        if value in typing.get_args(kind):
+            return value
+        raise ValueError(f"{name} must be one of {list(typing.get_args(kind))}, got {value!r}.")
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_coerce(name, item, typing.get_args(kind)[0]) for item in items)
+    if origin is dict:
+        if isinstance(value, dict):
+            return dict(value)
+    elif kind is bool or isinstance(value, bool):
+        if kind is bool and isinstance(value, bool):
+            return value
+    elif kind is float and isinstance(value, int | float | str):
+        return float(value)  # YAML 1.1 reads 1e-6 as a string
+    elif kind is int and isinstance(value, int):
+        return value
+    elif kind is str and isinstance(value, str | int | float):
+        return str(value)
+    expected = getattr(kind, "__name__", str(kind))
+    raise ValueError(f"{name} must be {expected}, got {value!r}.")
+
+
+def from_mapping(values: dict[str, Any], *, origin: str = "configuration") -> TrainConfig:
+    """A TrainConfig from a mapping (YAML, JSON); unknown keys are errors with the nearest names."""
+    kinds = typing.get_type_hints(TrainConfig)
+    known = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in kinds:
+            raise ValueError(f"{origin}: unknown key {key!r}{nearest(name, kinds)}.")
+        known[name] = _coerce(f"{origin}: {key}", value, kinds[name])
+    missing = [
+        f.name
+        for f in dataclasses.fields(TrainConfig)
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and f.name not in known
+    ]
+    if missing:
+        raise ValueError(f"{origin}: {' and '.join(missing)} must be given.")
+    return TrainConfig(**known)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises ValueError naming the file when it is none."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a readable YAML file: {reason}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected `key: value` lines, got {type(values).__name__}.")
+    return values
+
+
+def parse_loss_args(pairs: typing.Iterable[str]) -> dict[str, Any]:
+    """('alpha=0.5', 'normalize=sum') -> {'alpha': 0.5, 'normalize': 'sum'}, values read as YAML."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not sign or not name:
+            raise ValueError(f"--loss-arg must be written name=value, got {pair!r}.")
+        value = yaml.safe_load(text)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):  # 1e-3 is a string in YAML 1.1
+                value = float(value)
+        found[name.replace("-", "_")] = value
+    return found
+
+
+def check_same_run(saved: dict[str, Any], config: TrainConfig) -> None:
+    """Raises ValueError naming the options that would make a resumed run a different one."""
+    now = config.as_dict()
+    changed = [
+        f"{name}: was {saved.get(name)!r}, is {value!r}"
+        for name, value in now.items()
+        if name not in _FREE_ON_RESUME and saved.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            "the checkpoint was written by a run with other options and cannot be continued: "
+            + "; ".join(changed)
+            + ". Restore these options, or start afresh with --overwrite-output-dir."
+        )
+
+
+def fingerprint(value: Any) -> str:
+    """Short stable hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,210 @@
+"""From prompt and responses to token ids, the way TRL does it.
+
+The prompt ends where the token ids of the prompt alone and of prompt + response, over all responses
+of the row, stop agreeing: tokenizers may join the last prompt character with the first of a
+response, and such a token belongs to the response. Plain text gets EOS after each response; in a
+conversation the chat template decides.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+
+from .records import Sequence
+from .rows import BadRow, ParsedRow
+
+
+class Encoded(NamedTuple):
+    sequences: tuple[Sequence, ...]
+    truncated: bool  # whether max_length cut one of them
+
+
+class Encoder:
+    """Turns parsed rows into `Sequence`s.
+
+    Args:
+        tokenizer: A transformers tokenizer. It needs EOS for plain text unless `append_eos` is
+            False, and a chat template for conversations; a pad token is never used.
+        max_length: Tokens kept of prompt + response, from the start; None keeps all.
+        model_context: Tokens the model can read; None where there is no limit.
+        vocab_size: Rows of the model's embedding, to catch a tokenizer of another model.
+        append_eos: Append EOS to plain-text responses.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int | None,
+        model_context: int | None,
+        vocab_size: int | None,
+        append_eos: bool,
+    ) -> None:
+        if max_length is not None and max_length < 2:
+            raise ValueError(
+                f"max_length must be at least 2 (one prompt token, one response token), got "
+                f"{max_length}."
+            )
+        if max_length is not None and model_context is not None and max_length > model_context:
+            raise ValueError(
+                f"max_length must not pass the model's context of {model_context} tokens, got "
+                f"{max_length}; lower max_length."
+            )
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.limit = max_length if max_length is not None else model_context
+        self.vocab_size = vocab_size
+        self.append_eos = append_eos
+
+    def encode(self, rows: list[ParsedRow]) -> list[Encoded | BadRow]:
+        """The sequences of every row, or the reason why a row cannot be used."""
+        plain = [i for i, row in enumerate(rows) if isinstance(row.prompt, str)]
+        ids: dict[int, list[list[int]] | BadRow] = dict(
+            zip(plain, self._plain_ids([rows[i] for i in plain]), strict=True)
+        )
+        out: list[Encoded | BadRow] = []
+        for i, row in enumerate(rows):
+            try:
+                row_ids = ids[i] if i in ids else self._chat_ids(row)
+                if isinstance(row_ids, BadRow):
+                    raise row_ids
+                out.append(self._sequences(row, row_ids))
+            except BadRow as bad:
+                out.append(bad)
+        return out
+
+    def _plain_ids(self, rows: list[ParsedRow]) -> list[list[list[int]] | BadRow]:
+        """Token ids of [prompt, prompt + response, ...] for every row, in one tokenizer call."""
+        if not rows:
+            return []
+        eos = self.tokenizer.eos_token_id
+        if eos is None and self.append_eos:
+            raise ValueError(
+                "a plain-text response ends with EOS, and this tokenizer has no eos_token; set "
+                "tokenizer.eos_token, or pass append_eos=False to train without an end."
+            )
+        texts = []
+        for row in rows:
+            texts.append(row.prompt)
+            texts += [row.prompt + response for response in row.responses]
+        encoded = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
+        out: list[list[list[int]] | BadRow] = []
+        at = 0
+        for row in rows:
+            ids = [list(x) for x in encoded[at : at + 1 + len(row.responses)]]
+            at += len(ids)
+            if self.append_eos:
+                ids[1:] = [x if x and x[-1] == eos else [*x, eos] for x in ids[1:]]
+            out.append(ids)
+        return out
+
+    def _chat_ids(self, row: ParsedRow) -> list[list[int]]:
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                "the data are conversations and this tokenizer has no chat template; set "
+                "tokenizer.chat_template, or pass data with plain-text prompts."
+            )
+        ends_open = row.prompt[-1]["role"] == "assistant"
+        try:
+            ids = [
+                self._template(
+                    row.prompt,
+                    row,
+                    add_generation_prompt=not ends_open,
+                    continue_final_message=ends_open,
+                )
+            ]
+            ids += [self._template([*row.prompt, *response], row) for response in row.responses]
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            # Templates refuse what they do not know: roles that do not alternate, and the like.
+            raise BadRow("prompt", "refused by the chat template", str(error)) from error
+        return ids
+
+    def _template(
+        self, messages: list[dict[str, Any]], row: ParsedRow, **options: Any
+    ) -> list[int]:
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, **options, **row.template_args
+        )
+        # The template writes its own special tokens.
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _sequences(self, row: ParsedRow, ids: list[list[int]]) -> Encoded:
+        start = common_prefix(ids)
+        if start == 0:
+            raise BadRow(
+                "prompt",
+                "no prompt token",
+                "has no token of its own before the responses, so their first token has nothing "
+                "to be predicted from",
+            )
+        if self.max_length is not None and start >= self.max_length:
+            raise BadRow(
+                "prompt",
+                "prompt fills max_length",
+                f"has {start} tokens, which leaves no room in max_length {self.max_length}",
+            )
+        sequences = []
+        for response, column, weights in zip(ids[1:], row.columns, row.token_weights, strict=True):
+            if self.max_length is None and self.limit is not None and len(response) > self.limit:
+                raise BadRow(
+                    column,
+                    "longer than the model's context",
+                    f"and prompt have {len(response)} tokens, the model reads {self.limit}; set "
+                    "max_length to truncate",
+                )
+            count = len(response) - start
+            appended = self.append_eos and isinstance(row.prompt, str)
+            if count < 1 + appended:
+                raise BadRow(column, "no tokens", "has no token left in this tokenizer")
+            if self.vocab_size is not None and max(response) >= self.vocab_size:
+                raise ValueError(
+                    f"the tokenizer gives id {max(response)} and the model's embedding has "
+                    f"{self.vocab_size} rows; pass the tokenizer that belongs to the model."
+                )
+            kept = np.asarray(response[: self.max_length], dtype=np.int32)
+            token_weights = None
+            if weights is not None:
+                token_weights = _fit_weights(weights, count, appended, column)[: len(kept) - start]
+            sequences.append(Sequence(kept, start, token_weights))
+        if len(sequences) > 1 and all(
+            np.array_equal(seq.input_ids, sequences[0].input_ids) for seq in sequences[1:]
+        ):
+            raise BadRow(
+                row.columns[-1],
+                "same tokens",
+                f"has the same {len(sequences[0].input_ids)} tokens as {row.columns[0]}, after "
+                "tokenising and truncation",
+            )
+        return Encoded(
+            tuple(sequences),
+            any(len(x) > len(seq.input_ids) for x, seq in zip(ids[1:], sequences, strict=True)),
+        )
+
+
+def common_prefix(ids: list[list[int]]) -> int:
+    """Length of the longest prefix that all the lists share."""
+    count = 0
+    for column in zip(*ids, strict=False):
+        if any(token != column[0] for token in column):
+            break
+        count += 1
+    return count
+
+
+def _fit_weights(weights: list[float], count: int, appended: bool, column: str) -> np.ndarray:
+    """One weight per response token; the appended EOS may be left out and then weighs 1."""
+    name = f"{column}_weights"
+    if appended and len(weights) == count - 1:
+        weights = [*weights, 1.0]
+    if len(weights) != count:
+        raise BadRow(
+            name,
+            "wrong length",
+            f"holds {len(weights)} numbers for {count} response tokens"
+            + (" (the last is EOS, which may be left out)" if appended else ""),
+        )
+    return np.asarray(weights, dtype=np.float32)

@@ -1,0 +1,324 @@
+"""`prefkern demo`: a small language model learns from preferences on a CPU, in about a minute.
+
+First plain likelihood on demonstrations of which most are wrong, then `tdpo2` on pairs, through the
+same trainer as `prefkern train`. What comes out is measured on questions that neither part saw.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import linear_logps
+from ..integrations import hf
+from ..plots import Panel, plot_history
+from . import demo_task
+from .config import TrainConfig
+from .data import Example, collate, length_baseline, load_examples, plan_batches
+
+MAX_LENGTH = 32  # the longest row has 21 tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoSettings:
+    """Sizes of the demonstration. The defaults take about a minute on two cores."""
+
+    seed: int = 0
+    likelihood_steps: int = 600
+    likelihood_batch: int = 64
+    likelihood_learning_rate: float = 2e-3
+    pairs: int = 2048
+    held_out: int = 500
+    steps: int = 192
+    batch: int = 32
+    learning_rate: float = 2e-4
+    beta: float = 0.1
+    alpha: float = 0.5
+    measure_steps: int = 16
+
+
+MEASURES = (
+    ("preference_accuracy", "right answer preferred over the wrong one"),
+    ("greedy_right", "right answers, greedy"),
+    ("sampled_right", "right answers, sampled"),
+)
+
+
+def run_demo(
+    output_dir: str | Path = "prefkern-demo",
+    settings: DemoSettings | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Runs the demonstration and returns the numbers it printed, also written to demo.json.
+
+    Args:
+        output_dir: Data, the two models, the log and the pictures go here; what an earlier
+            demonstration wrote there is replaced.
+        settings: Sizes; default `DemoSettings()`.
+        say: Receives each line of the report.
+    """
+    settings = settings or DemoSettings()
+    started = time.perf_counter()
+    folder = Path(output_dir)
+    tokenizer = demo_task.make_tokenizer()
+    data = demo_task.make_data(
+        settings.seed,
+        settings.likelihood_steps * settings.likelihood_batch,
+        settings.pairs,
+        settings.held_out,
+    )
+    _write_lines(folder / "data" / "pairs.jsonl", data.pairs)
+    _write_lines(folder / "data" / "held_out.jsonl", data.held_out)
+    held_out = load_examples(
+        folder / "data" / "held_out.jsonl", tokenizer=tokenizer, strict=True
+    ).examples
+    model = demo_task.make_model(tokenizer, settings.seed)
+    example = data.held_out[0]
+    say("The task: double each number. The common mistake: a wrong carry.")
+    say(f"  {example['prompt']}   right:{example['chosen']}   wrong:{example['rejected']}")
+    say(
+        f"The model: Llama, {sum(p.numel() for p in model.parameters())} random parameters; "
+        f"{torch.get_num_threads()} CPU threads."
+    )
+    say(
+        f"\n1. Likelihood: {len(data.demonstrations)} demonstrations, half of all numbers in them "
+        "wrong"
+    )
+    likelihood = fit_likelihood(model, tokenizer, data.demonstrations, settings, say)
+    with _quiet_transformers():
+        model.save_pretrained(folder / "likelihood")
+        tokenizer.save_pretrained(folder / "likelihood")
+
+        say(f"\n2. tdpo2: {len(data.pairs)} pairs of a right and a wrong answer")
+        log = fit_preferences(folder, settings)
+        questions = data.held_out_questions
+        history = [{"step": 0, **measure(model, tokenizer, held_out, questions, settings.seed)}]
+        for step, path in _checkpoints(folder / "tdpo2"):
+            trained = _load(path)
+            found = measure(trained, tokenizer, held_out, questions, settings.seed)
+            history.append({"step": step, **found})
+            shutil.rmtree(path)  # measured, and the final weights lie in the folder above
+    panel = Panel("demo", "On held-out questions", "share", MEASURES, 0.5, (-0.02, 1.02))
+    pictures = plot_history(history, folder, panels=(panel,)).files
+    result = {
+        "before": history[0],
+        "after": history[-1],
+        "length_baseline": length_baseline(held_out),
+        "history": history,
+        "likelihood": likelihood,
+        "kl": {side: _last(log, f"eval_kl/{side}") for side in ("chosen", "rejected")},
+        "tokens_per_second": _mean_of(log, "perf/tokens_per_second"),
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "seconds": time.perf_counter() - started,
+        "pictures": [str(path) for path in [*pictures, *sorted((folder / "tdpo2").glob("*.png"))]],
+    }
+    (folder / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for line in _report(result, len(held_out)):
+        say(line)
+    return result
+
+
+def fit_likelihood(
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    settings: DemoSettings,
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    """One pass of plain maximum likelihood over the completions, through `linear_logps`."""
+    examples = load_examples(rows, tokenizer=tokenizer, max_length=MAX_LENGTH, strict=True).examples
+    plan = plan_batches(
+        examples, seed=settings.seed, groups_per_batch=settings.likelihood_batch, drop_last=True
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.likelihood_learning_rate, weight_decay=0.01
+    )
+    # 20 steps of warm-up, then down to a tenth.
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1.0, (i + 1) / 20) * (1 - 0.9 * i / len(plan))
+    )
+    started, tokens, loss = time.perf_counter(), 0, torch.zeros(())
+    model.train()
+    for step, indices in enumerate(plan, start=1):
+        batch = _padded([examples[i] for i in indices], tokenizer)
+        loss = -_logp(model, batch).sum() / batch.num_scored
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += batch.num_tokens
+        if step % max(1, len(plan) // 6) == 0:
+            say(f"   step {step:4d}   {loss.item():.3f} nats per token")
+    model.eval()
+    seconds = time.perf_counter() - started
+    return {"loss": loss.item(), "tokens_per_second": tokens / seconds}
+
+
+def fit_preferences(folder: Path, settings: DemoSettings) -> list[dict[str, Any]]:
+    """tdpo2 by the trainer, from folder/likelihood to folder/tdpo2; the rows of its log."""
+    from .loop import train
+
+    config = TrainConfig(
+        model=str(folder / "likelihood"),
+        dataset=str(folder / "data" / "pairs.jsonl"),
+        eval_dataset=str(folder / "data" / "held_out.jsonl"),
+        output_dir=str(folder / "tdpo2"),
+        overwrite_output_dir=True,
+        loss=("tdpo2",),
+        loss_args={"beta": settings.beta, "alpha": settings.alpha},
+        max_length=MAX_LENGTH,
+        per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=100,
+        # Sequences of nearly one length: padding costs less than attention over one packed row.
+        packing="off",
+        max_steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        warmup_ratio=0.1,
+        logging_steps=4,
+        eval_steps=settings.measure_steps,
+        save_steps=settings.measure_steps,
+        seed=settings.seed,
+        device="cpu",
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+    return train(config)["log_history"]
+
+
+@torch.no_grad()
+def measure(
+    model: Any,
+    tokenizer: Any,
+    pairs: list[Example],
+    questions: list[demo_task.Question],
+    seed: int,
+) -> dict[str, float]:
+    """What the model prefers and what it answers, no reference model in it.
+
+    Returns:
+        preference_accuracy: share of pairs whose right answer has the higher log-probability;
+        greedy_right, sampled_right: share of questions of which every number is answered right, by
+        the most probable tokens and by one sample at temperature 1.
+    """
+    preferred = 0
+    for i in range(0, len(pairs), 100):
+        batch = _padded(pairs[i : i + 100], tokenizer)
+        logp = _logp(model, batch).double().sum(-1)  # [2P], chosen and rejected in turn
+        preferred += int((logp[0::2] > logp[1::2]).sum())
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "preference_accuracy": preferred / len(pairs),
+        "greedy_right": _right_answers(model, tokenizer, questions, None),
+        "sampled_right": _right_answers(model, tokenizer, questions, generator),
+    }
+
+
+def _right_answers(
+    model: Any,
+    tokenizer: Any,
+    questions: list[demo_task.Question],
+    generator: torch.Generator | None,
+) -> float:
+    right = 0
+    for count in sorted({len(question.numbers) for question in questions}):
+        # Prompts of one length, so that nothing needs padding.
+        group = [question for question in questions if len(question.numbers) == count]
+        ids = torch.tensor(tokenizer([question.prompt for question in group])["input_ids"])
+        start = ids.shape[1]
+        for _ in range(count):
+            logits = model(ids, use_cache=False).logits[:, -1]  # [B, V]
+            if generator is None:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            ids = torch.cat((ids, token), dim=1)
+        wanted = [tokenizer.convert_tokens_to_ids(question.right) for question in group]
+        right += int((ids[:, start:] == torch.tensor(wanted)).all(-1).sum())
+    return right / len(questions)
+
+
+def _padded(examples: list[Example], tokenizer: Any) -> Any:
+    return collate(examples, packed=False, pad_id=tokenizer.pad_token_id)
+
+
+def _logp(model: Any, batch: Any) -> torch.Tensor:  # [B, T], 0 where nothing is scored
+    hidden, _ = hf.hidden_states(
+        model,
+        batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
+    )
+    head = hf.read_head(model)
+    stats = linear_logps(
+        hidden, head.weight, batch.targets, num_scored=batch.num_scored, **head.options()
+    )
+    assert stats.logp is not None
+    return stats.logp
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    found = [(int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*")]
+    return sorted(found)
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+class _quiet_transformers:
+    """No progress bars for files of a megabyte; the setting is put back."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.were_on = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *error: object) -> None:
+        from transformers.utils import logging
+
+        if self.were_on:
+            logging.enable_progress_bar()
+
+
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _mean_of(rows: list[dict[str, Any]], key: str) -> float:
+    values = [row[key] for row in rows if key in row]
+    return sum(values) / len(values)
+
+
+def _last(rows: list[dict[str, Any]], key: str) -> float:
+    return next(row[key] for row in reversed(rows) if key in row)
+
+
+def _report(result: dict[str, Any], count: int) -> Iterator[str]:
+    before, after = result["before"], result["after"]
+    yield f"\n{f'On {count} held-out questions':44s} likelihood   tdpo2"
+    for key, name in MEASURES:
+        yield f"  {name:42s} {before[key]:10.3f}   {after[key]:.3f}"
+    yield f"  {'always preferring the longer answer':42s} {result['length_baseline']:10.3f}"
+    yield (
+        f"KL from the likelihood model, nats per answer: {result['kl']['chosen']:.2f} on right, "
+        f"{result['kl']['rejected']:.2f} on wrong ones"
+    )
+    yield (
+        f"{result['likelihood']['tokens_per_second']:.0f} tokens/s in likelihood, "
+        f"{result['tokens_per_second']:.0f} tokens/s in tdpo2 (policy and reference); "
+        f"peak memory {result['peak_memory_mib']:.0f} MiB; {result['seconds']:.0f} s in all"
+    )
+    yield "Pictures: " + " ".join(result["pictures"])

@@ -1,0 +1,153 @@
+"""Means of metrics over steps and processes, and where the rows go: JSON lines, trackers, bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .data import Example
+
+
+class Meter:
+    """Weighted means that are only read, and only synchronised, when a row is logged."""
+
+    def __init__(self, saved: dict[str, list[float]] | None = None) -> None:
+        self.sums: dict[str, list[Any]] = {k: list(v) for k, v in (saved or {}).items()}
+
+    def add(self, name: str, value: Tensor | float, weight: float = 1.0) -> None:
+        entry = self.sums.setdefault(name, [0.0, 0.0])
+        entry[0] = entry[0] + (value.double() if isinstance(value, Tensor) else value) * weight
+        entry[1] += weight
+
+    def add_all(self, metrics: dict[str, Tensor], examples: list[Example]) -> None:
+        """The metrics of one batch, each weighted by what it is a mean over."""
+        sequences = [s for e in examples for s in e.sequences]
+        chosen = rejected = float(len(examples))
+        scored = float(sum(s.length for s in sequences))
+        accuracy_over = float(sum(e.sequences[0].length for e in examples))
+        if len(examples[0].sequences) == 1:  # unpaired: a side counts its own rows
+            good = [bool(e.labels and e.labels[0] > 0) for e in examples]
+            chosen, rejected = float(sum(good)), float(len(good) - sum(good))
+            accuracy_over = float(sum(s.length for s, g in zip(sequences, good, strict=True) if g))
+        elif len(examples[0].sequences) > 2:
+            accuracy_over = scored
+        for name, value in metrics.items():
+            if name == "entropy":
+                weight = scored
+            elif name == "mean_token_accuracy":
+                weight = accuracy_over
+            else:
+                side = {"chosen": chosen, "rejected": rejected}
+                weight = side.get(name.rpartition("/")[2], float(len(examples)))
+            self.add(name, value, weight)
+
+    def consolidate(self, keeps: bool) -> None:
+        """Moves the sums of all processes to the one that keeps them, unchanged in total."""
+        totals = self._gathered()
+        self.sums = totals if keeps else {}
+
+    def state(self) -> dict[str, list[float]]:
+        """Plain sums [total, weight], for a checkpoint."""
+        return {k: [float(total), float(count)] for k, (total, count) in self.sums.items()}
+
+    def pop(self) -> dict[str, float]:
+        """Means over all processes since the last pop; every process gets them."""
+        totals = self._gathered()
+        self.sums = {}
+        return {name: total / count for name, (total, count) in totals.items() if count}
+
+    def _gathered(self) -> dict[str, list[float]]:
+        mine = self.state()
+        everyone: list[Any] = [mine]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            everyone = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everyone, mine)
+        totals: dict[str, list[float]] = {}
+        for part in everyone:
+            for name, (total, count) in part.items():
+                entry = totals.setdefault(name, [0.0, 0.0])
+                entry[0], entry[1] = entry[0] + total, entry[1] + count
+        return totals
+
+
+class History:
+    """`log_history`: a list of rows, mirrored to log_history.jsonl and the trackers (rank 0)."""
+
+    def __init__(self, path: Path | None, rows: list[dict[str, Any]], accelerator: Any) -> None:
+        self.path, self.rows, self.accelerator = path, list(rows), accelerator
+        if path is not None:  # rows beyond the checkpoint belong to a run that did not happen
+            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if self.accelerator.trackers:
+            step = row["step"]
+            self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+
+
+def performance(device: torch.device, tokens: int, seconds: float) -> dict[str, float]:
+    """Tokens per second of the window and peak memory of this process so far."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    return {"perf/tokens_per_second": tokens / max(seconds, 1e-9), "perf/peak_memory_gib": peak}
+
+
+def total_flos(model: nn.Module, tokens: int) -> float:
+    """transformers' estimate: 6 per parameter and token, embeddings left out."""
+    embeddings = sum(p.numel() for n, p in model.named_parameters() if "embed" in n)
+    return 6.0 * tokens * (sum(p.numel() for p in model.parameters()) - embeddings)
+
+
+def postfix(row: dict[str, Any]) -> dict[str, str]:
+    """What the progress bar shows."""
+    keys = {
+        "loss": "loss",
+        "rewards/accuracies": "acc",
+        "rewards/margins": "margin",
+        "rank/ndcg": "ndcg",
+    }
+    return {short: f"{row[name]:.4g}" for name, short in keys.items() if name in row}
+
+
+def trainer_state(
+    config: TrainConfig,
+    state: dict[str, Any],
+    total_steps: int,
+    rows: list[dict[str, Any]],
+    flos: float,
+) -> dict[str, Any]:
+    """The keys that readers of transformers' trainer_state.json expect."""
+    return {
+        "best_global_step": None,
+        "best_metric": None,
+        "best_model_checkpoint": None,
+        "epoch": rows[-1].get("epoch", 0.0) if rows else 0.0,
+        "eval_steps": config.eval_steps,
+        "global_step": state["step"],
+        "is_hyper_param_search": False,
+        "is_local_process_zero": True,
+        "is_world_process_zero": True,
+        "log_history": rows,
+        "logging_steps": config.logging_steps,
+        "max_steps": total_steps,
+        "num_input_tokens_seen": state["tokens"],
+        "num_train_epochs": math.ceil(config.num_train_epochs),
+        "save_steps": config.save_steps,
+        "stateful_callbacks": {},
+        "total_flos": flos,
+        "train_batch_size": config.per_device_train_batch_size,
+        "trial_name": None,
+        "trial_params": None,
+    }

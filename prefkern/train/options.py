@@ -1,0 +1,70 @@
+"""TrainConfig from a command line: a YAML file fills it, flags beat it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+from typing import Any
+
+import tyro
+
+from . import config as c
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """What stands on the command line of train, eval and precompute."""
+
+    options: tyro.conf.OmitArgPrefixes[c.TrainConfig]
+    loss_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A hyper-parameter of the loss as name=value; may be given several times."""
+    dry_run: bool = False
+    """train: print the resolved configuration, the model's head and the data counts, and stop."""
+    json: bool = False
+    """eval: print JSON."""
+
+
+def parse(verb: str, args: list[str]) -> tuple[c.TrainConfig, Command]:
+    """The configuration and the command it came from.
+
+    Raises:
+        ValueError: an unknown option or YAML key (nearest names given), a value that does not fit.
+        SystemExit: --help, or a value that tyro refuses (status 2).
+    """
+    if args and args[0].endswith((".yaml", ".yml")):
+        args = ["--config", *args]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    found, args = first.parse_known_args(args)
+    values = {} if found.config is None else c.read_yaml(found.config)
+    given = {str(key).replace("-", "_") for key in values}
+    absent: dict[str, Any] = {
+        f.name: tyro.MISSING
+        for f in dataclasses.fields(c.TrainConfig)
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and f.name not in given
+    }
+    blank = dict.fromkeys(absent, "")
+    defaults = c.from_mapping(values | blank, origin=found.config or "configuration")
+    from_file = defaults.loss_args
+    # dictionaries are no flags: --loss-arg name=value stands for them
+    defaults = dataclasses.replace(defaults, loss_args={}, **absent)
+    parsed, unknown = tyro.cli(
+        Command,
+        args=args,
+        default=Command(options=defaults),
+        prog=f"prefkern {verb} [CONFIG.yaml]",
+        description=inspect.getdoc(c.TrainConfig),
+        return_unknown_args=True,
+        config=(tyro.conf.SuppressFixed,),
+    )
+    if unknown:
+        names = [f.name for f in dataclasses.fields(c.TrainConfig)]
+        names += ["loss_arg", "dry_run", "json", "debug", "config"]
+        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        near = c.nearest(name, names).replace("_", "-")
+        raise ValueError(f"unknown option {unknown[0]}{near}.")
+    loss_args = from_file | c.parse_loss_args(parsed.loss_arg)
+    return dataclasses.replace(parsed.options, loss_args=loss_args), parsed

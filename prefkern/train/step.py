@@ -1,0 +1,105 @@
+"""The module that a run wraps: policy, learned masks and loss in one forward.
+
+DistributedDataParallel synchronises gradients of parameters used inside the wrapped forward; a loss
+computed outside it, on the unwrapped head, would let the ranks drift apart without an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..integrations import hf
+from ..objective import preference_loss
+from ..token_weights import SparseMasks
+from . import masks as mask_module
+from .config import TrainConfig
+from .data import PreferenceBatch
+from .reference import ReferenceRows
+
+
+class PreferenceStep(nn.Module):
+    """forward(batch, reference, num_items) -> (loss, metrics); parameters: policy and masks."""
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        config: TrainConfig,
+        layout: str,
+        masks: SparseMasks | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy, self.masks = policy, masks
+        self.config, self.layout = config, layout
+        dropped = mask_module.OPTIONS if masks is not None else ()
+        self.loss_args = {k: v for k, v in config.loss_args.items() if k not in dropped}
+
+    def trained(self) -> dict[str, nn.Module]:
+        """The modules a checkpoint holds."""
+        return {"policy": self.policy} | ({} if self.masks is None else {"masks": self.masks})
+
+    def forward(
+        self,
+        batch: PreferenceBatch,
+        reference: ReferenceRows,
+        num_items: dict[str, Any],
+        metrics: bool = True,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        device = batch.input_ids.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.bf16):
+            hidden, _ = hf.hidden_states(
+                self.policy,
+                batch.input_ids,
+                position_ids=batch.position_ids,
+                attention_mask=batch.attention_mask,
+            )
+            return self.loss(hidden, batch, reference, num_items, metrics)
+
+    def loss(
+        self,
+        hidden: Tensor,  # [B, T, D]
+        batch: PreferenceBatch,
+        reference: ReferenceRows,
+        num_items: dict[str, Any],
+        metrics: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        arguments = self.loss_args | reference.loss_args
+        scored = batch.targets.flatten() != -100  # [N]
+        if self.masks is not None:
+            assert reference.layers is not None
+            arguments |= mask_module.arguments(self.masks, reference.layers, scored)
+        head = hf.read_head(self.policy)
+        other = {} if reference.head is None else reference.head.options("ref_")
+        loss, found = preference_loss(
+            _packed(hidden, batch),
+            head.weight,
+            _packed(batch.targets, batch),
+            batch.cu_seqlens,
+            loss=list(self.config.loss),
+            loss_weights=self.config.loss_weights and list(self.config.loss_weights),
+            **head.options(),
+            ref_hidden=_packed(reference.hidden, batch),
+            ref_weight=None if reference.head is None else reference.head.weight,
+            **other,
+            ref_logp=_packed(reference.logp, batch),
+            ref_seq_logp=reference.seq_logp,
+            layout=self.layout,
+            cu_groups=batch.cu_groups,
+            labels=batch.labels,
+            token_weights=_packed(batch.token_weights, batch),
+            num_items=num_items,
+            metrics=metrics,
+            memory_budget=self.config.memory_budget,
+            backend=self.config.backend,
+            **arguments,
+        )
+        if metrics and self.masks is not None:
+            found |= mask_module.metrics(arguments, scored)
+        return loss, found
+
+
+def _packed(value: Any, batch: PreferenceBatch) -> Any:
+    """[1, T, ...] -> [T, ...] for packed batches; padded ones stay [B, T, ...]."""
+    return value if value is None or batch.cu_seqlens is None else value.squeeze(0)

@@ -1,0 +1,19 @@
+"""One rank of a two-rank run (started by test_ddp.py)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from prefkern.train.config import from_mapping
+from prefkern.train.loop import train_run
+from prefkern.train.run import prepare
+
+settings, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+run = prepare(from_mapping(settings))
+train_run(run)
+state = {k: v.detach().clone().contiguous() for k, v in run.step.named_parameters()}
+save_file(state, folder / f"rank{run.rank}.safetensors")
