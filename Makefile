@@ -7,7 +7,8 @@
 #   make wheel    build sdist and wheel into dist/
 #   make clean    remove build products (distclean: the virtual environments too)
 #
-# Variables: PYTHON (3.11 or newer), VENV, JOBS (test processes), TORCH_SPEC, PYTEST_ARGS.
+# Variables: PYTHON (3.11 or newer), VENV, JOBS (test processes), TORCH_SPEC, PYTEST_ARGS,
+# BENCH_ARGS (for example "--quick", see python -m benchmarks --help).
 # TORCH_SPEC is handed to pip as it stands. Where the default index serves the CUDA build and the
 # CPU build is wanted:
 #   make test TORCH_SPEC="torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu"
@@ -23,6 +24,7 @@ VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$(( n < 8 ? n : 8 )))
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 PIP = $(1)/bin/python -m pip --disable-pip-version-check
 # A new TORCH_SPEC is a new stamp, so it is installed; a checksum keeps '=' and '/' out of the name.
@@ -31,7 +33,7 @@ NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -na
 
 .PHONY: help setup test demo bench lint lint-setup wheel clean distclean
 help:
-	@sed -n '3,13p' Makefile | cut -c3-
+	@sed -n '3,14p' Makefile | cut -c3-
 
 # ---- set-up: $(1)/.venv -> .torch-<key> -> .deps-<key> -> .prefkern ---------------------------------
 define environment

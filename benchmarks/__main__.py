@@ -20,21 +20,28 @@ def parser() -> argparse.ArgumentParser:
         description="Times prefkern and its peers in interleaved rounds, with errors against "
         "float64 and peak memory; writes CSV files and pictures.",
     )
-    p.add_argument("--quick", action="store_true", help="1/32 of the work, 3 rounds: about five minutes")
+    p.add_argument(
+        "--quick", action="store_true", help="1/32 of the work, 3 rounds: about five minutes"
+    )
     p.add_argument(
         "--cases", nargs="+", metavar="NAME", default=[*CASES, *GROUPS], choices=[*CASES, *GROUPS],
-        help=f"cases ({', '.join(CASES)}), 'parts' (epilogue alone, share of products), 'objective' "
-        "(the losses) and 'host' (host overhead, pytest-benchmark); default: all",
+        help=f"cases ({', '.join(CASES)}), 'parts' (epilogue alone, share of products), "
+        "'objective' (the losses) and 'host' (host overhead, pytest-benchmark); default: all",
     )  # fmt: skip
     p.add_argument(
         "--variants", nargs="+", metavar="NAME", default=list(VARIANTS), choices=list(VARIANTS),
         help=f"implementations, of: {'; '.join(VARIANTS)}; default: all",
     )  # fmt: skip
-    p.add_argument("--threads", type=int, nargs="+", metavar="N", help="keep the cases with N threads")
+    p.add_argument(
+        "--threads", type=int, nargs="+", metavar="N", help="keep the cases with N threads"
+    )
     p.add_argument("--repeats", type=int, help="rounds; default 7, with --quick 3")
     p.add_argument("--no-memory", action="store_true", help="leave out the memory columns")
     p.add_argument(
-        "--out", type=Path, default=ROOT / "results", help="folder of the results; default: results/"
+        "--out",
+        type=Path,
+        default=ROOT / "results",
+        help="folder of the results; default: results/",
     )
     return p
 

@@ -67,10 +67,12 @@ def run_case(
             "case": case.name, "size": size, "threads": case.threads, "rounds": rounds,
             "truth": str(truth), "variants": [v.name for v in variants],
         }  # fmt: skip
-        say(f"{case.name}: timing {len(variants)} variants, {rounds} rounds, {case.threads} thread(s)")
+        say(f"{case.name}: {len(variants)} variants, {rounds} rounds, {case.threads} thread(s)")
         rows, failure = run_worker({**spec, "mode": "time"}, Path(folder))
         if failure:
-            rows = [blank_row(small, name, "failed", failure) for name in (LIMIT, *spec["variants"])]
+            rows = [
+                blank_row(small, name, "failed", failure) for name in (LIMIT, *spec["variants"])
+            ]
         for row in rows:
             if not memory or row["status"] != "ok" or row["variant"] == LIMIT:
                 continue
@@ -96,7 +98,8 @@ def run_worker(spec: dict[str, Any], folder: Path) -> tuple[list[Row], str]:
     out_file.unlink(missing_ok=True)
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.worker", str(spec_file), str(out_file)],
-        cwd=machine.ROOT, env=harness.worker_environment(spec["threads"]),
+        cwd=machine.ROOT,
+        env=harness.worker_environment(spec["threads"], keep_memory=spec["mode"] == "time"),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     if done.returncode == 0:

@@ -1,8 +1,8 @@
 """Losses and host overhead: the costs that must stay invisible beside the head.
 
-A loss reads [S] numbers, so its time must not depend on tokens or vocabulary; `run` times every loss
-of prefkern.LOSSES, forward and backward, at a few S. `run_host_overhead` runs the pytest-benchmark
-rows of host_overhead/, tiny calls whose time is all Python, dispatch and autograd.
+A loss reads [S] numbers, so its time must not depend on tokens or vocabulary; `run` times every
+loss of prefkern.LOSSES, forward and backward, at a few S. `run_host_overhead` runs the
+pytest-benchmark rows of host_overhead/, tiny calls whose time is all Python, dispatch and autograd.
 """
 
 from __future__ import annotations
@@ -133,12 +133,15 @@ def run_host_overhead(out: Path) -> Path:
         record = Path(scratch) / "host.json"
         command = [
             sys.executable, "-m", "pytest", str(folder), "-q", "-p", "no:cacheprovider",
-            "--benchmark-only", f"--benchmark-json={record}", "--benchmark-columns=median,iqr,rounds",
+            "--benchmark-only", f"--benchmark-json={record}",
+            "--benchmark-columns=median,iqr,rounds",
         ]  # fmt: skip
         # Outside the root, whose folder `kernels` would be importable.
         done = subprocess.run(command, cwd=scratch, env=harness.worker_environment(1), check=False)
         if done.returncode:
-            raise RuntimeError(f"the host-overhead benchmarks failed (pytest ended with {done.returncode}).")
+            raise RuntimeError(
+                f"the host-overhead benchmarks failed (pytest ended with {done.returncode})."
+            )
         found = json.loads(record.read_text())["benchmarks"]
     rows = []
     torch_median = {

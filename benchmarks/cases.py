@@ -71,7 +71,9 @@ def _rows() -> list[Case]:
     for threads in (2, 1):
         rows += [
             Case(f"dpo-fp32-t{threads}", "dpo", threads=threads, why="trainable head"),
-            Case(f"tdpo-fp32-t{threads}", "tdpo2", threads=threads, why="logp of both models and KL"),
+            Case(
+                f"tdpo-fp32-t{threads}", "tdpo2", threads=threads, why="logp of both models and KL"
+            ),
         ]
     rows += [
         Case("dpo-bf16-t1", "dpo", dtype="bfloat16", why="trainable head, bf16"),

@@ -53,6 +53,7 @@ def _processor() -> str:
 
 def _commit() -> str:
     """Commit of the checkout, "+" when files differ from it; empty outside git."""
+
     def git(*args: str) -> str:
         done = subprocess.run(
             ["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False

@@ -20,9 +20,8 @@ class Truth(NamedTuple):
 
 def evaluate(case: Case, inputs: Inputs) -> Truth:
     """Loss and gradients in float64; logits exist for ROWS rows at a time."""
-    h, w, rh, rw = (
-        t.detach().double() for t in (inputs.hidden, inputs.weight, inputs.ref_hidden, inputs.ref_weight)
-    )
+    h, w = inputs.hidden.detach().double(), inputs.weight.detach().double()
+    rh, rw = inputs.ref_hidden.double(), inputs.ref_weight.double()
     y = inputs.targets
     blocks = [slice(i, i + ROWS) for i in range(0, len(y), ROWS)]
     with torch.no_grad():
@@ -36,21 +35,23 @@ def evaluate(case: Case, inputs: Inputs) -> Truth:
     for b in blocks:
         rows = h[b].clone().requires_grad_(True)
         values = _tokens(case.step, rows, weight, rh[b], rw, y[b])
-        pairs = [(v, u[b]) for v, u in zip(values, upstream, strict=True) if u is not None and v.requires_grad]
-        torch.autograd.backward([v for v, _ in pairs], [u for _, u in pairs])
+        live = [i for i, v in enumerate(values) if v.requires_grad and upstream[i] is not None]
+        torch.autograd.backward([values[i] for i in live], [upstream[i][b] for i in live])
         d_hidden[b] = rows.grad
     return Truth(loss.detach(), d_hidden, weight.grad)
 
 
-def _tokens(step: str, h: Tensor, w: Tensor, rh: Tensor, rw: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+def _tokens(
+    step: str, h: Tensor, w: Tensor, rh: Tensor, rw: Tensor, y: Tensor
+) -> tuple[Tensor, ...]:
     """Per-token statistics; ignored rows are 0."""
     keep = y != IGNORE
     index = y.clamp(min=0)[:, None]
     lp, lr = (h @ w.T).log_softmax(-1), (rh @ rw.T).log_softmax(-1)
-    if step == "dpo":
+    if step in ("dpo", "tdpo2"):
         found = [lp.gather(1, index)[:, 0], lr.gather(1, index)[:, 0]]
-    elif step == "tdpo2":
-        found = [lp.gather(1, index)[:, 0], lr.gather(1, index)[:, 0], (lr.exp() * (lr - lp)).sum(-1)]
+        if step == "tdpo2":
+            found.append((lr.exp() * (lr - lp)).sum(-1))
     elif step == "fkl":
         found = [(lr.exp() * (lr - lp)).sum(-1)]
     elif step == "rkl":

@@ -55,7 +55,8 @@ def run(out: Path, size: str, rounds: int, say: Callable[[str], None] = print) -
         writer.writerow([*COLUMNS, *machine.describe()])
         for row in rows:
             writer.writerow([*row[:3], f"{row.value:.4g}", *row[4:], *machine.describe().values()])
-    say("\n".join(f"{r.part:<10}{r.dtype:<10}{r.what:<28}{r.value:>9.3f} {r.unit}  {r.note}" for r in rows))
+    for r in rows:
+        say(f"{r.part:<10}{r.dtype:<10}{r.what:<28}{r.value:>9.3f} {r.unit}  {r.note}")
     return path
 
 
@@ -101,9 +102,10 @@ def shares(dtype: str, size: str, rounds: int, rates: dict[str, float]) -> list[
     logits = base.N * base.V
     # two forward folds (reference, policy) and one gradient
     fold = 1e-9 * logits * (2 * rates["forward"] + rates["backward"])
-    note = ", ".join(f"D={d}: {t:.3f} s" for d, t in medians.items())
+    sizes = ", ".join(f"D={d}: {t:.3f} s" for d, t in medians.items())
+    note = f"of {total:.3f} s; {sizes}"
     parts = {"products": total - constant, "epilogue": fold, "rest": constant - fold}
     return [
-        Part("shares", what, dtype, 100 * seconds / total, "%", f"{seconds:.3f} s of {total:.3f} s; {note}")
+        Part("shares", what, dtype, 100 * seconds / total, "%", f"{seconds:.3f} s {note}")
         for what, seconds in parts.items()
     ]

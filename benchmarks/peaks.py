@@ -2,9 +2,9 @@
 
 Nothing but products on ready operands: no softmax, no gradient of the logits, no casts. Tried for
 each product: `mm` (MKL or oneDNN behind torch) and `mkldnn::_linear_pointwise` (oneDNN), whole and
-in blocks of vocabulary columns, into reused memory where the call allows it. The winner is chosen once per run
-and then timed in every round beside the variants, so that ratios compare like with like on a
-machine whose speed moves.
+in blocks of vocabulary columns, into reused memory where the call allows it. The winner is chosen
+once per run and then timed in every round beside the variants, so that ratios compare like with
+like on a machine whose speed moves.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def _d_weight(dz: Tensor, h: Tensor) -> dict[str, Call]:
             for b, t in zip(blocks, tiles, strict=True):
                 torch.mm(t.T, h, out=out[b])
 
-        def by_linear(blocks=blocks, tiles=tiles) -> None:
-            for b, t in zip(blocks, tiles, strict=True):
+        def by_linear(tiles=tiles) -> None:
+            for t in tiles:
                 _linear(t.T, h.T)
 
         found |= {f"mm, {width} columns": by_mm, f"oneDNN, {width} columns": by_linear}

@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import prefkern
+from prefkern import backends
+from prefkern.types import Problem
+
 from .cases import ALPHA, BETA, IGNORE, Case, Inputs
 from .variants import (
     Step,
     Variant,
-    dpo_loss,
     dpo_step,
     kept_share,
     mean_over_tokens,
@@ -185,8 +188,10 @@ def _cce(case: Case) -> Step:
     from cut_cross_entropy import linear_cross_entropy
 
     return dpo_step(
-        lambda h, w, y: -linear_cross_entropy(
-            h, w, y, ignore_index=IGNORE, reduction="none", impl="torch_compile"
+        lambda h, w, y: (
+            -linear_cross_entropy(
+                h, w, y, ignore_index=IGNORE, reduction="none", impl="torch_compile"
+            )
         )
     )
 
@@ -194,12 +199,9 @@ def _cce(case: Case) -> Step:
 # ---- ours ----------------------------------------------------------------------------------------
 def _ours(backend: str, budget: int | None, metrics: bool = False):
     def build(case: Case) -> Step:
-        import prefkern
-        from prefkern.types import Problem
-
         op = "linear_logps" if case.step == "dpo" else "linear_divergence"
         problem = Problem(op=op, device="cpu", dtype=case.torch_dtype, stats=("logp",))
-        reasons = prefkern.backends.unsupported(backend, problem)
+        reasons = backends.unsupported(backend, problem)
         if reasons:
             raise ImportError(f"backend {backend!r} is off: {'; '.join(reasons)}")
         options = {"backend": backend, "memory_budget": budget}

@@ -74,7 +74,9 @@ def _case(name: str, rows: Rows, folder: Path) -> Path:
         _memory_bar(memory_axis, y, row)
     if limit:
         wall = float(limit["wall_s"])
-        time_axis.axvline(wall, color=LIMIT_COLOUR, ls="--", lw=1.2, label=f"bare products {wall:.3g} s")
+        time_axis.axvline(
+            wall, color=LIMIT_COLOUR, ls="--", lw=1.2, label=f"bare products {wall:.3g} s"
+        )
         time_axis.legend(loc="lower right", fontsize=8)
     time_axis.set_yticks(places, [r["variant"] for r in variants], fontsize=9)
     time_axis.invert_yaxis()
@@ -102,7 +104,9 @@ def _memory_bar(axis, y: int, row: dict[str, str]) -> None:
     shared = min(gradients, peak)
     new = not axis.patches
     axis.barh(y, shared, color=SECOND, label="gradients" if new else None)
-    axis.barh(y, peak - shared, left=shared, color="#56B4E9", label="everything else" if new else None)
+    axis.barh(
+        y, peak - shared, left=shared, color="#56B4E9", label="everything else" if new else None
+    )
     axis.text(peak, y, f"  {peak:.0f}", va="center", fontsize=8)
 
 
@@ -129,7 +133,7 @@ def _overview(cases: dict[str, Rows], folder: Path) -> Path:
     axis.set_yticks(range(len(cases)), list(cases), fontsize=9)
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
-    axis.set_xlabel("time of a step over its bare products (log scale); blue: prefkern cpu, grey: others")
+    axis.set_xlabel("time of a step over its bare products; blue: prefkern cpu, grey: others")
     first = next(iter(cases.values()))[0]
     figure.suptitle(_where(first), fontsize=9)
     return _save(figure, folder / "linear_logps_overview.png")
@@ -151,7 +155,9 @@ def _parts(rows: Rows, folder: Path) -> list[Path]:
             label = row["what"] if y == 0 else None
             axis.barh(y, value, left=left, color=colours[row["what"]], label=label)
             if value > 3:
-                axis.text(left + value / 2, y, f"{value:.0f} %", ha="center", va="center", fontsize=9)
+                axis.text(
+                    left + value / 2, y, f"{value:.0f} %", ha="center", va="center", fontsize=9
+                )
             left += value
     axis.set_yticks(range(len(kinds)), kinds)
     axis.set_xlabel("share of a DPO step, one thread, percent")
@@ -168,7 +174,9 @@ def _objective(rows: Rows, folder: Path) -> list[Path]:
     axis = figure.subplots()
     for colour, n in zip((OURS, SECOND, PEER), sizes, strict=False):
         found = {r["loss"]: float(r["us_median"]) for r in rows if r["S"] == n}
-        axis.plot([found[k] for k in names], range(len(names)), "o", ms=4, color=colour, label=f"S={n}")
+        axis.plot(
+            [found[k] for k in names], range(len(names)), "o", ms=4, color=colour, label=f"S={n}"
+        )
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set_xscale("log")
     axis.invert_yaxis()

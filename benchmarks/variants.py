@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefkern.ops import budget as table
+
 from .cases import ALPHA, BETA, IGNORE, Case, Inputs
 
 Step = Callable[[Inputs], Tensor]  # -> loss []
@@ -77,8 +79,6 @@ def mean_over_tokens(per_token: Tensor, inputs: Inputs) -> Tensor:
 
 def kept_share(case: Case, budget: int | None) -> float:
     """Share of the scored rows whose logits fit prefkern's memory budget."""
-    from prefkern.ops import budget as table
-
     if budget is None:
         budget = table.DEFAULT_BUDGET["cpu"]
     per_row = case.backward_heads * case.shape.V * case.torch_dtype.itemsize

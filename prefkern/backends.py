@@ -64,7 +64,7 @@ def select_backend(problem: Problem, backend: str = "auto") -> str:
     """Name of the backend that serves `problem`.
 
     Raises:
-        ValueError: an explicit choice cannot serve the problem (every backend's reasons are listed).
+        ValueError: an explicit choice cannot serve the problem; every backend's reasons are listed.
     """
     _check_name(backend, auto=True)
     asked_by = "backend="

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: each message says what must hold, what came, what to do."""
+"""Argument checks of the public functions: messages say what must hold, what came, what to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def check_tensor(name: str, value: object) -> Tensor:
     if type(value).__name__ == "DTensor":
         raise ValueError(
             f"{name} must be a plain tensor, got a DTensor; unshard it first with "
-            f"{name}.full_tensor() (inside the wrapped model's forward, so that gradients stay in sync)."
+            f"{name}.full_tensor() (inside the wrapped model's forward, so that gradients stay "
+            "in sync)."
         )
     return value
 
@@ -29,7 +30,8 @@ def check_float(name: str, value: object) -> Tensor:
     tensor = check_tensor(name, value)
     if tensor.dtype not in FLOATS:
         raise ValueError(
-            f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}; cast it first."
+            f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}; cast it "
+            "first."
         )
     return tensor
 
@@ -64,7 +66,8 @@ def check_head(
     check_float(f"{prefix}weight", weight)
     if weight.dim() != 2:
         raise ValueError(
-            f"{prefix}weight must be [V, D] (one row per vocabulary entry), got {shape_text(weight)}; "
+            f"{prefix}weight must be [V, D] (one row per vocabulary entry), got "
+            f"{shape_text(weight)}; "
             "pass lm_head.weight."
         )
     if hidden.dim() not in (2, 3) or hidden.shape[-1] != weight.shape[1]:
@@ -74,7 +77,8 @@ def check_head(
         )
     if tuple(targets.shape) != tuple(hidden.shape[:-1]):
         raise ValueError(
-            f"targets must be {list(hidden.shape[:-1])} to match {prefix}hidden {shape_text(hidden)}, "
+            f"targets must be {list(hidden.shape[:-1])} to match {prefix}hidden "
+            f"{shape_text(hidden)}, "
             f"got {shape_text(targets)}; pass the shifted labels, one per hidden row."
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
@@ -105,8 +109,32 @@ def check_logit_options(
         )
 
 
+def check_index_range(index: Tensor, vocabulary: int) -> None:
+    """Raises for sparse indices outside [0, V). Reads values: CPU tensors only."""
+    bad = (index < 0) | (index >= vocabulary)
+    if bool(bad.any()):
+        raise ValueError(
+            f"values: every index must be in [0, {vocabulary}), got {int(index[bad][0])}; give "
+            "absent "
+            "entries any index with the value 0."
+        )
+
+
+def check_num_scored(targets: Tensor, ignore_index: int, num_scored: int | None) -> None:
+    """Raises for a stated count that is wrong. Reads values: CPU tensors only."""
+    if num_scored is None:
+        return
+    real = int((targets != ignore_index).sum())
+    if real != num_scored:
+        raise ValueError(
+            f"num_scored must be the number of targets that are not ignored ({real}), got "
+            f"{num_scored}; "
+            "pass None to have it counted."
+        )
+
+
 def check_target_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Raises for labels outside [0, V) that are not ignore_index. Reads values: CPU tensors only."""
+    """Raises for labels outside [0, V) that are not ignore_index. Reads values: CPU only."""
     if targets.numel() == 0:
         return
     bad = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
@@ -114,7 +142,8 @@ def check_target_range(targets: Tensor, vocabulary: int, ignore_index: int) -> N
         row = int(bad.flatten().nonzero()[0])
         raise ValueError(
             f"targets must be in [0, {vocabulary}) or ignore_index = {ignore_index}, got "
-            f"{int(targets.flatten()[row])} at position {row}; mask that position with ignore_index "
+            f"{int(targets.flatten()[row])} at position {row}; mask that position with "
+            "ignore_index "
             "or check that tokenizer and head have the same vocabulary."
         )
 
@@ -135,7 +164,8 @@ def check_cu_seqlens(
     tensor = check_tensor(name, cu)
     if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() != 1 or tensor.numel() < 1:
         raise ValueError(
-            f"{name} must be a 1-d int32 tensor of boundaries, got {tensor.dtype} {shape_text(tensor)}; "
+            f"{name} must be a 1-d int32 tensor of boundaries, got {tensor.dtype} "
+            f"{shape_text(tensor)}; "
             f"build it as the cumulative sum of the lengths with a leading 0."
         )
     if tensor.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -31,6 +31,10 @@ class ListOptions(NamedTuple):
     item_gain: str = "none"  # factor of a plackett_luce stage: none, exp2
     target: str = "softmax"  # softmax: sum, none, softmax
     alpha: float = 1.0  # temperature of softmax targets
+    inner: str = "sum"  # anchor: over the lower items of an anchor, sum or mean
+    deviation: float = 1.0  # set_contrast: bias per unit of |y - mean y|
+    temperature: float = 1.0  # of the soft ranks of approx_ndcg and neural_ndcg
+    sinkhorn_iters: int = 20  # neural_ndcg: rounds of column and row scaling
 
 
 _PAIR = ("pair_reduction", "scale_by_list_size")
@@ -44,6 +48,11 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "softmax": ("target", "alpha"),
     "pro": (),
     "nca": ("alpha",),
+    "gap_hinge": ("margin", *_PAIR),
+    "anchor": ("inner",),
+    "set_contrast": ("deviation",),
+    "approx_ndcg": ("temperature",),
+    "neural_ndcg": ("temperature", "sinkhorn_iters"),
 }  # fmt: skip
 _CHOICES = {
     "weights": ("none", "labeldiff", "lambda"),
@@ -55,6 +64,7 @@ _CHOICES = {
     "pair_reduction": ("sum", "mean"),
     "ties": ("strict", "stable", "breslow"),
     "item_gain": ("none", "exp2"),
+    "inner": ("sum", "mean"),
     "target": ("sum", "none", "softmax"),
 }
 
@@ -111,5 +121,7 @@ def _check(name: str, value: object, default: object) -> None:
             raise ValueError(f"topn must be an int >= 0 (0 is no limit), got {value!r}.")
     elif not isinstance(value, (int, float)) or not abs(value) < float("inf"):
         raise ValueError(f"{name} must be a finite number, got {value!r}.")
-    elif name == "alpha" and value <= 0:
-        raise ValueError(f"alpha must be > 0, got {value}.")
+    elif name == "sinkhorn_iters" and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"sinkhorn_iters must be an int >= 1, got {value!r}.")
+    elif name in ("alpha", "temperature") and value <= 0:
+        raise ValueError(f"{name} must be > 0, got {value}.")

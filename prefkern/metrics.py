@@ -95,7 +95,7 @@ def _per_token(name: str, total: Tensor | None, count: Tensor) -> dict[str, Tens
 
 
 class RankStats(NamedTuple):
-    """Agreement of scores with labels inside each group; NaN where a group has nothing to compare."""
+    """Agreement of scores with labels inside each group; NaN where nothing can be compared."""
 
     ndcg: Tensor  # [G] gain 2^y - 1, discount 1 / log2(1 + rank); 1 where the ideal is 0
     best_first: Tensor  # [G] 1 where the best-labelled item outscores every other
@@ -195,7 +195,7 @@ def _group_of(cu_groups: Tensor, s: int) -> Tensor:
 
 
 def _rank(key: Tensor, valid: Tensor, group: Tensor, cu_groups: Tensor) -> Tensor:
-    """1-based descending rank inside the group [S]; position breaks ties, items left out come last."""
+    """1-based descending rank inside the group [S]; position breaks ties, left-out items last."""
     order = torch.argsort(torch.where(valid, key, -torch.inf), descending=True, stable=True)
     order = order[torch.argsort((~valid)[order].long(), stable=True)]
     order = order[torch.argsort(group[order], stable=True)]

@@ -18,7 +18,7 @@ from . import env
 from .types import Problem
 
 LIBRARY = Path(__file__).with_name("_ops_cpu.so")
-OPS = ("linear_logps", "linear_divergence", "logits_logps", "segment_sum")
+OPS = ("linear_logps", "linear_divergence", "logits_logps", "list_rank", "segment_sum")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -64,7 +64,10 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"it runs on cpu tensors, got {problem.device}")
     for dtype in {problem.dtype, problem.weight_dtype} - {None}:
         if dtype not in DTYPES:
-            reasons.append(f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {dtype}")
+            reasons.append(
+                f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got "
+                f"{dtype}"
+            )
     try:
         isa()
     except RuntimeError as error:  # PREFKERN_CPU_ISA asks for what is not there
@@ -147,8 +150,10 @@ def linear_divergence_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out [n, N], saved [10, N], cache [2, cache_rows, V], rows [n', N, D] or [0])."""
     return torch.ops.prefkern_native.linear_divergence_fwd(
-        hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias, aux_hidden, aux_weight, values,
-        values_index, scale, ref_scale, softcap, ref_softcap, temperature, ref_temperature, ignore_index,
+        hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias, aux_hidden,
+        aux_weight, values,
+        values_index, scale, ref_scale, softcap, ref_softcap, temperature, ref_temperature,
+        ignore_index,
         ",".join(stats), cache_rows, frozen,
     )  # fmt: skip
 
@@ -185,9 +190,11 @@ def linear_divergence_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden, d_weight, d_bias) of the policy; [0] where not needed."""
     return torch.ops.prefkern_native.linear_divergence_bwd(
-        d_out, hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias, aux_hidden, aux_weight,
+        d_out, hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias, aux_hidden,
+        aux_weight,
         values, values_index, out, saved, cache, rows, scale, ref_scale, softcap, ref_softcap,
-        temperature, ref_temperature, ignore_index, ",".join(stats), need_hidden, need_weight, need_bias,
+        temperature, ref_temperature, ignore_index, ",".join(stats), need_hidden, need_weight,
+        need_bias,
     )  # fmt: skip
 
 
@@ -220,6 +227,18 @@ def logits_logps_bwd(
     return torch.ops.prefkern_native.logits_logps_bwd(
         d_out, logits, targets, ref_logits, out, saved, temperature, ignore_index, ",".join(stats)
     )
+
+
+def list_rank_fwd(
+    scores: Tensor,  # [S]
+    labels: Tensor,  # [S], NaN where masked
+    cu_groups: Tensor,  # [G+1] int32
+    topk: Tensor | None,  # [G] int64
+    family: str,
+    options: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss [G], u [S])."""
+    return torch.ops.prefkern_native.list_rank_fwd(scores, labels, cu_groups, topk, family, options)
 
 
 def segment_sum_fwd(

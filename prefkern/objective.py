@@ -122,7 +122,7 @@ def preference_loss(
 
 
 class PreferenceLoss(nn.Module):
-    """`preference_loss` as a stateless module: PreferenceLoss("tdpo2", beta=0.1)(hidden, weight, ...).
+    """`preference_loss` as a stateless module: PreferenceLoss("tdpo2", beta=0.1)(hidden, ...).
 
     Args:
         loss: As in `preference_loss`.

@@ -136,10 +136,12 @@ def plot_history(
     """
     if not isinstance(runs, Mapping):
         runs = {"": runs}
-    logs, notes = {}, []
+    logs: dict[str, list[Mapping[str, Any]]] = {}
+    notes: list[str] = []
     for name, source in runs.items():
         if isinstance(source, str | Path):
-            logs[name], found = read_log(source)
+            rows, found = read_log(source)
+            logs[name] = [*rows]
             notes += found
         else:
             logs[name] = list(source)
@@ -204,7 +206,8 @@ def _write(items: list[tuple[Panel, list[Curve]]], path: Path, columns: int) -> 
 def _draw(axes: Any, panel: Panel, curves: list[Curve]) -> None:
     names = list(dict.fromkeys((curve.run, curve.name) for curve in curves))
     for curve in curves:
-        label = " ".join(filter(None, (curve.run, curve.name, curve.held_out and "(held out)")))
+        words = (curve.run, curve.name, "(held out)" if curve.held_out else "")
+        label = " ".join(word for word in words if word)
         # A short run has few points: without markers a single one would be invisible.
         marker = "o" if curve.held_out or len(curve.steps) < 20 else None
         axes.plot(

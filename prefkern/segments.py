@@ -22,7 +22,8 @@ def sequence_boundaries(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         if targets.dim() != 2:
             raise ValueError(
-                f"cu_seqlens must be given for packed targets {checks.shape_text(targets)}; pass the "
+                f"cu_seqlens must be given for packed targets {checks.shape_text(targets)}; pass "
+                "the "
                 "boundaries [S+1] of the sequences, or padded [B, T] input."
             )
         b, t = targets.shape
@@ -84,7 +85,8 @@ def _by_weight(
     unknown = [name for name in token_weights if name not in fields]
     if unknown:
         raise ValueError(
-            f"token_weights may weigh the statistics at hand {tuple(fields)}, got {unknown}; drop them, "
+            f"token_weights may weigh the statistics at hand {tuple(fields)}, got {unknown}; "
+            "drop them, "
             "or use a loss that reads those statistics."
         )
     groups: dict[int, tuple[list[str], Tensor | None]] = {}
@@ -140,7 +142,8 @@ def split_rows(seq: SeqStats, rows: int, layout: str, names: tuple[str, ...]) ->
     s = seq.require("length").shape[0]
     if layout not in ("pairs", "halves"):
         raise ValueError(
-            f"layout must be 'pairs' (chosen, rejected, chosen, ...) or 'halves' (all chosen, then all "
+            "layout must be 'pairs' (chosen, rejected, chosen, ...) or 'halves' (all chosen, "
+            "then all "
             f"rejected), got {layout!r}."
         )
     if s % rows:

@@ -124,7 +124,8 @@ def reduce(
         values, items = record.fn(batch.tokens, batch.cu_seqlens, **args), "sequences"
     else:
         raise ValueError(
-            f"loss {record.name!r} is of the family {record.family!r} and reads no hidden states; call "
+            f"loss {record.name!r} is of the family {record.family!r} and reads no hidden "
+            "states; call "
             f"prefkern.losses.{record.name} on its own inputs."
         )
     count = num_items.get(items, values.numel())
@@ -161,7 +162,8 @@ def _split(term: Term, seq: SeqStats, batch: Batch) -> list[SeqStats]:
 def _labels(record: Loss, batch: Batch) -> Tensor:
     if batch.labels is None:
         raise ValueError(
-            f"loss {record.name!r} needs labels [S] = [{batch.num_sequences}] (bool for unpaired, relevance "
+            f"loss {record.name!r} needs labels [S] = [{batch.num_sequences}] (bool for "
+            "unpaired, relevance "
             "for lists), got none."
         )
     if tuple(batch.labels.shape) != (batch.num_sequences,):
@@ -175,7 +177,8 @@ def _labels(record: Loss, batch: Batch) -> Tensor:
 def _groups(record: Loss, batch: Batch) -> Tensor:
     if batch.cu_groups is None:
         raise ValueError(
-            f"loss {record.name!r} ranks lists and needs cu_groups [G+1] on the sequence axis, got none."
+            f"loss {record.name!r} ranks lists and needs cu_groups [G+1] on the sequence axis, "
+            "got none."
         )
     return checks.check_cu_seqlens(
         batch.cu_groups, batch.num_sequences, name="cu_groups", of="sequences"

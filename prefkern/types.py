@@ -108,7 +108,9 @@ class Stat(NamedTuple):
     param: float | None
 
     def __str__(self) -> str:
-        return self.name if self.param is None else f"{self.name}:{self.param:g}"
+        if self.param is None:
+            return self.name
+        return f"{self.name}:{int(self.param) if self.name == 'bkl' else repr(self.param)}"
 
 
 ONE_MODEL_STATS = ("logp", "lse", "zy", "ent", "col", "top1", "zmean")
@@ -158,12 +160,13 @@ def parse_stats(stats: str | Iterable[str], *, allowed: Sequence[str]) -> tuple[
                 param = float(raw)
             except ValueError:
                 raise ValueError(
-                    f"statistic {name!r} needs a parameter ({what}), got {text!r}; write it as {name}:0.5."
+                    f"statistic {name!r} needs a parameter ({what}), got {text!r}; write it as "
+                    f"{name}:0.5."
                 ) from None
             if name == "mix":
                 good = 0.0 <= param <= 1.0
             elif name == "bkl":
-                good = param >= 1 and param == int(param)
+                good = 1 <= param < math.inf and param == int(param)
             else:
                 good = low < param < high
             if not good:
@@ -290,6 +293,8 @@ class Loss:
     rewards: Callable[..., Tensor] | None = None  # rewards(seq, **hyper), what metrics log
     logps: str = "logp"  # SeqStats property logged as logps/*
     update: Callable[..., Any] | None = None  # stateful losses: update(state, ...) -> state
+    # Denominator of preference_loss where it is not the family's own (pairs, sequences, groups).
+    items: str = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs)

@@ -63,7 +63,8 @@ def test_pair_metrics_by_hand():
     got = metrics.pair_metrics(chosen, rejected, lambda s: 0.1 * s.logratio)
     want = {
         "logps/chosen": -5.0, "logps/rejected": -5.5,
-        "rewards/chosen": 0.05, "rewards/rejected": 0.1, "rewards/margins": -0.05, "rewards/accuracies": 0.5,
+        "rewards/chosen": 0.05, "rewards/rejected": 0.1, "rewards/margins": -0.05,
+        "rewards/accuracies": 0.5,
         "kl/chosen": 0.3, "kl/rejected": 0.2, "kl/margin": 0.1,
         "logits/chosen": 1.0, "logits/rejected": 3.0, "mean_token_accuracy": 0.5, "entropy": 1.0,
     }  # fmt: skip

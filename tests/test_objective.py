@@ -49,17 +49,17 @@ def expected(name, x: Inputs):
     logp, ref, fkl = (t.sum(1) for t in x.full())
     n = (x.targets != -100).sum(1).clamp(min=1)
     rho = logp - ref
-    w, l = slice(0, None, 2), slice(1, None, 2)
+    w, r = slice(0, None, 2), slice(1, None, 2)
     if name == "dpo":
-        return -F.logsigmoid(0.1 * (rho[w] - rho[l])).mean()
+        return -F.logsigmoid(0.1 * (rho[w] - rho[r])).mean()
     if name == "simpo":
-        return -F.logsigmoid(2.0 * (logp[w] / n[w] - logp[l] / n[l] - 0.25)).mean()
+        return -F.logsigmoid(2.0 * (logp[w] / n[w] - logp[r] / n[r] - 0.25)).mean()
     if name == "ipo":
-        return ((rho[w] / n[w] - rho[l] / n[l] - 5.0) ** 2).mean()
+        return ((rho[w] / n[w] - rho[r] / n[r] - 5.0) ** 2).mean()
     if name == "tdpo1":
-        return -F.logsigmoid(0.1 * (rho[w] - rho[l] - (fkl[l] - fkl[w]))).mean()
+        return -F.logsigmoid(0.1 * (rho[w] - rho[r] - (fkl[r] - fkl[w]))).mean()
     if name == "tdpo2":
-        return -F.logsigmoid(0.1 * (rho[w] - rho[l] - 0.5 * (fkl[l] - fkl[w].detach()))).mean()
+        return -F.logsigmoid(0.1 * (rho[w] - rho[r] - 0.5 * (fkl[r] - fkl[w].detach()))).mean()
     raise AssertionError(name)
 
 

@@ -90,7 +90,8 @@ def test_boundaries():
         6,
     ]
     for cu, text in (
-        ([0, 3, 2, 7], "never decrease"), ([1, 7], "start at 0"), ([0, 6], "end at 7"), ([0], "at least one"),
+        ([0, 3, 2, 7], "never decrease"), ([1, 7], "start at 0"), ([0, 6], "end at 7"),
+        ([0], "at least one"),
     ):  # fmt: skip
         targets = torch.zeros(7 if text != "at least one" else 0, dtype=torch.long)
         with pytest.raises(ValueError, match=text):

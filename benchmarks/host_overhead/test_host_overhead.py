@@ -17,7 +17,9 @@ from prefkern.types import Problem
 torch.set_num_threads(1)
 N, D, V, S = 16, 8, 32, 4
 
-_PLAIN = Problem(op="linear_logps", device="cpu", dtype=torch.float32, stats=("logp",), N=N, V=V, D=D)
+_PLAIN = Problem(
+    op="linear_logps", device="cpu", dtype=torch.float32, stats=("logp",), N=N, V=V, D=D
+)
 BACKENDS = [name for name in backends.backend_names() if not backends.unsupported(name, _PLAIN)]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -50,6 +50,26 @@ PK_INLINE uint16_t to_fp16(float f) {  // nearest, ties to even
   return uint16_t(sign | ((bits - 0x38000000u + 0xfff + odd) >> 13));
 }
 
+// Each lane rounded to a storage type and back.
+PK_INLINE vf round_to(vf x, Dtype type) {
+  if (type == Dtype::bf16) {
+    const vi bits = (vi)x;
+    const vi rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff;
+    return x == x ? (vf)rounded : (vf)(bits | 0x400000);
+  }
+  if (type == Dtype::f16) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < Lanes<float>::L; ++i) x[i] = from_fp16(to_fp16(x[i]));
+#endif
+  }
+  return x;
+}
+PK_INLINE vd round_to(vd x, Dtype) { return x; }
+
 template <class T>
 PK_INLINE T element(const void* p, Dtype type, int64_t i) {
   switch (type) {

@@ -108,19 +108,42 @@ PK_INLINE Vec<T> blend(Vec<T> z, Vec<T> zr, T a) {
 }
 
 template <class T>
-inline void fold_blend(OnlineLse& s, const TileRow<T>& t, T a) {
+inline void fold_blend(OnlineLse& s, const TileRow<T>& t, T a, Dtype type = Dtype::f64) {
+  const auto at = [&](int64_t k) {
+    return blend<T>(round_to(load(t.z + k * t.stride), type), round_to(load(t.zr + k * t.ref_stride), type), a);
+  };
   Vec<T> top = splat(T(-pk_inf()));
-  for (int64_t k = 0; k < t.blocks; ++k) {
-    top = max(blend<T>(load(t.z + k * t.stride), load(t.zr + k * t.ref_stride), a), top);
-  }
+  for (int64_t k = 0; k < t.blocks; ++k) top = max(at(k), top);
   lse_raise(s, max_lanes<T>(top));
   const Vec<T> m = splat(T(safe_max(s.max))), low = splat(min_x<T>());
   Vec<T> sum{};
   for (int64_t k = 0; k < t.blocks; ++k) {
-    const Vec<T> u = blend<T>(load(t.z + k * t.stride), load(t.zr + k * t.ref_stride), a);
-    sum += exp_bounded(max(low, u - m));
+    sum += exp_bounded(max(low, at(k) - m));
   }
   s.sum += sum_lanes(sum);
+}
+
+// Log-sum-exp of logits rounded to `type`, relative to the rounded maximum.
+template <class T>
+PK_HOT void fold_rounded(OnlineLse& s, const T* z, int64_t stride, int64_t blocks, double max_z, Dtype type) {
+  lse_raise(s, double(round_to(splat(T(max_z)), type)[0]));
+  const Vec<T> m = splat(T(safe_max(s.max))), low = splat(min_x<T>());
+  Vec<T> sum{};
+  if (type == Dtype::bf16) {
+    for (int64_t k = 0; k < blocks; ++k) sum += exp_bounded(max(low, round_to(load(z + k * stride), Dtype::bf16) - m));
+  } else {
+    for (int64_t k = 0; k < blocks; ++k) sum += exp_bounded(max(low, round_to(load(z + k * stride), type) - m));
+  }
+  s.sum += sum_lanes(sum);
+}
+
+// The normalisers that a backward over rounded logits needs.
+template <class T>
+inline void fold_normalisers(RowSums& s, const StatPlan& plan, const TileRow<T>& t, Dtype type) {
+  fold_rounded(s.pol_rounded, t.z, t.stride, t.blocks, s.pol.max, type);
+  if (t.zr != nullptr) fold_rounded(s.ref_rounded, t.zr, t.ref_stride, t.blocks, s.ref.max, type);
+  if (t.za != nullptr) fold_rounded(s.aux_rounded, t.za, t.ref_stride, t.blocks, s.aux.max, type);
+  if (plan.has(kMix)) fold_blend<T>(s.mix_rounded, t, T(plan.param[kMix]), type);
 }
 
 template <class T>

@@ -30,25 +30,6 @@ PK_INLINE Vec<T> clamp80(Vec<T> d) {
   return max(splat(T(-80)), min_second(splat(T(80)), d));
 }
 
-PK_INLINE vf round_to(vf x, Dtype type) {
-  if (type == Dtype::bf16) {
-    const vi bits = (vi)x;
-    const vi rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff;
-    return x == x ? (vf)rounded : (vf)(bits | 0x400000);
-  }
-  if (type == Dtype::f16) {
-#if defined(__AVX512F__)
-    return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-    return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-#else
-    for (int i = 0; i < Lanes<float>::L; ++i) x[i] = from_fp16(to_fp16(x[i]));
-#endif
-  }
-  return x;
-}
-PK_INLINE vd round_to(vd x, Dtype) { return x; }
-
 // Lanes of the reference's top set: value, then index, as the forward's heap ordered them. Indices
 // are compared as numbers of type T, exact up to V = 2^24 in fp32.
 template <class T>

@@ -34,7 +34,10 @@ struct HeadForward {
   Frozen<C> frozen;
   int64_t count = 0, base = 0;  // scored rows of this pass, and those before it
 
+  bool rounds;  // a backward may follow and will read logits rounded to 16 bits
+
   explicit HeadForward(const HeadCall& c) : call(c) {
+    rounds = c.frozen == nullptr && (c.policy.hidden_type == Dtype::bf16 || c.policy.hidden_type == Dtype::f16);
     model[0].head = &c.policy;
     if (c.has_ref) model[models++].head = &c.ref;
     if (c.has_aux) model[models++].head = &c.aux;
@@ -185,6 +188,7 @@ struct HeadForward {
       }
       const double old_pol = s.pol.max, old_ref = s.ref.max;
       fold_first(s, call.plan, t, top[r]);
+      if (rounds) fold_normalisers(s, call.plan, t, call.policy.hidden_type);
       if (frozen.sums > 0) frozen.raise(s, first + r, old_pol, old_ref);
       at_target(s, t, rows[first + r], width);
       if (call.plan.has(kBkl)) heap(first + r).scan(t, width, call.policy.hidden_type);
@@ -235,11 +239,12 @@ struct HeadForward {
   void finish(int64_t i) {
     RowSums& s = sums[i];
     finish_first(s, call.plan, call.has_aux, call.targets[rows[i]], put_at(i));
-    save(i, kSavedLse, lse_value(s.pol));
+    const auto kept = [&](const OnlineLse& a, const OnlineLse& rounded) { return lse_value(rounds ? rounded : a); };
+    save(i, kSavedLse, kept(s.pol, s.pol_rounded));
     if (call.saved_rows == 1) return;
-    save(i, kSavedRefLse, lse_value(s.ref));
-    if (call.has_aux) save(i, kSavedAuxLse, lse_value(s.aux));
-    if (call.plan.has(kMix)) save(i, kSavedMixLse, lse_value(s.blend[2]));
+    save(i, kSavedRefLse, kept(s.ref, s.ref_rounded));
+    if (call.has_aux) save(i, kSavedAuxLse, kept(s.aux, s.aux_rounded));
+    if (call.plan.has(kMix)) save(i, kSavedMixLse, kept(s.blend[2], s.mix_rounded));
     if (call.plan.has(kBkl)) {
       s.top_value = double(heap(i).value[0]);
       s.top_index = heap(i).index[0];

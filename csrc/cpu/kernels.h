@@ -66,6 +66,37 @@ struct LogitsCall {
   Pool pool;
 };
 
+enum class ListFamily { pair, hinge, plackett_luce, softmax, pro, nca };
+enum class PairWeights { none, labeldiff, lambda };
+enum class Ties { strict, stable, breslow };
+enum class Target { softmax, sum, none };
+
+// Options of the ranking families; names and meaning are those of prefkern/list_options.py.
+struct ListOptions {
+  PairWeights weights = PairWeights::none;
+  bool linear_gain = false, dcg2 = false, normalize = false, rank_by_score = true, tie_average = false;
+  bool scale_by_list_size = false, mean_pairs = false, item_gain = false, base2 = false;
+  int64_t topn = 0;
+  double margin = 1.0, alpha = 1.0;
+  Ties ties = Ties::strict;
+  Target target = Target::softmax;
+};
+
+struct ListCall {
+  int64_t groups = 0, longest = 0;   // longest: items of the largest group
+  const int32_t* cu = nullptr;       // [G+1]
+  const int64_t* topk = nullptr;     // [G] or null
+  const void* scores = nullptr;      // [S] float or double, as are labels, loss and slope
+  const void* labels = nullptr;      // [S], NaN where masked
+  void* loss = nullptr;              // [G]
+  void* slope = nullptr;             // [S]
+  const double* discount = nullptr;  // by 1-based rank, up to two vectors past the largest group
+  Dtype type = Dtype::f32;
+  ListFamily family = ListFamily::pair;
+  ListOptions options;
+  Pool pool;
+};
+
 // Times the epilogue alone on one tile of `rows` x `cols` fp32 logits that stays in L2: nanoseconds
 // per logit of the forward fold (with entropy) and of the gradient.
 struct EpilogueTimes {
@@ -79,6 +110,7 @@ struct Kernels {
   bool (*head_backward)(const HeadCall&);
   bool (*logits_forward)(const LogitsCall&);
   bool (*logits_backward)(const LogitsCall&);
+  bool (*list_rank)(const ListCall&);
   EpilogueTimes (*bench_epilogue)(int64_t rows, int64_t cols, int64_t repeats);
 };
 

@@ -6,6 +6,7 @@
 
 #include "cpu/head_backward.h"
 #include "cpu/head_forward.h"
+#include "cpu/list_rows.h"
 #include "cpu/logits_rows.h"
 
 namespace prefkern {
@@ -101,7 +102,7 @@ inline EpilogueTimes bench_epilogue(int64_t rows, int64_t cols, int64_t repeats)
 
 extern const Kernels table;
 const Kernels table = {PK_NAME,        &head_forward,    &head_backward,
-                       &logits_forward, &logits_backward, &bench_epilogue};
+                       &logits_forward, &logits_backward, &list_rank,      &bench_epilogue};
 
 }  // namespace PK_ISA
 }  // namespace prefkern

@@ -48,6 +48,10 @@ struct RowSums {
   double z_sum = 0.0, z_count = 0.0;  // finite logits
   double zy = 0.0, ref_zy = 0.0;
   int64_t top = 0;           // lowest index of the largest logit
+  // The same normalisers over logits rounded to a 16-bit working dtype, which is what the backward
+  // reads: with the exact ones, the gradient of a token with p = 0.99 would be lost in the 2^-9 |z|
+  // by which its probability is off.
+  OnlineLse pol_rounded, ref_rounded, aux_rounded, mix_rounded;
   // Second sweep, from normalised probabilities.
   double kl_ref = 0.0, kl_pol = 0.0;       // KL(r || mix), KL(p || mix)
   double tv = 0.0, tv_mean = 0.0;          // sum |p-r|, sum p sign(p-r)

@@ -10,13 +10,16 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ..types import Loss
-from . import listwise, pairwise, pointwise
+import torch
 
-FAMILIES = (pairwise, pointwise, listwise)
+from ..types import Loss
+from . import listwise, pairwise, pointwise, tokenwise
+
+FAMILIES = (pairwise, pointwise, listwise, tokenwise)
 
 
 def _collect() -> dict[str, Loss]:
@@ -102,7 +105,11 @@ def bind(record: Loss, given: Mapping[str, Any], *, supplied: Iterable[str] = ()
 
     Raises:
         ValueError: an unknown argument (nearest names given) or a required one that is missing.
+
+    Warns:
+        UserWarning: the first time a provisional loss is bound.
     """
+    _warn_if_provisional(record)
     known = arguments(record)
     for name in given:
         if name not in known:
@@ -141,6 +148,22 @@ def bind(record: Loss, given: Mapping[str, Any], *, supplied: Iterable[str] = ()
         stats=record.stats if record.stats_for is None else record.stats_for(**hyper),
         needs_reference=record.needs_reference and not hyper.get("reference_free", False),
     )
+
+
+_warned: set[str] = set()
+
+
+def _warn_if_provisional(record: Loss) -> None:
+    """Once per loss and process; not while tracing, where a warning would end the graph."""
+    if not record.status.startswith("provisional") or torch.compiler.is_compiling():
+        return
+    if record.name not in _warned:
+        _warned.add(record.name)
+        warnings.warn(
+            f"loss {record.name!r} is {record.status}. Its formula was not checked against "
+            f"{record.source}; do not report its results as that method's.",
+            stacklevel=3,
+        )
 
 
 def _keywords(fn: Any) -> dict[str, inspect.Parameter]:

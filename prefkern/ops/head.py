@@ -1,4 +1,4 @@
-"""What the two head ops share: flattening, dtypes, backend choice, turning columns into TokenStats."""
+"""What the ops share: flattening, dtypes, backend choice, turning columns into TokenStats."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ def rows_of(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1]).to(dtype).contiguous()
 
 
+def run(backend: str, function: str, *args):
+    """Calls a backend's function. Dtypes are settled by then: autocast must not reach in."""
+    device = args[0].device.type
+    with torch.autocast(device, enabled=False):
+        return getattr(backends.load_backend(backend), function)(*args)
+
+
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -34,12 +41,13 @@ def resolve(
     stats: str,
     backend: str,
     shape: tuple[int, int, int] | None,
+    family: str | None = None,
 ) -> str:
     """Backend name for one call; evaluated once per trace under torch.compile."""
     n, v, d = shape or (None, None, None)
     problem = Problem(
         op=op, device=device, dtype=dtype, weight_dtype=weight_dtype,
-        stats=tuple(stats.split(",")) if stats else (), N=n, V=v, D=d,
+        stats=tuple(stats.split(",")) if stats else (), N=n, V=v, D=d, family=family,
     )  # fmt: skip
     return backends.select_backend(problem, backend)
 
@@ -71,8 +79,10 @@ def refuse_double_backward(op: str) -> None:
 
     def backward(ctx, *grads):
         raise RuntimeError(
-            f"{op} is not differentiable a second time: prefkern's fused ops offer first derivatives "
-            "only. Call backward without create_graph=True, or compute the loss from full logits in "
+            f"{op} is not differentiable a second time: prefkern's fused ops offer first "
+            "derivatives "
+            "only. Call backward without create_graph=True, or compute the loss from full logits "
+            "in "
             "plain PyTorch where second derivatives are needed."
         )
 

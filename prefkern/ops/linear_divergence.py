@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import checks
 from ..types import ONE_MODEL_STATS, SAVED_ROWS, TWO_MODEL_STATS, Stat, TokenStats, parse_stats
 from . import budget, head
 from .linear_logps import frozen_head, frozen_rows, head_gradients_like, needs_gradient
@@ -62,7 +62,7 @@ def linear_divergence(
             call. Default ("logp", "ref_logp", "fkl").
 
     Returns:
-        TokenStats; each requested field has the shape of `targets`, fp32 (fp64 for fp64 input), nats.
+        TokenStats; each requested field has the shape of `targets`, fp32 (fp64 for fp64 input).
 
     Raises:
         ValueError: as `linear_logps`; a reference, aux or values input that requires grad; `ev`
@@ -103,7 +103,8 @@ def linear_divergence(
         kept = budget.rows_kept(scored, 2 * v * dtype.itemsize, memory_budget, hidden.device)
     out, _, _, _ = torch.ops.prefkern.linear_divergence_fwd(
         rows, weight.contiguous(), targets.reshape(-1).long().contiguous(),
-        head.rows_of(ref_hidden, dtype), ref_weight.contiguous(), _contiguous(bias), _contiguous(ref_bias),
+        head.rows_of(ref_hidden, dtype), ref_weight.contiguous(), _contiguous(bias),
+        _contiguous(ref_bias),
         None if aux_hidden is None else head.rows_of(aux_hidden, dtype), _contiguous(aux_weight),
         _contiguous(values), _contiguous(values_index),
         float(scale), float(ref_scale), _float(softcap), _float(ref_softcap), float(temperature),
@@ -132,7 +133,8 @@ def _check_reference(
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
             f"ref_weight must have the policy's vocabulary V = {weight.shape[0]}, got "
-            f"{checks.shape_text(ref_weight)}; pad the smaller head and mark the padding with a bias of -inf."
+            f"{checks.shape_text(ref_weight)}; pad the smaller head and mark the padding with a "
+            "bias of -inf."
         )
     checks.check_same_device("ref_hidden", ref_hidden, "hidden", hidden)
     for name, tensor in (
@@ -159,14 +161,19 @@ def _check_values(
                 f"{checks.shape_text(index)} and {checks.shape_text(value)}."
             )
         checks.check_constant("values", value)
+        checks.check_same_device("values[0] (index)", index, "targets", targets)
+        checks.check_same_device("values[1] (value)", value, "targets", targets)
         k = index.shape[-1]
         return value.reshape(-1, k), index.reshape(-1, k).long()
     checks.check_float("values", values)
     checks.check_constant("values", values)
+    checks.check_same_device("values", values, "targets", targets)
     if tuple(values.shape) != (vocabulary,):
         raise ValueError(
-            f"values must be [V] = [{vocabulary}] or a sparse pair (index, value) of [N, k] tensors, got "
-            f"{checks.shape_text(values)}; a dense [N, V] is what this op exists to avoid: pass the "
+            f"values must be [V] = [{vocabulary}] or a sparse pair (index, value) of [N, k] "
+            "tensors, got "
+            f"{checks.shape_text(values)}; a dense [N, V] is what this op exists to avoid: pass "
+            "the "
             "top entries of each row, or the head they come from (aux_hidden, aux_weight)."
         )
     return values, None
@@ -232,10 +239,12 @@ def _fwd(
     """(out [n, N], saved [10, N], cache [2, cache_rows, V] or [0], rows [n', N, D] or [0])."""
     if targets.device.type == "cpu":
         checks.check_target_range(targets, weight.shape[0], ignore_index)
+        checks.check_num_scored(targets, ignore_index, num_scored)
         if values_index is not None:
-            checks.check_target_range(values_index[targets != ignore_index], weight.shape[0], 0)
-    return backends.load_backend(backend).linear_divergence_fwd(
-        hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias, aux_hidden, aux_weight, values,
+            checks.check_index_range(values_index[targets != ignore_index], weight.shape[0])
+    return head.run(backend, "linear_divergence_fwd",
+        hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias, aux_hidden,
+        aux_weight, values,
         values_index, scale, ref_scale, softcap, ref_softcap, temperature, ref_temperature,
         ignore_index, tuple(stats.split(",")), cache_rows, frozen, num_scored,
     )  # fmt: skip
@@ -286,8 +295,9 @@ def _bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden, d_weight, d_bias) of the policy; [0] where not needed."""
-    return backends.load_backend(backend).linear_divergence_bwd(
-        d_out.contiguous(), hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias, aux_hidden,
+    return head.run(backend, "linear_divergence_bwd",
+        d_out.contiguous(), hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias,
+        aux_hidden,
         aux_weight, values, values_index, out, saved, cache, rows, scale, ref_scale, softcap,
         ref_softcap, temperature, ref_temperature, ignore_index, tuple(stats.split(",")),
         need_hidden, need_weight, need_bias, num_scored,

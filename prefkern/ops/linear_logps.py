@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import checks
 from ..types import FROZEN_STATS, NO_GRADIENT, ONE_MODEL_STATS, TokenStats, parse_stats
 from . import budget, head
 
@@ -43,7 +43,7 @@ def linear_logps(
         softcap: Bound of the tanh soft cap (final_logit_softcapping), > 0. Default None (off).
         temperature: Divisor of the capped logits, > 0. Default 1.
         ignore_index: Label of rows to leave out. Default -100.
-        stats: Names among logp, lse, zy, ent, col, top1, zmean (see `TokenStats`). Default ("logp",).
+        stats: Names among logp, lse, zy, ent, col, top1, zmean (`TokenStats`). Default ("logp",).
         num_scored: Number of rows that are not ignored, where the host must know it: on CUDA, None
             costs one synchronisation (and no compaction under graph capture). Default None.
         memory_budget: Bytes of logits kept for the backward; 0 recomputes them. Changes time, not
@@ -51,7 +51,7 @@ def linear_logps(
         backend: "auto" or a name from `prefkern.backends.backend_names()`.
 
     Returns:
-        TokenStats; each requested field has the shape of `targets`, fp32 (fp64 for fp64 input), nats.
+        TokenStats; each requested field has the shape of `targets`, fp32 (fp64 for fp64 input).
 
     Raises:
         ValueError: shapes, dtypes, devices, labels or names that cannot be; an explicit backend
@@ -126,7 +126,8 @@ def _fwd(
     """(out [n, N], saved [1, N], cache [cache_rows, V] or [0], rows [n', N, D] or [0])."""
     if targets.device.type == "cpu":
         checks.check_target_range(targets, weight.shape[0], ignore_index)
-    return backends.load_backend(backend).linear_logps_fwd(
+        checks.check_num_scored(targets, ignore_index, num_scored)
+    return head.run(backend, "linear_logps_fwd",
         hidden, weight, targets, bias, scale, softcap, temperature, ignore_index,
         tuple(stats.split(",")), cache_rows, frozen, num_scored,
     )  # fmt: skip
@@ -169,7 +170,7 @@ def _bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden [N, D], d_weight [V, D], d_bias [V]); [0] where not needed."""
-    return backends.load_backend(backend).linear_logps_bwd(
+    return head.run(backend, "linear_logps_bwd",
         d_out.contiguous(), hidden, weight, targets, bias, out, saved, cache, rows, scale, softcap,
         temperature, ignore_index, tuple(stats.split(",")), need_hidden, need_weight, need_bias,
         num_scored,

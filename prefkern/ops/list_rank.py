@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks, list_options
+from .. import checks, list_options
 from . import head
 
 
@@ -35,6 +35,12 @@ def list_rank(
                     m_ki = y_k - y_i, M_k = max_i m_ki, i ranked after k
     nca             -sum_i q_i log sigmoid(s_i) - 1/K sum_i log sigmoid(-s_i),
                     q = softmax(y / alpha)
+    gap_hinge       sum_ij (y_i - y_j) max(0, margin - (s_i - s_j))
+    anchor          1/(K-1) sum over anchors i of mu_i [softplus(-s_i) + c_i sum_{y_j < y_i}
+                    softplus(s_j)], mu_i = (s_i - min s) / (max s - min s) held constant
+    set_contrast    LSE(x) - LSE(x where y > mean y), x = s + deviation |y - mean y|
+    approx_ndcg     -DCG / ideal DCG at the soft ranks 1 + sum_{j != i} sigmoid((s_j - s_i) / T)
+    neural_ndcg     -DCG / ideal DCG under NeuralSort's soft permutation, Sinkhorn-scaled
 
     Groups of 0 or 1 items give 0 (nca acts on one item). A non-finite score makes its group NaN.
 
@@ -42,7 +48,7 @@ def list_rank(
         scores: `[S]` fp32 or fp64, differentiable.
         labels: `[S]` numbers, higher is better; NaN removes the item. Constant.
         cu_groups: Boundaries `[G+1]`, int32, from 0 to S, never decreasing; empty groups give 0.
-        family: One of pair, hinge, plackett_luce, softmax, pro, nca.
+        family: One of prefkern.list_options.FAMILIES, as above.
         topk: plackett_luce: number of stages, one number or `[G]` integers >= 1, clamped to the
             group's size. Default None, all.
         backend: "auto" or a backend name.
@@ -77,7 +83,9 @@ def list_rank(
     cu_groups = checks.check_cu_seqlens(cu_groups, scores.shape[0], name="cu_groups", of="items")
     checks.check_same_device("cu_groups", cu_groups, "scores", scores)
     text = list_options.pack(family, options)
-    chosen = head.resolve("list_rank", scores.device.type, scores.dtype, None, "", backend, None)
+    chosen = head.resolve(
+        "list_rank", scores.device.type, scores.dtype, None, "", backend, None, family
+    )
     loss, _ = torch.ops.prefkern.list_rank_fwd(
         scores.contiguous(),
         labels.to(scores.dtype).contiguous(),
@@ -133,9 +141,7 @@ def _fwd(
                 f"{labels.min().item()}; "
                 "shift them or use target='softmax'."
             )
-    return backends.load_backend(backend).list_rank_fwd(
-        scores, labels, cu_groups, topk, family, options
-    )
+    return head.run(backend, "list_rank_fwd", scores, labels, cu_groups, topk, family, options)
 
 
 @_fwd.register_fake

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import checks
 from ..types import ONE_MODEL_STATS, SAVED_ROWS, TWO_MODEL_STATS, TokenStats, parse_stats
 from . import head
 
@@ -45,7 +45,8 @@ def logits_logps(
     checks.check_float("logits", logits)
     if logits.dim() not in (2, 3) or tuple(logits.shape[:-1]) != tuple(targets.shape):
         raise ValueError(
-            f"logits must be {list(targets.shape)} + [V] to match targets, got {checks.shape_text(logits)}; "
+            f"logits must be {list(targets.shape)} + [V] to match targets, got "
+            f"{checks.shape_text(logits)}; "
             "shift logits and labels first so that row i scores targets[i]."
         )
     if logits.shape[-1] == 0:
@@ -111,19 +112,22 @@ def selective_log_softmax(
         )
     if row_mask is not None and tuple(row_mask.shape) != lead:
         raise ValueError(f"row_mask must be {list(lead)}, got {checks.shape_text(row_mask)}.")
-    ignore = -100
+    # Masked rows get a label that no caller can mean, so that any other bad label is refused.
+    ignore = torch.iinfo(torch.int64).min
     flat = logits.reshape(-1, logits.shape[-1])
-    first = (index[..., 0] if several else index).reshape(-1)
+    labels = index.reshape(flat.shape[0], -1).long()  # [rows, K]
     if row_mask is not None:
-        first = first.masked_fill(~row_mask.reshape(-1), ignore)
+        labels = labels.masked_fill(~row_mask.reshape(-1, 1), ignore)
     if not several:
-        found = logits_logps(flat, first, temperature=temperature, ignore_index=ignore)
+        found = logits_logps(flat, labels[:, 0], temperature=temperature, ignore_index=ignore)
         return found.logp.reshape(index.shape).to(logits.dtype)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        checks.check_target_range(labels, flat.shape[1], ignore)
     # K entries share one normaliser: gather the K logits, subtract the row's lse once.
     lse = logits_logps(
-        flat, first, temperature=temperature, ignore_index=ignore, stats=("lse",)
+        flat, labels[:, 0], temperature=temperature, ignore_index=ignore, stats=("lse",)
     ).lse
-    chosen = flat.gather(-1, index.reshape(flat.shape[0], -1)).to(lse.dtype) / temperature
+    chosen = flat.gather(-1, labels.clamp(min=0)).to(lse.dtype) / temperature
     result = (chosen - lse[:, None]).reshape(index.shape)
     if row_mask is not None:
         result = torch.where(row_mask[..., None], result, torch.zeros_like(result))
@@ -143,8 +147,15 @@ def _fwd(
     """(out [n, N], saved [10, N])."""
     if targets.device.type == "cpu":
         checks.check_target_range(targets, logits.shape[1], ignore_index)
-    return backends.load_backend(backend).logits_logps_fwd(
-        logits, targets, ref_logits, temperature, ignore_index, tuple(stats.split(","))
+    return head.run(
+        backend,
+        "logits_logps_fwd",
+        logits,
+        targets,
+        ref_logits,
+        temperature,
+        ignore_index,
+        tuple(stats.split(",")),
     )
 
 
@@ -170,7 +181,7 @@ def _bwd(
     backend: str,
 ) -> Tensor:
     """d_logits [N, V]."""
-    return backends.load_backend(backend).logits_logps_bwd(
+    return head.run(backend, "logits_logps_bwd",
         d_out.contiguous(), logits, targets, ref_logits, out, saved, temperature, ignore_index,
         tuple(stats.split(",")),
     )  # fmt: skip

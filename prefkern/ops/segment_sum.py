@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import checks
 from . import head
 
 
@@ -16,13 +16,13 @@ def segment_sum(
     weights: Tensor | None = None,  # [N] or [m, N]
     backend: str = "auto",
 ) -> Tensor:  # [S] or [m, S] fp64
-    """out[j, s] = sum over tokens i of sequence s of weights[i] * values[j, i], accumulated in fp64.
+    """out[j, s] = sum over tokens i of sequence s of weights[i] * values[j, i], in fp64.
 
     fp32 sums of log-probabilities near 1e4 nats lose 2e-3; fp64 does not.
 
     Args:
         values: `[N]` or `[m, N]` float, m statistics at once.
-        cu_seqlens: Boundaries `[S+1]`, int32, from 0 to N, never decreasing; empty sequences give 0.
+        cu_seqlens: Boundaries `[S+1]` int32, from 0 to N, never decreasing; empty sequences give 0.
         weights: `[N]` for all rows of values, or `[m, N]`. A weight of 0 hides any value, also NaN.
             May require grad: its gradient is the value. Default None (1).
         backend: "auto" or a backend name.
@@ -41,7 +41,7 @@ def segment_sum(
     n = values.shape[-1]
     cu_seqlens = checks.check_cu_seqlens(cu_seqlens, n)
     checks.check_same_device("cu_seqlens", cu_seqlens, "values", values)
-    rows = values.reshape(-1, n)
+    rows = values if values.dim() == 2 else values[None]
     if weights is not None:
         checks.check_float("weights", weights)
         checks.check_same_device("weights", weights, "values", values)
@@ -51,10 +51,14 @@ def segment_sum(
                 f"{checks.shape_text(weights)}."
             )
         weights = weights.contiguous()
+    if values.dtype in (torch.bfloat16, torch.float16):
+        rows = rows.float()  # exact; backends sum fp32 and fp64
+    if weights is not None and weights.dtype in (torch.bfloat16, torch.float16):
+        weights = weights.float()
     chosen = head.resolve(
         "segment_sum",
         values.device.type,
-        values.dtype,
+        rows.dtype,
         None,
         "",
         backend,
@@ -71,7 +75,7 @@ def _fwd(values: Tensor, weights: Tensor | None, cu_seqlens: Tensor, backend: st
     """[m, S] fp64."""
     if cu_seqlens.device.type == "cpu":
         checks.check_boundaries(cu_seqlens, values.shape[1], name="cu_seqlens", of="tokens")
-    return backends.load_backend(backend).segment_sum_fwd(values, weights, cu_seqlens)
+    return head.run(backend, "segment_sum_fwd", values, weights, cu_seqlens)
 
 
 @_fwd.register_fake
@@ -90,8 +94,15 @@ def _bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(d_values [m, N], d_weights like weights); [0] where not needed."""
-    return backends.load_backend(backend).segment_sum_bwd(
-        d_out.contiguous(), values, weights, cu_seqlens, need_values, need_weights
+    return head.run(
+        backend,
+        "segment_sum_bwd",
+        d_out.contiguous(),
+        values,
+        weights,
+        cu_seqlens,
+        need_values,
+        need_weights,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Model(NamedTuple):
-    """log-probabilities and probabilities of one model from logits and a known log-normaliser."""
+    """log-probabilities and probabilities of one model."""
 
     z: Tensor  # [M, V]
     lse: Tensor  # [M]
@@ -32,11 +32,11 @@ class Inputs(NamedTuple):
     aux: Model | None = None
     values: Tensor | None = None  # [V], or [M, k] with values_index
     values_index: Tensor | None = None  # [M, k]
-    working_dtype: torch.dtype | None = None  # bkl picks its top set from logits rounded to it
+    top_logits: Tensor | None = None  # [M, V] where bkl picks its top set; None: ref.z
 
 
-def model(z: Tensor, lse: Tensor | None = None) -> Model:
-    lse = torch.logsumexp(z, -1) if lse is None else lse
+def model(z: Tensor) -> Model:
+    lse = torch.logsumexp(z, -1)
     logprob = z - lse[:, None]
     return Model(z, lse, logprob, logprob.exp())
 
@@ -91,9 +91,9 @@ def overlap(a: float, p: Model, r: Model) -> Tensor:
 def top_set(k: int, s: Inputs) -> Tensor:
     """Mask [M, V] of the k largest reference logits, ties to the lower index.
 
-    Picked from logits rounded to the working dtype, so that forward and backward agree on the set.
+    Picked from logits as the backward reads them, so that forward and backward agree on the set.
     """
-    z = s.ref.z if s.working_dtype is None else s.ref.z.to(s.working_dtype)
+    z = s.ref.z if s.top_logits is None else s.top_logits
     order = torch.sort(z, dim=-1, descending=True, stable=True).indices[:, : min(k, z.shape[-1])]
     return torch.zeros_like(z, dtype=torch.bool).scatter(-1, order, True)
 

@@ -35,14 +35,13 @@ def linear_divergence_fwd(
     frozen: bool,
     num_scored: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out [n, N], saved [10, N] = lse, ref_lse, aux_lse, 0 ..., cache [2, cache_rows, V], rows [n', N, D])."""
+    """(out [n, N], saved = lse, ref_lse, aux_lse, 0 ..., cache [2, cache_rows, V], rows)."""
     n = hidden.shape[0]
     scored = scored_rows(targets, ignore_index, num_scored)
     options, ref_options = (scale, softcap, temperature), (ref_scale, ref_softcap, ref_temperature)
-    z = shape_logits(product(scored.take(hidden), weight, exact=True), bias, *options)
-    zr = shape_logits(
-        product(scored.take(ref_hidden), ref_weight, exact=True), ref_bias, *ref_options
-    )
+    x = product(scored.take(hidden), weight, exact=True)
+    xr = product(scored.take(ref_hidden), ref_weight, exact=True)
+    z, zr = shape_logits(x, bias, *options), shape_logits(xr, ref_bias, *ref_options)
     policy, ref, aux = formulas.model(z), formulas.model(zr), None
     if aux_hidden is not None:
         za = shape_logits(
@@ -51,7 +50,8 @@ def linear_divergence_fwd(
         aux = formulas.model(za)
     values, values_index = _values(scored, values, values_index)
     y = scored.take(targets).clamp(min=0)
-    s = formulas.Inputs(y, policy, ref, aux, values, values_index, hidden.dtype)
+    seen_later = shape_logits(rounded(xr, hidden.dtype), ref_bias, *ref_options)
+    s = formulas.Inputs(y, policy, ref, aux, values, values_index, seen_later)
     out = torch.stack([formulas.value(stat, s) for stat in stats])
 
     saved = out.new_zeros((SAVED_ROWS, z.shape[0]))
@@ -60,7 +60,7 @@ def linear_divergence_fwd(
         saved[2] = aux.lse
     cache = hidden.new_empty((2, cache_rows, weight.shape[0]))
     kept = min(cache_rows, z.shape[0])
-    cache[0, :kept], cache[1, :kept] = z[:kept].to(cache.dtype), zr[:kept].to(cache.dtype)
+    cache[0, :kept], cache[1, :kept] = x[:kept].to(cache.dtype), xr[:kept].to(cache.dtype)
     rows = out.new_empty(0)
     if frozen:
         rows = frozen_rows(stats, s, out, logit_slope(z, *options), weight)
@@ -104,21 +104,18 @@ def linear_divergence_bwd(
     scored = scored_rows(targets, ignore_index, num_scored)
     h, dtype = scored.take(hidden), hidden.dtype
     options, ref_options = (scale, softcap, temperature), (ref_scale, ref_softcap, ref_temperature)
-    z = rounded(shape_logits(product(h, weight, exact=True), bias, *options), dtype)
-    zr = product(scored.take(ref_hidden), ref_weight, exact=True)
-    zr = rounded(shape_logits(zr, ref_bias, *ref_options), dtype)
-    kept = min(cache.shape[1], z.shape[0])
-    z[:kept], zr[:kept] = cache[0, :kept].to(z.dtype), cache[1, :kept].to(z.dtype)
-    saved = saved.index_select(1, scored.index)
-    policy, ref, aux = formulas.model(z, saved[0]), formulas.model(zr, saved[1]), None
+    x = rounded(product(h, weight, exact=True), dtype)
+    xr = rounded(product(scored.take(ref_hidden), ref_weight, exact=True), dtype)
+    kept = min(cache.shape[1], x.shape[0])
+    x[:kept], xr[:kept] = cache[0, :kept].to(x.dtype), cache[1, :kept].to(x.dtype)
+    z, zr = shape_logits(x, bias, *options), shape_logits(xr, ref_bias, *ref_options)
+    policy, ref, aux = formulas.model(z), formulas.model(zr), None
     if aux_hidden is not None:
-        za = shape_logits(
-            product(scored.take(aux_hidden), aux_weight, exact=True), None, *ref_options
-        )
-        aux = formulas.model(rounded(za, dtype), saved[2])
+        xa = rounded(product(scored.take(aux_hidden), aux_weight, exact=True), dtype)
+        aux = formulas.model(shape_logits(xa, None, *ref_options))
     values, values_index = _values(scored, values, values_index)
     s = formulas.Inputs(scored.take(targets).clamp(min=0), policy, ref, aux, values, values_index)
-    dz = sum_gradients(d_out, out, scored, stats, s)
+    dz = sum_gradients(d_out, scored, stats, s)
     dx = dz * logit_slope(z, *options)
     if scored.mask is not None:
         dx = torch.where(scored.mask[:, None], dx, 0.0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..types import NO_GRADIENT
 from . import formulas
-from .rows import fold_dtype, logit_slope, product, rounded, scored_rows, shape_logits
+from .rows import Scored, fold_dtype, logit_slope, product, rounded, scored_rows, shape_logits
 
 # Folded from fp32 logits: their value is a small difference of large sums.
 NEEDS_EXACT = frozenset({"ent", "col"})
@@ -27,7 +27,7 @@ def linear_logps_fwd(
     frozen: bool,
     num_scored: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out [n, N], saved [1, N] = lse, cache [cache_rows, V] = logits, rows [n', N, D])."""
+    """(out [n, N], saved [1, N] = lse, cache [cache_rows, V] = hidden W^T, rows [n', N, D])."""
     n = hidden.shape[0]
     scored = scored_rows(targets, ignore_index, num_scored)
     x = product(scored.take(hidden), weight, exact=bool(NEEDS_EXACT.intersection(stats)))
@@ -36,7 +36,7 @@ def linear_logps_fwd(
     out = torch.stack([formulas.value(stat, s) for stat in stats])
 
     cache = hidden.new_empty((cache_rows, weight.shape[0]))
-    cache[: min(cache_rows, z.shape[0])] = z[:cache_rows].to(cache.dtype)
+    cache[: min(cache_rows, x.shape[0])] = x[:cache_rows].to(cache.dtype)
     rows = out.new_empty(0)
     if frozen:
         slope = logit_slope(z, scale, softcap, temperature)
@@ -85,11 +85,11 @@ def linear_logps_bwd(
     scored = scored_rows(targets, ignore_index, num_scored)
     h = scored.take(hidden)
     x = product(h, weight, exact=bool(NEEDS_EXACT.intersection(stats)))
-    z = rounded(shape_logits(x, bias, scale, softcap, temperature), hidden.dtype)
-    z[: cache.shape[0]] = cache[: z.shape[0]].to(z.dtype)
-    lse = saved[0].index_select(0, scored.index)
-    s = formulas.Inputs(scored.take(targets).clamp(min=0), formulas.model(z, lse))
-    dz = sum_gradients(d_out, out, scored, stats, s)
+    x = rounded(x, hidden.dtype)
+    x[: cache.shape[0]] = cache[: x.shape[0]].to(x.dtype)
+    z = shape_logits(x, bias, scale, softcap, temperature)
+    s = formulas.Inputs(scored.take(targets).clamp(min=0), formulas.model(z))
+    dz = sum_gradients(d_out, scored, stats, s)
     dx = dz * logit_slope(z, scale, softcap, temperature)
     if scored.mask is not None:
         dx = torch.where(scored.mask[:, None], dx, 0.0)
@@ -97,13 +97,17 @@ def linear_logps_bwd(
 
 
 def sum_gradients(
-    d_out: Tensor, out: Tensor, scored, stats: tuple[str, ...], s: formulas.Inputs
+    d_out: Tensor, scored: Scored, stats: tuple[str, ...], s: formulas.Inputs
 ) -> Tensor:
-    """dL/dz [M, V]: the sum over statistics of the upstream number times the statistic's gradient."""
+    """dL/dz [M, V]: the sum over statistics of the upstream number times the statistic's gradient.
+
+    Normalisers and values are those of the logits in `s`, which a 16-bit working dtype has rounded:
+    the forward's would leave an error of eps |z| p in every entry.
+    """
     dz = torch.zeros_like(s.policy.z)
     for i, stat in enumerate(stats):
         c = d_out[i].to(dz.dtype).index_select(0, scored.index)
-        part = formulas.logit_gradient(stat, c, s, out[i].index_select(0, scored.index))
+        part = formulas.logit_gradient(stat, c, s, formulas.value(stat, s))
         if part is not None:
             dz += part
     return dz

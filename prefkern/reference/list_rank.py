@@ -14,25 +14,15 @@ column; a "pair" (i, j) has label y_i > y_j.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..list_options import ListOptions, unpack
-
-BLOCK_ELEMENTS = 1 << 21  # 16 MiB in fp64
-
-
-class Block(NamedTuple):
-    """Groups of one block; padding and masked items have score and label 0 and valid False."""
-
-    score: Tensor  # [g, K]
-    label: Tensor  # [g, K]
-    valid: Tensor  # [g, K] bool
-    topk: Tensor  # [g] stages wanted, at most the number of valid items
+from . import list_blocks as lb
+from . import list_surrogates
+from .list_blocks import Block
 
 
 def list_rank_fwd(
@@ -48,7 +38,7 @@ def list_rank_fwd(
     core = _CORES[family]
     loss = scores.new_zeros(cu_groups.numel() - 1)
     slope = torch.zeros_like(scores)
-    for groups, items, inside in _blocks(cu_groups):  # [g], [g, K], [g, K] bool
+    for groups, items, inside in lb.blocks(cu_groups):  # [g], [g, K], [g, K] bool
         label = labels.to(scores.dtype)[items]
         valid = inside & ~label.isnan()
         score = torch.where(valid, scores[items], 0.0)
@@ -64,50 +54,6 @@ def list_rank_fwd(
     return loss, slope
 
 
-def _blocks(cu_groups: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Non-empty groups in blocks of similar size: sizes of one block lie between K/2 and K."""
-    start = cu_groups[:-1].long()
-    size = cu_groups[1:].long() - start
-    size, order = torch.sort(size, stable=True)
-    sizes = size.tolist()
-    first, total = sum(s == 0 for s in sizes), len(sizes)
-    while first < total:
-        limit = (
-            2 * sizes[first] - 1
-        )  # sizes are ascending, so every padded row is at least half full
-        last = first
-        while last < total and sizes[last] <= limit:
-            last += 1
-            if last < total and (last + 1 - first) * sizes[last] ** 2 > BLOCK_ELEMENTS:
-                break
-        groups = order[first:last]  # [g]
-        column = torch.arange(sizes[last - 1], device=cu_groups.device)  # [K]
-        inside = column < size[first:last, None]
-        items = start[groups][:, None] + torch.where(inside, column, 0)
-        yield groups, items, inside
-        first = last
-
-
-def _rank(value: Tensor, valid: Tensor) -> Tensor:  # [g, K] int64
-    """1-based rank in descending order, equal values by position, counted without a sort."""
-    position = torch.arange(value.shape[1], device=value.device)
-    ahead = value[:, None, :] > value[:, :, None]
-    ahead |= (value[:, None, :] == value[:, :, None]) & (position[None, :] < position[:, None])
-    return 1 + (ahead & valid[:, None, :]).sum(2)
-
-
-def _discount(rank: Tensor, dtype: torch.dtype, opts: ListOptions) -> Tensor:
-    """1 / log_b(1 + rank), 0 beyond topn."""
-    value = 1.0 / torch.log1p(rank.to(dtype))
-    if opts.log_base == "2":
-        value = value * math.log(2.0)
-    return torch.where(rank > opts.topn, 0.0, value) if opts.topn else value
-
-
-def _gain(label: Tensor, kind: str) -> Tensor:
-    return torch.expm1(label * math.log(2.0)) if kind == "exp2" else label
-
-
 def _lambda_weights(b: Block, opts: ListOptions) -> Tensor:  # [g, K, K]
     """|G_i - G_j| |D_i - D_j|: what exchanging two items does to the DCG of the current ranking."""
     dtype = b.score.dtype
@@ -120,44 +66,25 @@ def _lambda_weights(b: Block, opts: ListOptions) -> Tensor:  # [g, K, K]
     else:
         gain = (y_i - y_j).abs()
     source = b.score if opts.rank_source == "score" else b.label
-    rank = _rank(source, b.valid)
+    rank = lb.rank(source, b.valid)
     if opts.form == "dcg2":
         apart = (rank[:, :, None] - rank[:, None, :]).abs()
-        near = _discount(apart.clamp(min=1), dtype, opts)  # the diagonal, apart 0, is no pair
-        return gain * (near - _discount(apart + 1, dtype, opts)).abs()
-    discount = _discount(rank, dtype, opts)
+        near = lb.discount(apart.clamp(min=1), dtype, opts)  # the diagonal, apart 0, is no pair
+        return gain * (near - lb.discount(apart + 1, dtype, opts)).abs()
+    discount = lb.discount(rank, dtype, opts)
     if opts.tie_rank == "average":
         tied = (source[:, :, None] == source[:, None, :]) & b.valid[:, None, :]
         discount = torch.where(tied, discount[:, None, :], 0.0).sum(2) / tied.sum(2).clamp(min=1)
     if opts.normalize:
-        best = _discount(_rank(b.label, b.valid), dtype, opts)
-        ideal = torch.where(b.valid, _gain(b.label, opts.gain) * best, 0.0).sum(1)  # [g]
+        best = lb.discount(lb.rank(b.label, b.valid), dtype, opts)
+        ideal = torch.where(b.valid, lb.gain(b.label, opts.gain) * best, 0.0).sum(1)  # [g]
         gain = gain / torch.where(ideal == 0, 1.0, ideal)[:, None, None]
     return gain * (discount[:, :, None] - discount[:, None, :]).abs()
 
 
-def _pairs(b: Block) -> tuple[Tensor, Tensor]:  # [g, K, K] bool, [g, K, K]
-    """Which (i, j) have y_i > y_j, and s_i - s_j."""
-    strict = b.label[:, :, None] > b.label[:, None, :]
-    strict &= b.valid[:, :, None] & b.valid[:, None, :]
-    return strict, b.score[:, :, None] - b.score[:, None, :]
-
-
-def _fold_pairs(b: Block, strict: Tensor, value: Tensor, slope: Tensor, opts: ListOptions):
-    """Sums a value per pair into [g], and a slope dl/d(s_i - s_j) <= 0 per pair into u [g, K]."""
-    loss = value.sum((1, 2))
-    u = slope.sum(2) - slope.sum(1)
-    factor = torch.ones_like(loss)
-    if opts.pair_reduction == "mean":
-        factor = factor / strict.sum((1, 2)).clamp(min=1)
-    if opts.scale_by_list_size:
-        factor = factor * b.valid.sum(1)
-    return loss * factor, u * factor[:, None]
-
-
 def _pair(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
     """l = sum_{y_i > y_j} w_ij softplus(-(s_i - s_j)); slope -w_ij sigmoid(-(s_i - s_j))."""
-    strict, gap = _pairs(b)
+    strict, gap = lb.pairs(b)
     if opts.weights == "lambda":
         weight = _lambda_weights(b, opts)
     elif opts.weights == "labeldiff":
@@ -166,15 +93,15 @@ def _pair(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
         weight = torch.ones_like(gap)
     value = torch.where(strict, -weight * logsigmoid(gap), 0.0)
     slope = torch.where(strict, -weight * torch.sigmoid(-gap), 0.0)
-    return _fold_pairs(b, strict, value, slope, opts)
+    return lb.fold_pairs(b, strict, value, slope, opts)
 
 
 def _hinge(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
     """l = sum_{y_i > y_j} max(0, margin - (s_i - s_j)); slope -1 below the kink, 0 at it."""
-    strict, gap = _pairs(b)
+    strict, gap = lb.pairs(b)
     active = strict & (gap < opts.margin)
     value = torch.where(active, opts.margin - gap, 0.0)
-    return _fold_pairs(b, strict, value, -active.to(gap.dtype), opts)
+    return lb.fold_pairs(b, strict, value, -active.to(gap.dtype), opts)
 
 
 def _plackett_luce(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
@@ -187,7 +114,7 @@ def _plackett_luce(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
     """
     y_i, y_j = b.label[:, :, None], b.label[:, None, :]
     both = b.valid[:, :, None] & b.valid[:, None, :]
-    rank = _rank(b.label, b.valid)
+    rank = lb.rank(b.label, b.valid)
     if opts.ties == "stable":
         risk = rank[:, None, :] >= rank[:, :, None]
     else:
@@ -198,24 +125,10 @@ def _plackett_luce(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
     stage = b.valid & (rank <= b.topk[:, None])
     factor = stage.to(b.score.dtype)
     if opts.item_gain == "exp2":
-        factor = factor * _gain(b.label, "exp2")
-    excess, chance = _compete(b.score[:, None, :].expand_as(risk), risk, b.score)
+        factor = factor * lb.gain(b.label, "exp2")
+    excess, chance = lb.compete(b.score[:, None, :].expand_as(risk), risk, b.score)
     loss = torch.where(stage, factor * excess, 0.0).sum(1)
     return loss, _drive(factor[:, :, None] * chance)
-
-
-def _compete(value: Tensor, member: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """LSE of the members of each last axis less `own`, and the softmax of the members.
-
-    The greatest member is taken off first: LSE - own of two numbers near 500 would keep no digit of
-    a small difference in fp32. An axis without members gives 0 and 0.
-    """
-    top = torch.where(member, value, -torch.inf).amax(-1)
-    top = torch.where(member.any(-1), top, own)
-    weight = torch.where(member, torch.exp(value - top[..., None]), 0.0)
-    total = weight.sum(-1)
-    total = torch.where(total > 0, total, 1.0)
-    return torch.log(total) + (top - own), weight / total[..., None]
 
 
 def _drive(push: Tensor) -> Tensor:  # [g, K]
@@ -230,7 +143,7 @@ def _drive(push: Tensor) -> Tensor:  # [g, K]
 
 def _masked_softmax(value: Tensor, valid: Tensor) -> Tensor:  # [g, K]
     """Softmax over the valid items of each row; 0 elsewhere and in rows without any."""
-    return _compete(value, valid, torch.zeros_like(value[:, 0]))[1]
+    return lb.compete(value, valid, torch.zeros_like(value[:, 0]))[1]
 
 
 def _softmax(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
@@ -242,10 +155,10 @@ def _softmax(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
         if opts.target == "sum":
             total = q.sum(1, keepdim=True)
             q = torch.where(total > 0, q / torch.where(total > 0, total, 1.0), 0.0)
-    # Relative to the greatest score, as in _compete; a row without valid items has q = 0.
+    # Relative to the greatest score, as in compete; a row without valid items has q = 0.
     top = torch.where(b.valid, b.score, -torch.inf).amax(1)
     top = torch.where(b.valid.any(1), top, 0.0)
-    excess, chance = _compete(b.score, b.valid, top)  # [g], [g, K]
+    excess, chance = lb.compete(b.score, b.valid, top)  # [g], [g, K]
     loss = torch.where(b.valid, q * (excess[:, None] + (top[:, None] - b.score)), 0.0).sum(1)
     return loss, _drive(q[:, :, None] * chance[:, None, :])
 
@@ -264,8 +177,8 @@ def _pro(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
     m_ki = y_k - y_i >= 0, M_k = max_i m_ki. With q the softmax of that set, u_k += M_k (q_k - 1)
     and u_i += m_ki q_i. A group whose labels are all equal gives 0.
     """
-    strict, _ = _pairs(b)
-    rank = _rank(b.label, b.valid)
+    strict, _ = lb.pairs(b)
+    rank = lb.rank(b.label, b.valid)
     after = (rank[:, None, :] > rank[:, :, None]) & b.valid[:, :, None] & b.valid[:, None, :]
     gap = torch.where(after, b.label[:, :, None] - b.label[:, None, :], 0.0)  # m [g, k, i]
     widest = gap.amax(2)  # M [g, k]
@@ -274,7 +187,7 @@ def _pro(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
     member = (after | own) & after.any(2)[:, :, None]
     member &= strict.any((1, 2))[:, None, None]
     stage = member.any(2)
-    excess, chance = _compete(factor * b.score[:, None, :], member, widest * b.score)
+    excess, chance = lb.compete(factor * b.score[:, None, :], member, widest * b.score)
     loss = torch.where(stage, excess, 0.0).sum(1)
     # q_kk - 1 = -sum of the others, as in _drive, but row k is pushed by M_k and column i by m_ki.
     others = torch.where(own, 0.0, chance)
@@ -288,4 +201,5 @@ _CORES = {
     "softmax": _softmax,
     "pro": _pro,
     "nca": _nca,
+    **list_surrogates.CORES,
 }

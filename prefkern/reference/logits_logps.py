@@ -8,7 +8,7 @@ from torch import Tensor
 from ..types import SAVED_ROWS
 from . import formulas
 from .linear_logps import sum_gradients
-from .rows import fold_dtype, scored_rows
+from .rows import Scored, fold_dtype, scored_rows
 
 
 def logits_logps_fwd(
@@ -22,7 +22,7 @@ def logits_logps_fwd(
     """(out [n, N], saved [10, N] = lse, ref_lse, ...)."""
     n = logits.shape[0]
     scored = scored_rows(targets, ignore_index, None)
-    s = _inputs(scored, logits, targets, ref_logits, temperature, None)
+    s = _inputs(scored, logits, targets, ref_logits, temperature)
     out = torch.stack([formulas.value(stat, s) for stat in stats])
     saved = out.new_zeros((SAVED_ROWS, s.y.shape[0]))
     saved[0] = s.policy.lse
@@ -44,27 +44,17 @@ def logits_logps_bwd(
 ) -> Tensor:
     """d_logits [N, V] in logits' dtype."""
     scored = scored_rows(targets, ignore_index, None)
-    lse = saved.index_select(1, scored.index)
-    s = _inputs(scored, logits, targets, ref_logits, temperature, lse)
-    dz = sum_gradients(d_out, out, scored, stats, s) / temperature
+    s = _inputs(scored, logits, targets, ref_logits, temperature)
+    dz = sum_gradients(d_out, scored, stats, s) / temperature
     return scored.put(dz, logits.shape[0]).to(logits.dtype)
 
 
 def _inputs(
-    scored,
-    logits: Tensor,
-    targets: Tensor,
-    ref_logits: Tensor | None,
-    temperature: float,
-    lse: Tensor | None,
+    scored: Scored, logits: Tensor, targets: Tensor, ref_logits: Tensor | None, temperature: float
 ) -> formulas.Inputs:
     acc = fold_dtype(logits.dtype)
-    policy = formulas.model(
-        scored.take(logits).to(acc) / temperature, None if lse is None else lse[0]
-    )
+    policy = formulas.model(scored.take(logits).to(acc) / temperature)
     ref = None
     if ref_logits is not None:
-        ref = formulas.model(
-            scored.take(ref_logits).to(acc) / temperature, None if lse is None else lse[1]
-        )
+        ref = formulas.model(scored.take(ref_logits).to(acc) / temperature)
     return formulas.Inputs(scored.take(targets).clamp(min=0), policy, ref)

@@ -70,8 +70,8 @@ def fold_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def product(hidden: Tensor, weight: Tensor, *, exact: bool) -> Tensor:
-    """hidden @ weight.T [M, V] in fp32 (fp64). exact: the inputs are multiplied in fp32, so that the
-    logits are not rounded to a 16-bit type (a KL of 4.5e-4 nats would be off by 46 %)."""
+    """hidden @ weight.T [M, V] in fp32 (fp64). exact: inputs are multiplied in fp32, so that logits
+    are not rounded to a 16-bit type (a KL of 4.5e-4 nats would be off by 46 %)."""
     acc = fold_dtype(hidden.dtype)
     weight = weight.to(hidden.dtype)
     if exact:
@@ -79,6 +79,7 @@ def product(hidden: Tensor, weight: Tensor, *, exact: bool) -> Tensor:
     return (hidden @ weight.T).to(acc)
 
 
-def rounded(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """z as the backward reads it: rounded to the working dtype."""
-    return z.to(dtype).to(z.dtype)
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Products as the backward reads them: rounded to the working dtype, before bias, scale and cap
+    (the slope of a cap near saturation would not survive rounding after it)."""
+    return x.to(dtype).to(x.dtype)

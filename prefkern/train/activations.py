@@ -30,6 +30,11 @@ class Recorder:
         self.means: list[tuple[int, Tensor]] = []  # (type, [B, T])
 
     def add(self, kind: int, value: Tensor) -> None:
+        if value.dim() != 3:  # experts see the tokens routed to them, not [B, T, features]
+            raise ValueError(
+                f"mapo's mask needs activations [batch, tokens, features], got {list(value.shape)}: "
+                "mixture-of-experts layers have none per token; use sparsepo."
+            )
         self.means.append((kind, value.float().mean(-1)))
 
     def collect(self, states: Tensor, zmean: Tensor) -> dict[str, Tensor]:

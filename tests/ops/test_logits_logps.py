@@ -259,3 +259,24 @@ def test_selective_log_softmax_row_mask(backend):
     assert bool((got[~mask] == 0).all())
     got.sum().backward()
     assert bool((logits.grad[~mask] == 0).all()) and bool(logits.grad[mask].isfinite().all())
+
+
+def test_selective_log_softmax_of_several_indices_under_a_mask(backend):
+    """A masked row may hold any index, also the usual -100 of padding."""
+    logits = torch.randn(3, 5)
+    index = torch.tensor([[1, 2], [-100, -100], [0, 4]])
+    mask = torch.tensor([True, False, True])
+    with prefkern.use_backend(backend):
+        got = prefkern.selective_log_softmax(logits, index, row_mask=mask)
+    want = torch.log_softmax(logits[mask].double(), -1).gather(-1, index[mask])
+    torch.testing.assert_close(got[mask].double(), want, rtol=0, atol=1e-5)
+    assert bool((got[~mask] == 0).all())
+
+
+@pytest.mark.parametrize("index", [-100, -1, 5], ids=str)
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_selective_log_softmax_refuses_an_index_outside_the_vocabulary(backend, index, several):
+    """Nothing is ignored here without a row_mask: -100 would otherwise come back as a silent 0."""
+    ids = torch.tensor([1, index, 2])
+    with prefkern.use_backend(backend), pytest.raises(ValueError, match="index"):
+        prefkern.selective_log_softmax(torch.randn(3, 5), ids[:, None] if several else ids)

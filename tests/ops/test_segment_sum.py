@@ -31,7 +31,7 @@ def check(backend, values, cu, weights):
     values = values.clone().requires_grad_()
     weights = None if weights is None else weights.clone().requires_grad_()
     out = segment_sum(values, boundaries(cu), weights=weights, backend=backend)
-    rows = values.reshape(-1, values.shape[-1])
+    rows = values if values.dim() == 2 else values[None]
     want = oracles.segment_sum(rows, cu, weights)
     size = oracles.segment_sum(rows.abs(), cu, None if weights is None else weights.abs())
     assert out.dtype == FP64 and out.shape == (*values.shape[:-1], len(cu) - 1)

@@ -63,7 +63,7 @@ def test_two_ranks_stay_equal_and_equal_one_process(tmp_path, loss, layout, rows
         num_train_epochs=2.0,
         max_steps=-1,
         save_steps=2,
-        learning_rate=1e-3,
+        learning_rate=1e-4,
         eval_dataset=data,
         weight_decay=0.1,
     )

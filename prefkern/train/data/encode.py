@@ -8,13 +8,13 @@ conversation the chat template decides.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jinja2
 import numpy as np
 
 from .records import Sequence
-from .rows import BadRow, ParsedRow
+from .rows import BadRow, Messages, ParsedRow
 
 
 class Encoded(NamedTuple):
@@ -89,7 +89,7 @@ class Encoder:
         texts = []
         for row in rows:
             texts.append(row.prompt)
-            texts += [row.prompt + response for response in row.responses]
+            texts += [f"{row.prompt}{response}" for response in row.responses]
         encoded = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
         out: list[list[list[int]] | BadRow] = []
         at = 0
@@ -107,25 +107,27 @@ class Encoder:
                 "the data are conversations and this tokenizer has no chat template; set "
                 "tokenizer.chat_template, or pass data with plain-text prompts."
             )
-        ends_open = row.prompt[-1]["role"] == "assistant"
+        prompt = cast(Messages, row.prompt)
+        ends_open = prompt[-1]["role"] == "assistant"
         try:
             ids = [
                 self._template(
-                    row.prompt,
+                    prompt,
                     row,
                     add_generation_prompt=not ends_open,
                     continue_final_message=ends_open,
                 )
             ]
-            ids += [self._template([*row.prompt, *response], row) for response in row.responses]
+            ids += [
+                self._template([*prompt, *cast(Messages, response)], row)
+                for response in row.responses
+            ]
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             # Templates refuse what they do not know: roles that do not alternate, and the like.
             raise BadRow("prompt", "refused by the chat template", str(error)) from error
         return ids
 
-    def _template(
-        self, messages: list[dict[str, Any]], row: ParsedRow, **options: Any
-    ) -> list[int]:
+    def _template(self, messages: Messages, row: ParsedRow, **options: Any) -> list[int]:
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, **options, **row.template_args
         )

@@ -90,12 +90,12 @@ def load_examples(
                 bad.append((row, BadRow("", row.kind, row.detail)))
                 continue
             try:
-                result = parse_row(
+                good = parse_row(
                     row.data, layout, list_labels=list_labels, implicit_prompt=implicit_prompt
                 )
-                parsed.append((row, result))
-            except BadRow as error:
-                bad.append((row, error))
+                parsed.append((row, good))
+            except BadRow as reason:
+                bad.append((row, reason))
         encoded = encoder.encode([p for _, p in parsed])
         for (row, parsed_row), result in zip(parsed, encoded, strict=True):
             if isinstance(result, BadRow):
@@ -103,8 +103,8 @@ def load_examples(
                 continue
             report.truncated += result.truncated
             examples.append(_example(row.row, parsed_row, result.sequences, layout, seed))
-        for row, error in sorted(bad, key=lambda item: item[0].row):
-            _report(report, row, error, strict)
+        for row, why in sorted(bad, key=lambda item: item[0].row):
+            _report(report, row, why, strict)
     report.kept = len(examples)
     if not examples:
         raise ValueError(f"no row of {_name(source)} can be used as {layout}: {report}")
@@ -154,7 +154,7 @@ def _example(
     row: int, parsed: ParsedRow, sequences: tuple[Sequence, ...], layout: str, seed: int
 ) -> Example:
     labels = parsed.labels
-    if layout == "lists":
+    if layout == "lists" and labels is not None:
         order = np.random.default_rng([seed, row]).permutation(len(sequences))
         sequences = tuple(sequences[i] for i in order)
         labels = tuple(labels[i] for i in order)
@@ -200,7 +200,7 @@ def fingerprint(examples: list[Example]) -> str:
     for example in examples:
         digest.update(repr((len(example.sequences), example.labels, example.weight)).encode())
         for seq in example.sequences:
-            digest.update(np.int64([len(seq.input_ids), seq.completion_start]).tobytes())
+            digest.update(np.array([len(seq.input_ids), seq.completion_start], np.int64).tobytes())
             digest.update(seq.input_ids.tobytes())
             if seq.token_weights is not None:
                 digest.update(seq.token_weights.tobytes())

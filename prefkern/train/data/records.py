@@ -131,7 +131,7 @@ class PreferenceBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         """The same batch with every tensor on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking)
             if isinstance(value, Tensor)
             else value

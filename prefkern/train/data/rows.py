@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Text = str | list[dict[str, Any]]
+Messages = list[dict[str, Any]]
+Text = str | Messages
 
 
 class BadRow(Exception):

@@ -1,0 +1,1 @@
+"""Losses that are not linear in the tokens: (tokens, cu_seqlens, *, ...) -> [S] or [N]."""
