@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--threads", type=int, nargs="+", metavar="N", help="keep the cases with N threads"
     )
-    p.add_argument("--repeats", type=int, help="rounds; default 7, with --quick 3")
+    p.add_argument("--repeats", type=int, help="rounds; default 5, with --quick 3")
     p.add_argument("--no-memory", action="store_true", help="leave out the memory columns")
     p.add_argument(
         "--out",
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs what the arguments say; returns the exit status."""
     args = parser().parse_args(argv)
     size = "quick" if args.quick else "full"
-    rounds = args.repeats or (3 if args.quick else 7)
+    rounds = args.repeats or (3 if args.quick else 5)
     if rounds < 1:
         parser().error(f"--repeats must be at least 1, got {rounds}.")
     args.out.mkdir(parents=True, exist_ok=True)

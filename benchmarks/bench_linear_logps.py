@@ -112,10 +112,24 @@ def run_worker(spec: dict[str, Any], folder: Path) -> tuple[list[Row], str]:
 
 def table(rows: Sequence[Row]) -> str:
     """Rows as aligned text: what a person reads while the benchmark runs."""
-    head = ("variant", "wall s", "cpu s", "ratio", "own", "peak MiB", "beyond", "loss", "dH", "dW")
+    head = (
+        "variant",
+        "wall s",
+        "cpu s",
+        "ratio",
+        "(cpu)",
+        "own",
+        "(cpu)",
+        "peak MiB",
+        "beyond",
+        "loss",
+        "dH",
+        "dW",
+    )
     keys = (
-        ("wall_s", ".3f"), ("cpu_s", ".3f"), ("ratio", ".2f"), ("ratio_own", ".2f"),
-        ("peak_mib", ".0f"), ("beyond_mib", ".1f"), ("err_loss", ".0e"), ("err_d_hidden", ".0e"),
+        ("wall_s", ".3f"), ("cpu_s", ".3f"), ("ratio", ".2f"), ("ratio_cpu", ".2f"),
+        ("ratio_own", ".2f"), ("ratio_own_cpu", ".2f"), ("peak_mib", ".0f"),
+        ("beyond_mib", ".1f"), ("err_loss", ".0e"), ("err_d_hidden", ".0e"),
         ("err_d_weight", ".0e"),
     )  # fmt: skip
     lines = [f"{head[0]:<28}" + "".join(f"{h:>10}" for h in head[1:])]

@@ -28,6 +28,7 @@ from prefkern.types import Loss, SeqStats
 from . import harness, machine
 
 SEQUENCES = {"full": (16, 256, 4096), "quick": (16, 256), "tiny": (8,)}
+FAMILIES = ("pairwise", "pointwise", "listwise")
 GROUP = 4  # answers of one list
 OBJECTIVE_COLUMNS = ("loss", "family", "S", "us_median", "us_min", "rounds")
 HOST_COLUMNS = ("what", "us_median", "us_min", "us_iqr", "rounds", "times_torch")
@@ -68,35 +69,55 @@ def example(record: Loss, n: int) -> Callable[[], Tensor]:
         items = max(n // len(roles), 1)
         inputs = [statistics_of(items, g) for _ in roles]
         seq, given = inputs[0], {}
+    parameters = inspect.signature(record.fn).parameters
     for name in record.extra:
-        given[name] = _extra(record, name, seq, items, g)
+        if name in SeqStats._fields:
+            given[name] = getattr(seq, name).detach()
+        elif parameters[name].default is inspect.Parameter.empty:
+            given[name] = EXTRA[name](items, g)
     return lambda: record(*inputs, **given)
 
 
-def _extra(record: Loss, name: str, seq: SeqStats, items: int, g: torch.Generator) -> object:
-    """A plausible value of a tensor that a caller must supply."""
-    if name in SeqStats._fields:
-        return getattr(seq, name).detach()
-    if name in ("label", "keep"):
-        return torch.arange(items) % 2 == 0
-    if name == "pref_prob":
-        return torch.full((items,), 0.7, dtype=torch.float64)
-    if "float" in str(inspect.signature(record.fn).parameters[name].annotation):
-        return 0.1
-    # one column per further objective of MODPO
-    shape = (items, 1) if name.startswith("margin_reward") else (items,)
-    return torch.randn(shape, generator=g, dtype=torch.float64)
+def _normal(n: int, g: torch.Generator) -> Tensor:
+    return torch.randn(n, generator=g, dtype=torch.float64)
+
+
+# Tensors a caller must supply, for n items. A loss that needs another one is left out by name.
+EXTRA: dict[str, Callable[[int, torch.Generator], object]] = {
+    "label": lambda n, g: torch.arange(n) % 2 == 0,
+    "keep": lambda n, g: torch.arange(n) % 2 == 0,
+    "pref_prob": lambda n, g: torch.full((n,), 0.7, dtype=torch.float64),
+    "delta": lambda n, g: 0.1,
+    "kl_baseline": lambda n, g: 0.1,
+    "rm_margin": _normal,
+    "mix_chosen_logps": _normal,
+    "mix_rejected_logps": _normal,
+    "baseline_mean_logps": _normal,
+    "margin_reward_chosen": lambda n, g: _normal(n, g)[:, None],
+    "margin_reward_rejected": lambda n, g: _normal(n, g)[:, None],
+    "topk": lambda n, g: 2,
+    "pairs": lambda n, g: torch.stack([torch.arange(n), torch.arange(n) ^ 1], 1),
+    "slow_chosen_logps": _normal,
+    "slow_rejected_logps": _normal,
+    "source_chosen_mean_logps": lambda n, g: _normal(n, g)[:, None],
+    "source_rejected_mean_logps": lambda n, g: _normal(n, g)[:, None],
+    "judge_logit_gap": _normal,
+    "log_target_prob": _normal,
+}
 
 
 def run(out: Path, size: str, rounds: int) -> Path:
     """Writes `out`/objective.csv: microseconds of each loss with its backward."""
     torch.set_num_threads(1)
+    known = {*SeqStats._fields, *EXTRA}
     calls = {
         (name, n): example(record, n)
         for name, record in prefkern.LOSSES.items()
-        if record.family in ("pairwise", "pointwise", "listwise")
+        if record.family in FAMILIES and known.issuperset(record.extra)
         for n in SEQUENCES[size]
     }
+    if left_out := sorted(set(prefkern.LOSSES) - {name for name, _ in calls}):
+        print(f"losses without an example here: {', '.join(left_out)}")
     # a loss that is its likelihood term alone (sft) has nothing to time here
     calls = {key: call for key, call in calls.items() if call().requires_grad}
     times: dict[tuple[str, int], list[float]] = {key: [] for key in calls}

@@ -30,9 +30,10 @@ LIMIT = "limit (bare products)"
 COLUMNS = (
     "case", "step", "variant", "status", "reason", "threads", "dtype", "head", "N", "scored", "D",
     "V", "pairs", "rounds", "wall_s", "wall_min_s", "wall_q1_s", "wall_q3_s", "cpu_s", "forward_s",
-    "ratio", "ratio_q1", "ratio_q3", "ratio_cpu", "products", "ratio_own", "gflops", "err_loss",
-    "err_d_hidden", "err_d_weight", "peak_mib", "gradients_mib", "kept_mib", "beyond_mib",
-    "products_used", "package", "version", "torch", "python", "cpu", "isa", "commit", "date",
+    "ratio", "ratio_q1", "ratio_q3", "ratio_cpu", "products", "ratio_own", "ratio_own_cpu",
+    "gflops", "err_loss", "err_d_hidden", "err_d_weight", "peak_mib", "gradients_mib", "kept_mib",
+    "beyond_mib", "products_used", "package", "version", "torch", "python", "cpu", "isa", "commit",
+    "date",
 )  # fmt: skip
 Row = dict[str, object]
 
@@ -139,10 +140,13 @@ def time_case(
         row = rows[name] | _summary(samples[name], limit, rounds, flops)
         count = variant.products(case)
         if count is not None:
-            # extra products of a variant's scheme are forwards again
-            again = variant.recompute(case) * statistics.median(bare["forward"].wall)
             row["products"] = round(count, 2)
-            row["ratio_own"] = row["wall_s"] / (limit_row["wall_s"] + again)
+            again = variant.recompute(case)  # extra products of a scheme are forwards again
+            for kind, column in (("wall", "ratio_own"), ("cpu", "ratio_own_cpu")):
+                rows_of = (getattr(x, kind) for x in (samples[name], limit, bare["forward"]))
+                row[column] = statistics.median(
+                    t / (base + again * forward) for t, base, forward in zip(*rows_of, strict=True)
+                )
         rows[name] = row
     return [limit_row, *rows.values()]
 

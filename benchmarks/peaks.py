@@ -63,6 +63,8 @@ def choose(case: Case) -> dict[str, Winner]:
             continue
         best: tuple[float, Winner] | None = None
         for how, call in candidates[product].items():
+            if how.startswith("oneDNN") and not _onednn_serves(case.torch_dtype):
+                continue
             call()
             wall = min(stopwatch(call).wall for _ in range(_TRIALS))
             if best is None or wall < best[0]:
@@ -70,6 +72,12 @@ def choose(case: Case) -> dict[str, Winner]:
         assert best is not None
         found[product] = best[1]
     return found
+
+
+def _onednn_serves(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

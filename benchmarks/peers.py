@@ -23,6 +23,7 @@ from .variants import (
     tdpo2_loss,
 )
 
+GIB = 1 << 30  # holds both models' logits where the default of 256 MiB holds half of them
 DIVERGENCES = ("fkl", "rkl", "jsd")
 _BETA_OF = {"fkl": 0.0, "rkl": 1.0, "jsd": 0.5}  # generalized JSD of TRL and Liger
 
@@ -267,6 +268,8 @@ VARIANTS: dict[str, Variant] = {
                 recompute=_recomputed(None), kept_bytes=_kept_bytes(None)),
         Variant("prefkern cpu, budget 0", _ALL, _ours("cpu", 0), "prefkern",
                 recompute=_recomputed(0), kept_bytes=_kept_bytes(0)),
+        Variant("prefkern cpu, budget 1 GiB", ("tdpo2", *DIVERGENCES), _ours("cpu", GIB),
+                "prefkern", recompute=_recomputed(GIB), kept_bytes=_kept_bytes(GIB)),
         Variant("prefkern cpu, metrics", ("dpo", "tdpo2"), _ours("cpu", None, metrics=True),
                 "prefkern", recompute=_recomputed(None), kept_bytes=_kept_bytes(None)),
         Variant("prefkern reference", _ALL, _ours("reference", None), "prefkern"),

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 OURS, PEER, LIMIT_COLOUR, SECOND = "#0072B2", "#999999", "#D55E00", "#E69F00"
 LIMIT = "limit (bare products)"
 Rows = list[dict[str, str]]
+# bars may fill any corner of an axis, so its legend stands above it
+_ABOVE = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3, "fontsize": 8}
 
 
 def draw(csv_file: Path) -> list[Path]:
@@ -25,7 +27,7 @@ def draw(csv_file: Path) -> list[Path]:
     painter = PAINTERS.get(csv_file.stem)
     if painter is None:
         raise ValueError(f"{csv_file.name} is none of {', '.join(f'{k}.csv' for k in PAINTERS)}.")
-    return painter(rows, csv_file.parent)
+    return painter(rows, csv_file.parent) if rows else []
 
 
 def _save(figure: Figure, path: Path) -> Path:
@@ -77,15 +79,15 @@ def _case(name: str, rows: Rows, folder: Path) -> Path:
         time_axis.axvline(
             wall, color=LIMIT_COLOUR, ls="--", lw=1.2, label=f"bare products {wall:.3g} s"
         )
-        time_axis.legend(loc="lower right", fontsize=8)
+        time_axis.legend(**_ABOVE)
     time_axis.set_yticks(places, [r["variant"] for r in variants], fontsize=9)
-    time_axis.invert_yaxis()
+    time_axis.set_ylim(len(variants) - 0.5, -0.5)
     time_axis.set_xlim(0, 1.3 * longest)
     time_axis.set_xlabel("seconds per step: median, quartiles, ratio to the bare products")
     memory_axis.set_xlabel("peak MiB above the inputs")
     memory_axis.margins(x=0.2)
     if memory_axis.patches:
-        memory_axis.legend(loc="lower right", fontsize=8)
+        memory_axis.legend(**_ABOVE)
     first = rows[0]
     figure.suptitle(
         f"{name}: {first['step']} step, {first['dtype']}, {first['threads']} thread(s), "
@@ -131,7 +133,7 @@ def _overview(cases: dict[str, Rows], folder: Path) -> Path:
     axis.set_xticks(ticks, [f"{t:g}x" for t in ticks])
     axis.minorticks_off()
     axis.set_yticks(range(len(cases)), list(cases), fontsize=9)
-    axis.invert_yaxis()
+    axis.set_ylim(len(cases) - 0.5, -0.5)
     axis.grid(axis="x", alpha=0.3)
     axis.set_xlabel("time of a step over its bare products; blue: prefkern cpu, grey: others")
     first = next(iter(cases.values()))[0]
@@ -151,7 +153,7 @@ def _parts(rows: Rows, folder: Path) -> list[Path]:
     for y, kind in enumerate(kinds):
         left = 0.0
         for row in (r for r in shares if r["dtype"] == kind):
-            value = float(row["value"])
+            value = max(float(row["value"]), 0.0)  # a rest within its noise may come out below 0
             label = row["what"] if y == 0 else None
             axis.barh(y, value, left=left, color=colours[row["what"]], label=label)
             if value > 3:
@@ -161,7 +163,7 @@ def _parts(rows: Rows, folder: Path) -> list[Path]:
             left += value
     axis.set_yticks(range(len(kinds)), kinds)
     axis.set_xlabel("share of a DPO step, one thread, percent")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.3), ncols=3, fontsize=8)
+    axis.legend(**_ABOVE)
     figure.suptitle(_where(shares[0]), fontsize=9)
     return [_save(figure, folder / "parts.png")]
 
@@ -179,7 +181,7 @@ def _objective(rows: Rows, folder: Path) -> list[Path]:
         )
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set_xscale("log")
-    axis.invert_yaxis()
+    axis.set_ylim(len(names) - 0.5, -0.5)
     axis.grid(alpha=0.3)
     axis.set_xlabel("microseconds, loss and backward from its sequence sums, one thread")
     axis.legend(fontsize=8)

@@ -6,12 +6,27 @@ import csv
 import sys
 from pathlib import Path
 
-HEAD = ("variant", "s", "CPU s", "ratio", "own", "peak MiB", "beyond MiB", "loss", "dH", "dW")
+HEAD = (
+    "variant",
+    "s",
+    "CPU s",
+    "ratio",
+    "CPU ratio",
+    "own",
+    "CPU own",
+    "peak MiB",
+    "beyond MiB",
+    "loss",
+    "dH",
+    "dW",
+)
 KEYS = (
     ("wall_s", ".3g"),
     ("cpu_s", ".3g"),
     ("ratio", ".2f"),
+    ("ratio_cpu", ".2f"),
     ("ratio_own", ".2f"),
+    ("ratio_own_cpu", ".2f"),
     ("peak_mib", ".0f"),
     ("beyond_mib", ".1f"),
     ("err_loss", ".0e"),

@@ -1,6 +1,7 @@
 // Registers the CPU kernels under prefkern_native:: (LibTorch stable ABI), nothing else.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/error_sum.h"
 #include "cpu/linear_divergence.h"
 #include "cpu/linear_logps.h"
 #include "cpu/list_rank.h"
@@ -43,6 +44,12 @@ STABLE_TORCH_LIBRARY(prefkern_native, m) {
       "logits_logps_bwd(Tensor d_out, Tensor logits, Tensor targets, Tensor? ref_logits, Tensor out, Tensor saved, "
       "float temperature, int ignore_index, str stats) -> Tensor");
   m.def(
+      "error_sum_fwd(Tensor pred, Tensor target, Tensor? ref, Tensor? segments, int num_segments, str stats) "
+      "-> Tensor");
+  m.def(
+      "error_sum_bwd(Tensor d_out, Tensor pred, Tensor target, Tensor? ref, Tensor? segments, str stats) "
+      "-> Tensor");
+  m.def(
       "list_rank_fwd(Tensor scores, Tensor labels, Tensor cu_groups, Tensor? topk, str family, str options) "
       "-> (Tensor, Tensor)");
   m.def("segment_sum_fwd(Tensor values, Tensor? weights, Tensor cu_seqlens) -> Tensor");
@@ -63,6 +70,8 @@ STABLE_TORCH_LIBRARY_IMPL(prefkern_native, CPU, m) {
   m.impl("linear_divergence_bwd", TORCH_BOX(&prefkern::linear_divergence_bwd));
   m.impl("logits_logps_fwd", TORCH_BOX(&prefkern::logits_logps_fwd));
   m.impl("logits_logps_bwd", TORCH_BOX(&prefkern::logits_logps_bwd));
+  m.impl("error_sum_fwd", TORCH_BOX(&prefkern::error_sum_fwd));
+  m.impl("error_sum_bwd", TORCH_BOX(&prefkern::error_sum_bwd));
   m.impl("list_rank_fwd", TORCH_BOX(&prefkern::list_rank_fwd));
   m.impl("segment_sum_fwd", TORCH_BOX(&prefkern::segment_sum_fwd));
   m.impl("segment_sum_bwd", TORCH_BOX(&prefkern::segment_sum_bwd));

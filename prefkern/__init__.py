@@ -7,6 +7,7 @@ losses are pure functions of their sums. See `preference_loss` and `linear_logps
 from .backends import use_backend
 from .losses import LOSSES
 from .objective import PreferenceLoss, preference_loss
+from .ops.error_sum import ErrorSums, error_sum
 from .ops.linear_divergence import linear_divergence
 from .ops.linear_logps import linear_logps
 from .ops.list_rank import list_rank
@@ -18,10 +19,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LOSSES",
+    "ErrorSums",
     "PreferenceLoss",
     "SeqStats",
     "TokenStats",
     "__version__",
+    "error_sum",
     "linear_divergence",
     "linear_logps",
     "list_rank",

@@ -8,13 +8,9 @@ from __future__ import annotations
 import os
 
 VARIABLES: dict[str, str] = {
-    "PREFKERN_BACKEND": "backend for backend='auto': reference, cpu, triton, cuda (default: automatic)",
-    "PREFKERN_NO_EXT": "1: build and import without the compiled extension",
-    "PREFKERN_NO_CUDA": "1: build without the CUDA library and do not load it",
-    "PREFKERN_CUDA_ARCHS": "architectures to build CUDA kernels for, e.g. '80;90a;100'",
-    "PREFKERN_CPU_ISA": "CPU kernels: baseline, avx2, avx512 or avx512bf16 (default: the best there is)",
-    "PREFKERN_AUTOTUNE": "1: tune Triton tiles at first use and print the line for the table",
-    "PREFKERN_DEBUG_SYNC": "1: synchronise after every CUDA kernel, so that errors name their call",
+    "PREFKERN_BACKEND": "backend where backend='auto': cpu or reference (default: automatic)",
+    "PREFKERN_NO_EXT": "1: build and run without the compiled extension",
+    "PREFKERN_CPU_ISA": "CPU kernels: baseline, avx2, avx512 or avx512bf16 (default: the best)",
 }
 
 

@@ -31,6 +31,9 @@ class ListOptions(NamedTuple):
     item_gain: str = "none"  # factor of a plackett_luce stage: none, exp2
     target: str = "softmax"  # softmax: sum, none, softmax
     alpha: float = 1.0  # temperature of softmax targets
+    mode: str = "margin"  # rank_hinge: the rank gap is the hinge's margin, or its product factor
+    scale: float = 1.0  # rank_hinge: of the rank gap
+    per_item: bool = False  # rank_hinge: divide the rank gap by the number of valid items
     inner: str = "sum"  # anchor: over the lower items of an anchor, sum or mean
     deviation: float = 1.0  # set_contrast: bias per unit of |y - mean y|
     temperature: float = 1.0  # of the soft ranks of approx_ndcg and neural_ndcg
@@ -48,7 +51,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "softmax": ("target", "alpha"),
     "pro": (),
     "nca": ("alpha",),
-    "gap_hinge": ("margin", *_PAIR),
+    "rank_hinge": ("mode", "scale", "per_item"),
     "anchor": ("inner",),
     "set_contrast": ("deviation",),
     "approx_ndcg": ("temperature",),
@@ -65,6 +68,7 @@ _CHOICES = {
     "ties": ("strict", "stable", "breslow"),
     "item_gain": ("none", "exp2"),
     "inner": ("sum", "mean"),
+    "mode": ("margin", "product"),
     "target": ("sum", "none", "softmax"),
 }
 

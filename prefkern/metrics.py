@@ -87,6 +87,19 @@ def unpaired_metrics(seq: SeqStats, labels: Tensor, rewards: Rewards) -> dict[st
     return found
 
 
+def sequence_metrics(seq: SeqStats, rewards: Rewards) -> dict[str, Tensor]:
+    """Means over sequences that have neither labels nor pairs, and token means (0-d tensors)."""
+    found = {"logps/mean": seq.require("logp").detach().mean()}
+    if rewards is not None and seq.ref_logp is not None:
+        found["rewards/mean"] = rewards(seq).detach().mean()
+    if seq.fkl is not None:
+        found["kl/mean"] = seq.fkl.detach().mean()
+    found |= _per_token("logits/mean", seq.zmean, seq.length)
+    found |= _per_token("mean_token_accuracy", seq.top1, seq.length)
+    found |= _per_token("entropy", seq.ent, seq.length)
+    return found
+
+
 def _per_token(name: str, total: Tensor | None, count: Tensor) -> dict[str, Tensor]:
     """Mean over scored tokens; left out where the statistic was not computed."""
     if total is None:

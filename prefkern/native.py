@@ -18,7 +18,8 @@ from . import env
 from .types import Problem
 
 LIBRARY = Path(__file__).with_name("_ops_cpu.so")
-OPS = ("linear_logps", "linear_divergence", "logits_logps", "list_rank", "segment_sum")
+OPS = ("linear_logps", "linear_divergence", "logits_logps", "list_rank", "segment_sum", "error_sum")
+LIST_FAMILIES = ("pair", "hinge", "plackett_luce", "softmax", "pro", "nca")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -60,6 +61,8 @@ def unsupported(problem: Problem) -> list[str]:
     reasons = []
     if problem.op not in OPS:
         reasons.append(f"it has no {problem.op} (it has {', '.join(OPS)})")
+    if problem.op == "list_rank" and problem.family not in (None, *LIST_FAMILIES):
+        reasons.append(f"its list_rank has no family {problem.family}")
     if problem.device != "cpu":
         reasons.append(f"it runs on cpu tensors, got {problem.device}")
     for dtype in {problem.dtype, problem.weight_dtype} - {None}:
@@ -262,3 +265,29 @@ def segment_sum_bwd(
     return torch.ops.prefkern_native.segment_sum_bwd(
         d_out, values, weights, cu_seqlens, need_values, need_weights
     )
+
+
+def error_sum_fwd(
+    pred: Tensor,  # [B, O, F, I]
+    target: Tensor,
+    ref: Tensor | None,
+    segments: Tensor | None,  # [F] int32
+    num_segments: int,
+    stats: str,
+) -> Tensor:
+    """[n, B, num_segments] float64."""
+    return torch.ops.prefkern_native.error_sum_fwd(
+        pred, target, ref, segments, num_segments, stats
+    )
+
+
+def error_sum_bwd(
+    d_out: Tensor,  # [n, B, num_segments]
+    pred: Tensor,
+    target: Tensor,
+    ref: Tensor | None,
+    segments: Tensor | None,
+    stats: str,
+) -> Tensor:
+    """d_pred like pred."""
+    return torch.ops.prefkern_native.error_sum_bwd(d_out, pred, target, ref, segments, stats)

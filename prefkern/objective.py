@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import checks, losses, segments
 from .ops.linear_divergence import linear_divergence
 from .ops.linear_logps import linear_logps
-from .terms import Batch, Term, from_stats, reduce, term_metrics, weight_stage
+from .terms import Batch, Term, filled_here, reduce, term_metrics, weight_stage
 from .types import ONE_MODEL_STATS, Loss, TokenStats
 
 # Keywords of preference_loss that belong to the ops (bias, scale, softcap, memory_budget ...).
@@ -44,6 +44,7 @@ def preference_loss(
     cu_groups: Tensor | None = None,  # [G+1]
     labels: Tensor | None = None,  # [S]
     token_weights: Tensor | Mapping[str, Tensor] | None = None,
+    item_weights: Tensor | None = None,  # [P], [G] or [S]
     num_items: Mapping[str, float | Tensor] | None = None,
     metrics: bool = True,
     **loss_args: Any,
@@ -65,8 +66,11 @@ def preference_loss(
             better, NaN leaves out) for listwise losses.
         token_weights: One tensor like `targets` for all statistics or a dict statistic -> tensor;
             multiplies the weights a loss brings along. A weight of 0 does not drop a row.
-        num_items: Denominators "pairs", "tokens", "groups", "sequences" that replace the batch's
-            own counts (gradient accumulation, data parallelism). Default: the batch's counts.
+        item_weights: Constant factor of each pair `[P]`, list `[G]` or sequence `[S]` in the sum of
+            the loss; denominators still count every item. Default None (1).
+        num_items: Denominators "pairs", "groups", "sequences", "tokens" (of likelihood terms) and
+            "scored_tokens" (of token means) that replace the batch's own counts (gradient
+            accumulation, data parallelism). Default: the batch's counts.
         metrics: Also compute what trainers log. Default True. Their extra statistics are top1 and
             zmean, and the entropy where it adds no product (fp32 or fp64 policy with a trainable
             head, or no gradient wanted).
@@ -89,8 +93,15 @@ def preference_loss(
     terms = _terms(loss, loss_weights, flat_args)
     wanted = _statistics(terms, metrics, hidden, weight, op_options)
     source = _reference_source(
-        terms, wanted, ref_hidden, ref_logp, ref_seq_logp, token_weights, targets, ignore_index
-    )
+        terms, wanted, ref_hidden, ref_logp, ref_seq_logp, token_weights, targets, ignore_index,
+        op_options.get("values") is not None,
+    )  # fmt: skip
+    coupled = [t.record.name for t in terms if t.record.family == "tokenwise"]
+    if coupled and token_weights is not None:
+        raise ValueError(
+            f"loss {coupled} is not linear in the tokens, so token_weights have no meaning for it; "
+            "mask tokens with ignore_index."
+        )
 
     tokens = _token_stats(
         hidden, weight, targets, wanted, source, ref_hidden, ref_weight, ref_logp, op_options
@@ -102,7 +113,7 @@ def preference_loss(
     )
     batch = Batch(
         tokens, targets, cu_seqlens, layout, cu_groups, labels, ignore_index, backend, user,
-        ref_seq_logp, read,
+        item_weights, ref_seq_logp, read,
     )  # fmt: skip
 
     total: Tensor | float = 0.0
@@ -179,7 +190,7 @@ def _terms(
     for (record, fixed), known, factor in zip(resolved, accepted, factors, strict=True):
         # a single loss refuses what it does not take, with the nearest names
         own = {k: v for k, v in args.items() if len(resolved) == 1 or k in known}
-        supplied = ("label", *from_stats(record))
+        supplied = ("label", *filled_here(record))
         terms.append(Term(record, losses.bind(record, {**fixed, **own}, supplied=supplied), factor))
     return terms
 
@@ -214,6 +225,7 @@ def _reference_source(
     token_weights: Any,
     targets: Tensor,
     ignore_index: int,
+    given_advantage: bool,
 ) -> str | None:
     """Which reference input serves: "hidden", "logp", "seq_logp" or None."""
     given = {"ref_hidden": ref_hidden, "ref_logp": ref_logp, "ref_seq_logp": ref_seq_logp}
@@ -228,6 +240,8 @@ def _reference_source(
         _check_finite(present[0], given[present[0]], targets, ignore_index)
     full = [s for s in wanted if s.partition(":")[0] not in (*ONE_MODEL_STATS, "ref_logp")]
     names = ", ".join(t.record.name for t in terms)
+    if full == ["ev"] and source is None and "ref_logp" not in wanted and given_advantage:
+        return None
     if full and source != "hidden":
         raise ValueError(
             f"loss {names} needs the reference's whole distribution (statistics {full}), got "
@@ -239,11 +253,16 @@ def _reference_source(
             "per token, or ref_seq_logp per sequence."
         )
     if source == "seq_logp":
-        stages = [t.record.name for t in terms if t.record.weights is not None]
+        stages = [
+            t.record.name
+            for t in terms
+            if t.record.weights is not None
+            or (t.record.family == "tokenwise" and t.call.needs_reference)
+        ]
         if stages or token_weights is not None:
             who = f"loss {stages}" if stages else "token_weights"
             raise ValueError(
-                f"{who} weighs log-ratios token by token and needs the reference per token, got "
+                f"{who} reads log-ratios token by token and needs the reference per token, got "
                 "ref_seq_logp; pass ref_logp or ref_hidden."
             )
     return source
@@ -283,6 +302,11 @@ def _token_stats(
     """
     own = tuple(s for s in wanted if s.partition(":")[0] in ONE_MODEL_STATS)
     if len(own) + ("ref_logp" in wanted) < len(wanted):
+        if ref_hidden is None:
+            # `ev` of given values reads no reference: a uniform one of width 1 stands in, 2 N V
+            # operations instead of 2 N V D.
+            ref_hidden = hidden.new_zeros(*targets.shape, 1)
+            ref_weight = weight.new_zeros(weight.shape[0], 1)
         return linear_divergence(
             hidden, weight, targets, ref_hidden, ref_weight, stats=wanted, **op_options
         )

@@ -103,6 +103,38 @@ def exo(margin: Tensor, label_smoothing: float) -> Tensor:
     )
 
 
+def clipped_gain(logratio: Tensor, advantage: Tensor, eps: float) -> Tensor:
+    """l = -min(r A, clip(r, 1 - eps, 1 + eps) A), r = exp(a); exponent capped at 80.
+
+    l' = -r A where A > 0 and r < 1 + eps, or A < 0 and r > 1 - eps; else 0.
+    """
+    ratio = torch.exp(logratio.clamp(max=EXP_CLAMP))
+    clipped = (advantage > 0) & (ratio >= 1.0 + eps) | (advantage < 0) & (ratio <= 1.0 - eps)
+    held = ratio.detach().clamp(1.0 - eps, 1.0 + eps)
+    return -torch.where(clipped, held, ratio) * advantage
+
+
+def kl_estimate(logratio: Tensor, estimator: str) -> Tensor:
+    """k1 = a, k2 = a^2 / 2, k3 = e^-a - 1 + a (exponent capped at 80), a = log policy / other.
+
+    They estimate KL(policy || other) for tokens drawn from the policy. As losses, k2 alone has the
+    gradient of that KL in expectation; k3 has that of KL(other || policy), k1 has none.
+    """
+    if estimator == "k1":
+        return logratio
+    if estimator == "k2":
+        return 0.5 * logratio * logratio
+    if estimator != "k3":
+        raise ValueError(f"the KL estimator must be one of ('k1', 'k2', 'k3'), got {estimator!r}.")
+    x = (-logratio).clamp(max=EXP_CLAMP)
+    return torch.expm1(x) - x
+
+
+def binary_entropy(logit: Tensor) -> Tensor:
+    """Entropy of a coin that shows heads with probability sigmoid(logit); l' = -x S(x) S(-x)."""
+    return -torch.sigmoid(logit) * logsigmoid(logit) - torch.sigmoid(-logit) * logsigmoid(-logit)
+
+
 def log_ratio_modulated(margin: Tensor, tau: float) -> Tensor:
     """l = softplus(-m) S(-m / tau) + exp(log S(m / tau) - m); the merged exponents never overflow
     for tau <= 1, where exp(-m) S(m / tau) is inf * 0 at large negative m."""

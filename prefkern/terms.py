@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks, losses, segments
-from .metrics import list_metrics, pair_metrics, unpaired_metrics
+from .metrics import list_metrics, pair_metrics, sequence_metrics, unpaired_metrics
 from .types import Loss, SeqStats, TokenStats, TokenWeights
 
 
@@ -23,9 +23,18 @@ class Term(NamedTuple):
     weight: float
 
 
-def from_stats(record: Loss) -> tuple[str, ...]:
-    """Extra tensors of a loss that are filled from SeqStats here."""
-    return tuple(name for name in record.extra if name in SeqStats._fields)
+# Denominator of each family, a key of num_items.
+_ITEMS = {
+    "pairwise": "pairs", "pointwise": "sequences", "listwise": "groups", "tokenwise": "sequences",
+}  # fmt: skip
+# Tensors of a tokenwise loss that come from the batch.
+_FROM_BATCH = ("scored", "cu_groups")
+
+
+def filled_here(record: Loss) -> tuple[str, ...]:
+    """Extra tensors of a loss that are filled here: fields of SeqStats, parts of the batch."""
+    known = _FROM_BATCH if record.family == "tokenwise" else SeqStats._fields
+    return tuple(name for name in record.extra if name in known)
 
 
 class Batch(NamedTuple):
@@ -40,6 +49,7 @@ class Batch(NamedTuple):
     ignore_index: int
     backend: str
     user_weights: Tensor | dict[str, Tensor] | None
+    item_weights: Tensor | None  # [P], [G] or [S]
     ref_seq_logp: Tensor | None
     loss_stats: frozenset[str]  # names of the statistics that losses read
 
@@ -107,29 +117,37 @@ def reduce(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss over its denominator, plus the stage's penalty and the likelihood term."""
     record, call = term.record, term.call
-    filled = {name: seq.require(name) for name in from_stats(record) if name not in call.args}
+    filled = {
+        name: _fill(name, record, seq, batch)
+        for name in filled_here(record)
+        if name not in call.args
+    }
     args = {**call.args, **filled}
     parts: dict[str, Tensor] = {}
     if record.family == "pairwise":
         values = record.fn(*_split(term, seq, batch), **args)
-        items = "pairs"
     elif record.family == "pointwise":
         if "label" in record.extra:
             args["label"] = _labels(record, batch)
-        values, items = record.fn(seq, **args), "sequences"
+        values = record.fn(seq, **args)
     elif record.family == "listwise":
         labels, cu = _labels(record, batch), _groups(record, batch)
-        values, items = record.fn(getattr(seq, record.score), labels, cu, **args), "groups"
+        values = record.fn(getattr(seq, record.score), labels, cu, **args)
     elif record.family == "tokenwise":
-        values, items = record.fn(batch.tokens, batch.cu_seqlens, **args), "sequences"
+        flat = TokenStats(*(None if x is None else x.reshape(-1) for x in batch.tokens))
+        values = record.fn(flat, batch.cu_seqlens, **args)
     else:
         raise ValueError(
             f"loss {record.name!r} is of the family {record.family!r} and reads no hidden "
             "states; call "
             f"prefkern.losses.{record.name} on its own inputs."
         )
-    count = num_items.get(items, values.numel())
-    value = values.sum() / count
+    items = record.items or _ITEMS[record.family]
+    count = num_items.get(items)
+    if count is None:
+        scored = items == "scored_tokens"
+        count = batch.scored.sum().clamp(min=1) if scored else values.numel()
+    value = _weighted(values, batch.item_weights).sum() / count
     if stage is not None and stage.penalty is not None:
         penalty = stage.penalty.sum() / count
         parts["penalty"] = penalty.detach()
@@ -139,6 +157,19 @@ def reduce(
         parts["nll_loss"] = nll.detach()
         value = value + call.supervised * nll
     return value, parts
+
+
+def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """values [items] times the caller's weight of each; a weight of 0 hides any value."""
+    if weights is None:
+        return values
+    if weights.shape != values.shape:
+        raise ValueError(
+            f"item_weights must be {list(values.shape)}, one per pair, list or sequence, got "
+            f"{checks.shape_text(weights)}."
+        )
+    weights = weights.detach().to(values.dtype)
+    return torch.where(weights == 0, torch.zeros_like(values), weights * values)
 
 
 def _likelihood(
@@ -153,6 +184,12 @@ def _likelihood(
         )
     per_sequence = row.mean_logp if spec.mode == "seq" else row.require("logp")
     return -per_sequence.sum() / count
+
+
+def _fill(name: str, record: Loss, seq: SeqStats, batch: Batch) -> Tensor:
+    if name in SeqStats._fields:
+        return seq.require(name)
+    return batch.scored if name == "scored" else _groups(record, batch)
 
 
 def _split(term: Term, seq: SeqStats, batch: Batch) -> list[SeqStats]:
@@ -198,4 +235,4 @@ def term_metrics(term: Term, seq: SeqStats, batch: Batch) -> dict[str, Tensor]:
     if record.family == "listwise":
         scores = getattr(seq, record.score)
         return list_metrics(seq, scores, _labels(record, batch), _groups(record, batch), rewards)
-    return {}
+    return sequence_metrics(seq, rewards)

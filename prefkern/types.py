@@ -295,6 +295,7 @@ class Loss:
     update: Callable[..., Any] | None = None  # stateful losses: update(state, ...) -> state
     # Denominator of preference_loss where it is not the family's own (pairs, sequences, groups).
     items: str = ""
+    reference_weight: str = ""  # hyper-parameter that, at 0, makes the reference superfluous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs)

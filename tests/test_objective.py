@@ -314,3 +314,21 @@ def test_all_rows_ignored_is_a_differentiable_constant():
 def test_public_names():
     for name in prefkern.__all__:
         assert hasattr(prefkern, name)
+
+
+def test_item_weights():
+    x = Inputs()
+    plain = x.call(loss="dpo", **x.ref)[0]
+    same = x.call(loss="dpo", item_weights=torch.ones(3), **x.ref)[0]
+    assert torch.equal(plain, same)
+    per_pair = [
+        preference_loss(
+            x.hidden[i : i + 2], x.weight, x.targets[i : i + 2], loss="dpo",
+            ref_hidden=x.ref_hidden[i : i + 2], ref_weight=x.ref_weight,
+        )[0]
+        for i in (0, 2, 4)
+    ]  # fmt: skip
+    weighted = x.call(loss="dpo", item_weights=torch.tensor([2.0, 0.0, 0.5]), **x.ref)[0]
+    torch.testing.assert_close(weighted, (2 * per_pair[0] + 0.5 * per_pair[2]) / 3)
+    with pytest.raises(ValueError, match="item_weights"):
+        x.call(loss="dpo", item_weights=torch.ones(6), **x.ref)

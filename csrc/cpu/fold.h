@@ -107,43 +107,47 @@ PK_INLINE Vec<T> blend(Vec<T> z, Vec<T> zr, T a) {
   return u == u ? u : splat(T(-pk_inf()));
 }
 
-template <class T>
-inline void fold_blend(OnlineLse& s, const TileRow<T>& t, T a, Dtype type = Dtype::f64) {
-  const auto at = [&](int64_t k) {
-    return blend<T>(round_to(load(t.z + k * t.stride), type), round_to(load(t.zr + k * t.ref_stride), type), a);
-  };
+// Log-sum-exp of at(block) over a tile row.
+template <class T, class At>
+PK_INLINE void fold_lse(OnlineLse& s, int64_t blocks, const At& at) {
   Vec<T> top = splat(T(-pk_inf()));
-  for (int64_t k = 0; k < t.blocks; ++k) top = max(at(k), top);
+  for (int64_t k = 0; k < blocks; ++k) top = max(at(k), top);
   lse_raise(s, max_lanes<T>(top));
   const Vec<T> m = splat(T(safe_max(s.max))), low = splat(min_x<T>());
   Vec<T> sum{};
-  for (int64_t k = 0; k < t.blocks; ++k) {
-    sum += exp_bounded(max(low, at(k) - m));
-  }
+  for (int64_t k = 0; k < blocks; ++k) sum += exp_bounded(max(low, at(k) - m));
   s.sum += sum_lanes(sum);
 }
-
-// Log-sum-exp of logits rounded to `type`, relative to the rounded maximum.
+// Of x + a (xr - x).
 template <class T>
-PK_HOT void fold_rounded(OnlineLse& s, const T* z, int64_t stride, int64_t blocks, double max_z, Dtype type) {
-  lse_raise(s, double(round_to(splat(T(max_z)), type)[0]));
+inline void fold_blend(OnlineLse& s, const RowSums& r, const TileRow<T>& t, double a) {
+  const Vec<T> m = splat(T(safe_max(r.pol.max))), mr = splat(T(safe_max(r.ref.max)));
+  fold_lse<T>(s, t.blocks, [&](int64_t k) {
+    return blend<T>(load(t.z + k * t.stride) - m, load(t.zr + k * t.ref_stride) - mr, T(a));
+  });
+}
+// Of z + b (z_ref - z).
+template <class T>
+inline void fold_plain_blend(OnlineLse& s, const TileRow<T>& t, double b) {
+  fold_lse<T>(s, t.blocks, [&](int64_t k) {
+    return blend<T>(load(t.z + k * t.stride), load(t.zr + k * t.ref_stride), T(b));
+  });
+}
+
+// The normalisers of the logits that a 16-bit backward reads.
+template <class T>
+PK_HOT void fold_normaliser(OnlineLse& s, const T* z, int64_t stride, int64_t blocks) {
+  lse_raise(s, row_max(z, stride, blocks));
   const Vec<T> m = splat(T(safe_max(s.max))), low = splat(min_x<T>());
   Vec<T> sum{};
-  if (type == Dtype::bf16) {
-    for (int64_t k = 0; k < blocks; ++k) sum += exp_bounded(max(low, round_to(load(z + k * stride), Dtype::bf16) - m));
-  } else {
-    for (int64_t k = 0; k < blocks; ++k) sum += exp_bounded(max(low, round_to(load(z + k * stride), type) - m));
-  }
+  for (int64_t k = 0; k < blocks; ++k) sum += exp_bounded(max(low, load(z + k * stride) - m));
   s.sum += sum_lanes(sum);
 }
-
-// The normalisers that a backward over rounded logits needs.
 template <class T>
-inline void fold_normalisers(RowSums& s, const StatPlan& plan, const TileRow<T>& t, Dtype type) {
-  fold_rounded(s.pol_rounded, t.z, t.stride, t.blocks, s.pol.max, type);
-  if (t.zr != nullptr) fold_rounded(s.ref_rounded, t.zr, t.ref_stride, t.blocks, s.ref.max, type);
-  if (t.za != nullptr) fold_rounded(s.aux_rounded, t.za, t.ref_stride, t.blocks, s.aux.max, type);
-  if (plan.has(kMix)) fold_blend<T>(s.mix_rounded, t, T(plan.param[kMix]), type);
+inline void fold_normalisers(RowSums& s, const TileRow<T>& t) {
+  fold_normaliser(s.pol_rounded, t.z, t.stride, t.blocks);
+  if (t.zr != nullptr) fold_normaliser(s.ref_rounded, t.zr, t.ref_stride, t.blocks);
+  if (t.za != nullptr) fold_normaliser(s.aux_rounded, t.za, t.ref_stride, t.blocks);
 }
 
 template <class T>
@@ -200,7 +204,7 @@ template <class T>
 inline void fold_first(RowSums& s, const StatPlan& plan, const TileRow<T>& t, const RowTop<T>& top) {
   if (plan.has(kTop1) && top.pol > s.pol.max) s.top = t.start + first_equal(t.z, t.stride, t.blocks, top.pol);
   if (top.pol > s.pol.max || top.ref > s.ref.max || top.aux > s.aux.max) {
-    raise_maxima(s, top.pol, top.ref, top.aux, t.za != nullptr);
+    raise_maxima(s, plan, top.pol, top.ref, top.aux, t.za != nullptr);
   }
   const bool entropy = plan.has(kEnt), collision = plan.has(kCol);
   if (t.zr == nullptr) {
@@ -213,9 +217,9 @@ inline void fold_first(RowSums& s, const StatPlan& plan, const TileRow<T>& t, co
     if (entropy || collision || r) fold_two<T, true, true, true>(s, t);
     else if (f) fold_two<T, false, true, false>(s, t);
     else fold_two<T, false, false, false>(s, t);
-    if (plan.has(kAlpha)) fold_blend<T>(s.blend[0], t, T(plan.param[kAlpha]));
-    if (plan.has(kRenyi)) fold_blend<T>(s.blend[1], t, T(plan.param[kRenyi]));
-    if (plan.has(kMix)) fold_blend<T>(s.blend[2], t, T(plan.param[kMix]));
+    if (plan.has(kAlpha)) fold_blend(s.blend[0], s, t, plan.param[kAlpha]);
+    if (plan.has(kRenyi)) fold_blend(s.blend[1], s, t, plan.param[kRenyi]);
+    if (plan.has(kMix)) fold_blend(s.blend[2], s, t, plan.param[kMix]);
   }
   if (plan.has(kZmean)) fold_mean(s, t);
   if (t.za != nullptr || t.adv != nullptr) fold_advantage(s, t);

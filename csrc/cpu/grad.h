@@ -36,25 +36,25 @@ template <class T>
 struct TopSet {
   T value;
   T index;
-  Dtype type;
   PK_INLINE Vec<T> weight(Vec<T> zr, int64_t start) const {  // 1 inside, 0 outside
     Vec<T> v;
     for (int i = 0; i < Lanes<T>::L; ++i) v[i] = T(start + i);
-    const Vec<T> z = round_to(zr, type), one = splat(T(1)), zero{}, cut = splat(value);
+    const Vec<T> one = splat(T(1)), zero{}, cut = splat(value);
     const Vec<T> tie = v <= splat(index) ? one : zero;
-    return z > cut ? one : z == cut ? tie : zero;
+    return zr > cut ? one : zr == cut ? tie : zero;
   }
 };
 
+// `seen`: the reference's logits as the backward reads them, contiguous; null where they are t.zr.
 template <class T>
 inline void fold_second(RowSums& s, const StatPlan& plan, const TileRow<T>& t, double lse, double ref_lse,
-                        Dtype working) {
+                        const T* seen) {
   constexpr int L = Lanes<T>::L;
   const Split<T> n(lse), nr(ref_lse);
   const Vec<T> zero{}, one = splat(T(1));
   const bool jsd = plan.has(kJsd), tv = plan.has(kTv), bkl = plan.has(kBkl);
   const T b = T(plan.param[kJsd]);
-  const TopSet<T> set{T(s.top_value), T(s.top_index), working};
+  const TopSet<T> set{T(s.top_value), T(s.top_index)};
   Vec<T> kl_r{}, kl_p{}, dist{}, mean{}, top{}, rest_r{}, rest_p{};
   for (int64_t k = 0; k < t.blocks; ++k) {
     const Vec<T> zr = load(t.zr + k * t.ref_stride);
@@ -71,7 +71,7 @@ inline void fold_second(RowSums& s, const StatPlan& plan, const TileRow<T>& t, d
       mean += d > zero ? p : (d < zero ? -p : zero);
     }
     if (bkl) {
-      const Vec<T> in = set.weight(zr, t.start + k * L), out = one - in;
+      const Vec<T> in = set.weight(seen ? load(seen + k * L) : zr, t.start + k * L), out = one - in;
       const Vec<T> ri = r * in;
       top += ri == zero ? zero : ri * (lr - lp);
       rest_r = fma(r, out, rest_r);
@@ -87,7 +87,7 @@ inline void fold_second(RowSums& s, const StatPlan& plan, const TileRow<T>& t, d
   s.rest_pol += sum_lanes(rest_p);
 }
 
-// Keeps the k largest rounded reference logits of a row, ties to the lower index: a heap with the
+// Keeps the k largest reference logits of a row, ties to the lower index: a heap with the
 // worst member (smallest value, then largest index) at its root.
 template <class T>
 struct TopHeap {
@@ -123,10 +123,10 @@ struct TopHeap {
       at = child;
     }
   }
-  inline void scan(const TileRow<T>& t, int64_t width, Dtype working) {
+  inline void scan(const TileRow<T>& t, int64_t width) {
     constexpr int L = Lanes<T>::L;
     for (int64_t b = 0; b < t.blocks; ++b) {
-      const Vec<T> z = round_to(load(t.zr + b * t.ref_stride), working);
+      const Vec<T> z = load(t.zr + b * t.ref_stride);
       if (*size == k && !(max_lanes<T>(z) > value[0])) continue;
       for (int i = 0; i < L && b * L + i < width; ++i) insert(z[i], int32_t(t.start + b * L + i));
     }
@@ -142,59 +142,60 @@ struct GradRow {
 };
 
 PK_INLINE void scale_coefficients(GradCoef& c, double f) {
-  c.e *= f, c.a0 *= f, c.a1 *= f, c.a2 *= f, c.a3 *= f, c.a4 *= f, c.b1 *= f;
+  c.e *= f, c.a0 *= f, c.fkl *= f, c.ent *= f, c.rkl *= f, c.ev *= f, c.col *= f;
   c.alpha *= f, c.renyi *= f, c.mix *= f, c.jsd *= f, c.tv *= f, c.bkl *= f;
 }
 
-// p (a0 [+ a1 lp]  [+ a4 p])
-template <class T, bool log_term, bool square_term>
+// p (a0 [+ ent (lp + H)] [+ col (p - C)])
+template <class T, bool entropy, bool collision>
 PK_HOT void grad_one(const GradRow<T>& g, const TileRow<T>& t, T* d, int64_t d_stride) {
-  const Vec<T> a0 = splat(T(g.c.a0)), a1 = splat(T(g.c.a1)), a4 = splat(T(g.c.a4));
-  const Vec<T> low = splat(min_x<T>());
+  const Vec<T> a0 = splat(T(g.c.a0)), ent = splat(T(g.c.ent)), col = splat(T(g.c.col));
+  const Vec<T> low = splat(min_x<T>()), value = splat(T(g.c.ent_value)), c = splat(T(g.c.col_value));
   for (int64_t k = 0; k < t.blocks; ++k) {
     const Vec<T> lp = max(low, minus<T>(load(t.z + k * t.stride), g.lse));
     const Vec<T> p = exp_bounded(lp);
     Vec<T> inner = a0;
-    if constexpr (log_term) inner = fma(a1, lp, inner);
-    if constexpr (square_term) inner = fma(a4, p, inner);
+    if constexpr (entropy) inner = fma(ent, lp + value, inner);
+    if constexpr (collision) inner = fma(col, p - c, inner);
     store(d + k * d_stride, p * inner);
   }
 }
 
-// p (a0 + a1 lp + a2 lr + a3 A + a4 p) + b1 r; `plain` when only a0 and b1 are there.
+// p (a0 + the terms in logs, A and p) + fkl (p - r); `plain` when only a0 and fkl are there.
 template <class T, bool plain>
 PK_HOT void grad_two(const GradRow<T>& g, const TileRow<T>& t, T* d, int64_t d_stride) {
   constexpr int L = Lanes<T>::L;
-  const Vec<T> a0 = splat(T(g.c.a0)), a1 = splat(T(g.c.a1)), a2 = splat(T(g.c.a2)), zero{};
-  const Vec<T> a3 = splat(T(g.c.a3)), a4 = splat(T(g.c.a4)), b1 = splat(T(g.c.b1));
-  const Vec<T> low = splat(min_x<T>());
-  const bool logs = g.c.a1 != 0 || g.c.a2 != 0, advantage = g.c.a3 != 0;
+  const Vec<T> a0 = splat(T(g.c.a0)), fkl = splat(T(g.c.fkl)), ent = splat(T(g.c.ent)), rkl = splat(T(g.c.rkl));
+  const Vec<T> ev = splat(T(g.c.ev)), col = splat(T(g.c.col)), low = splat(min_x<T>()), zero{};
+  const Vec<T> h = splat(T(g.c.ent_value)), kl = splat(T(g.c.rkl_value)), mean = splat(T(g.c.ev_value));
+  const Vec<T> c = splat(T(g.c.col_value));
+  const bool reverse = g.c.rkl != 0, advantage = g.c.ev != 0;
   for (int64_t k = 0; k < t.blocks; ++k) {
     const Vec<T> lp = minus<T>(load(t.z + k * t.stride), g.lse);
     const Vec<T> lr = minus<T>(load(t.zr + k * t.ref_stride), g.ref_lse);
-    const Vec<T> p = exp_bounded(max(low, lp)), r = exp_bounded(max(low, lr));
+    const Vec<T> lpc = max(low, lp), p = exp_bounded(lpc), r = exp_bounded(max(low, lr));
     if constexpr (plain) {
-      store(d + k * d_stride, fma(a0, p, b1 * r));
+      store(d + k * d_stride, fma(a0, p, fkl * (p - r)));
       continue;
     }
-    Vec<T> inner = fma(a4, p, a0);
-    if (logs) inner = fma(a2, lr, fma(a1, lp, inner));
+    Vec<T> inner = fma(col, p - c, fma(ent, lpc + h, a0));
+    if (reverse) inner = fma(rkl, (lp - lr) - kl, inner);
     if (advantage) {
       const Vec<T> a = t.za ? minus<T>(load(t.za + k * t.ref_stride), g.aux_lse) - lr : load(t.adv + k * L);
-      inner = fma(a3, a, inner);
+      inner = fma(ev, a - mean, inner);
     }
-    store(d + k * d_stride, fma(b1, r, p == zero ? zero : p * inner));
+    store(d + k * d_stride, fma(fkl, p - r, p == zero ? zero : p * inner));
   }
 }
 
 // The statistics of 2.2 that are no multiple of p or r; adds to d (contiguous).
 template <class T>
-inline void grad_special(const GradRow<T>& g, const TileRow<T>& t, T* d, Dtype working) {
+inline void grad_special(const GradRow<T>& g, const TileRow<T>& t, T* d) {
   constexpr int L = Lanes<T>::L;
   const GradCoef& c = g.c;
   const Vec<T> zero{}, one = splat(T(1)), low = splat(min_x<T>());
   const Split<T> mix(c.mix_lse);
-  const TopSet<T> set{T(c.top_value), T(c.top_index), working};
+  const TopSet<T> set{T(c.top_value), T(c.top_index)};
   for (int64_t k = 0; k < t.blocks; ++k) {
     const Vec<T> z = load(t.z + k * t.stride), zr = load(t.zr + k * t.ref_stride);
     const Vec<T> lp = minus<T>(z, g.lse), lr = minus<T>(zr, g.ref_lse);
@@ -202,15 +203,15 @@ inline void grad_special(const GradRow<T>& g, const TileRow<T>& t, T* d, Dtype w
     Vec<T> sum = load(d + k * L);
     if (c.alpha != 0) {
       const Vec<T> u = blend<T>(lp, lr, T(c.alpha_a));
-      sum = fma(splat(T(c.alpha)), exp_bounded(max(low, u)), sum);
+      sum = fma(splat(T(c.alpha)), exp_bounded(max(low, u)) - p, sum);
     }
     if (c.renyi != 0) {
       const Vec<T> u = blend<T>(lp, lr, T(c.renyi_a)) - splat(T(c.renyi_shift));
-      sum = fma(splat(T(c.renyi)), exp_full(max(low, u)), sum);
+      sum = fma(splat(T(c.renyi)), exp_full(max(low, u)) - p, sum);
     }
     if (c.mix != 0) {
       const Vec<T> u = minus<T>(blend<T>(z, zr, T(c.mix_b)), mix);
-      sum = fma(splat(T(c.mix)), exp_bounded(max(low, u)), sum);
+      sum = fma(splat(T(c.mix)), exp_bounded(max(low, u)) - p, sum);
     }
     if (c.jsd != 0) {
       const Vec<T> l = log_mixture_ratio<T>(clamp80<T>(lr - lp), T(c.jsd_b));
@@ -239,23 +240,23 @@ PK_INLINE bool has_special(const GradCoef& c) {
 // not constant (softcap 0: already in the coefficients); its constant factor is in them either way.
 template <class T>
 inline void grad_row(const GradRow<T>& g, const TileRow<T>& t, T* dst, T* scratch, int64_t target,
-                     double softcap, double temperature, Dtype working) {
+                     double softcap, double temperature) {
   constexpr int L = Lanes<T>::L;
   const GradCoef& c = g.c;
   const bool special = has_special(c), apart = special || softcap != 0.0;
   T* d = apart ? scratch : dst;
   const int64_t stride = apart ? L : t.stride;
   if (t.zr == nullptr && t.adv == nullptr) {
-    if (c.a1 != 0 && c.a4 != 0) grad_one<T, true, true>(g, t, d, stride);
-    else if (c.a1 != 0) grad_one<T, true, false>(g, t, d, stride);
-    else if (c.a4 != 0) grad_one<T, false, true>(g, t, d, stride);
+    if (c.ent != 0 && c.col != 0) grad_one<T, true, true>(g, t, d, stride);
+    else if (c.ent != 0) grad_one<T, true, false>(g, t, d, stride);
+    else if (c.col != 0) grad_one<T, false, true>(g, t, d, stride);
     else grad_one<T, false, false>(g, t, d, stride);
-  } else if (c.a1 == 0 && c.a2 == 0 && c.a3 == 0 && c.a4 == 0) {
+  } else if (c.ent == 0 && c.rkl == 0 && c.ev == 0 && c.col == 0) {
     grad_two<T, true>(g, t, d, stride);
   } else {
     grad_two<T, false>(g, t, d, stride);
   }
-  if (special) grad_special(g, t, d, working);
+  if (special) grad_special(g, t, d);
   if (target >= 0) d[target / L * stride + target % L] += T(c.e);
   if (!apart) return;
   const Vec<T> one = splat(T(1)), f = splat(T(softcap != 0.0 ? temperature / softcap : 0.0));

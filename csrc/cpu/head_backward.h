@@ -129,7 +129,7 @@ struct HeadBackward {
     const int64_t blocks = (width + L - 1) / L;
     parallel(call.pool, round_up(blocks, 2) / 2, [&](int64_t unit, int) {
       for (int64_t b = 2 * unit; b < 2 * unit + 2 && b < blocks; ++b) {
-        for (int i = 0; i < models && recompute; ++i) model[i].pack_block(b, v0, call.vocab);
+        for (int i = 0; i < models; ++i) model[i].pack_block(b, v0, call.vocab, recompute);
       }
       if (call.d_hidden == nullptr) return;
       const int64_t end = 2 * L * (unit + 1) < width ? 2 * L * (unit + 1) : width;
@@ -196,9 +196,13 @@ struct HeadBackward {
         model[i].logits(packed, packed_stride, groups, blocks, zt[i], stride[i]);
       }
       for (int64_t r = 0; r < n; ++r) {
-        if (r < have) plain_to_tile(zt[i] + r * L, stride[i], blocks, call.cache, working,
-                                    cache_at(i, base + first + r, v0), width, call.vocab);
-        else model[i].shape(zt[i] + r * L, stride[i], blocks, width, true);
+        T* row = zt[i] + r * L;
+        if (r < have) {
+          plain_to_tile(row, stride[i], blocks, call.cache, working, cache_at(i, base + first + r, v0), width, call.vocab);
+        } else if (is_short(working)) {
+          round_row(row, stride[i], row, stride[i], blocks, working);
+        }
+        model[i].shape(row, stride[i], blocks, width);
       }
     }
     for (int64_t r = 0; r < n; ++r) {
@@ -238,7 +242,7 @@ struct HeadBackward {
     if (dense_adv) t.adv = adv;
     if (call.values_index != nullptr) t.adv = sparse_advantage(row, thread, t.start, t.blocks);
     const int64_t y = call.targets[row] - t.start;
-    grad_row(g, t, dst, line + thread * line_size, y >= 0 && y < width ? y : -1, h.softcap, h.temperature, working);
+    grad_row(g, t, dst, line + thread * line_size, y >= 0 && y < width ? y : -1, h.softcap, h.temperature);
   }
   const T* sparse_advantage(int64_t row, int thread, int64_t v0, int64_t blocks) const {
     T* a = adv + thread * columns;

@@ -30,6 +30,7 @@ struct HeadForward {
   int32_t *heap_index = nullptr, *heap_size = nullptr;
   W* hidden[3] = {};  // per thread
   T* z[3] = {};       // per thread
+  T* seen[3] = {};    // per thread: a row as the backward reads it
   int64_t hidden_stride = 0, hidden_size[3] = {};
   Frozen<C> frozen;
   int64_t count = 0, base = 0;  // scored rows of this pass, and those before it
@@ -37,7 +38,7 @@ struct HeadForward {
   bool rounds;  // a backward may follow and will read logits rounded to 16 bits
 
   explicit HeadForward(const HeadCall& c) : call(c) {
-    rounds = c.frozen == nullptr && (c.policy.hidden_type == Dtype::bf16 || c.policy.hidden_type == Dtype::f16);
+    rounds = c.frozen == nullptr && is_short(c.policy.hidden_type);
     model[0].head = &c.policy;
     if (c.has_ref) model[models++].head = &c.ref;
     if (c.has_aux) model[models++].head = &c.aux;
@@ -72,6 +73,7 @@ struct HeadForward {
         hidden_size[i] = round_up(words<C>(model[i].head->depth), L) / L * hidden_stride;
         hidden[i] = a.take<W>(hidden_size[i] * threads);
         z[i] = a.take<T>(z_size * threads);
+        if (rounds) seen[i] = a.take<T>(columns * threads);
       }
       sums = a.take<RowSums>(capacity);
       rows = a.take<int64_t>(capacity);
@@ -119,15 +121,14 @@ struct HeadForward {
   void sweep(bool second) {
     const int used = second && models > 2 ? 2 : models;
     // fp32 and fp64 logits that were kept are the logits of the first sweep, bit for bit.
-    const bool reuse = second && call.policy.hidden_type != Dtype::bf16 &&
-                       call.policy.hidden_type != Dtype::f16;
+    const bool reuse = second && !is_short(call.policy.hidden_type);
     const bool all_kept = reuse && base + count <= call.cache_rows;
     for (int64_t v0 = 0; v0 < call.vocab; v0 += columns) {
       const int64_t width = call.vocab - v0 < columns ? call.vocab - v0 : columns;
       const int64_t blocks = (width + L - 1) / L;
       parallel(call.pool, round_up(blocks, 2) / 2, [&](int64_t unit, int) {
         for (int64_t b = 2 * unit; b < 2 * unit + 2 && b < blocks; ++b) {
-          for (int i = 0; i < used && !all_kept; ++i) model[i].pack_block(b, v0, call.vocab);
+          for (int i = 0; i < used; ++i) model[i].pack_block(b, v0, call.vocab, !all_kept);
         }
         if (!second) frozen.pack(call, unit, v0, width);
       });
@@ -163,13 +164,8 @@ struct HeadForward {
         }
         model[i].logits(h, hidden_stride, groups, blocks, zt[i], z_stride);
       }
-      for (int64_t r = 0; r < n; ++r) {
-        T* row = zt[i] + r * L;
-        if (r < kept) {
-          plain_to_tile(row, z_stride, blocks, call.cache, head.hidden_type, cache_at(i, first + r, v0), width);
-        } else {
-          model[i].shape(row, z_stride, blocks, width, false);
-        }
+      for (int64_t r = 0; r < kept; ++r) {
+        plain_to_tile(zt[i] + r * L, z_stride, blocks, call.cache, head.hidden_type, cache_at(i, first + r, v0), width);
       }
     }
     const auto tile_row = [&](int64_t r) {
@@ -178,28 +174,47 @@ struct HeadForward {
                         z_stride, z_stride, blocks, v0};
     };
     RowTop<T> top[kUnitRows];
-    for (int64_t r = 0; r < n && !second; ++r) top[r] = row_tops(tile_row(r));
     for (int64_t r = 0; r < n; ++r) {
+      const bool keep = !second && base + first + r < call.cache_rows;
+      for (int i = 0; i < used && i < 2 && keep; ++i) {
+        tile_to_plain(call.cache, call.policy.hidden_type, cache_at(i, first + r, v0), zt[i] + r * L, z_stride, width);
+      }
+      const TileRow<T> view = rounds ? rounded_row(tile_row(r), thread, width, used) : tile_row(r);
+      for (int i = 0; i < used; ++i) model[i].shape(zt[i] + r * L, z_stride, blocks, width);
       RowSums& s = sums[first + r];
-      const TileRow<T> t = tile_row(r);
       if (second) {
-        fold_second(s, call.plan, t, lse_value(s.pol), lse_value(s.ref), call.policy.hidden_type);
+        fold_second(s, call.plan, tile_row(r), lse_value(s.pol), lse_value(s.ref), rounds ? view.zr : nullptr);
         continue;
       }
+      if (rounds) fold_normalisers(s, view);
+      if (call.plan.has(kMix)) fold_plain_blend(s.mix_plain, view, call.plan.param[kMix]);
+      if (call.plan.has(kBkl)) heap(first + r).scan(view, width);
+      top[r] = row_tops(tile_row(r));
+    }
+    for (int64_t r = 0; r < n && !second; ++r) {
+      RowSums& s = sums[first + r];
+      const TileRow<T> t = tile_row(r);
       const double old_pol = s.pol.max, old_ref = s.ref.max;
       fold_first(s, call.plan, t, top[r]);
-      if (rounds) fold_normalisers(s, call.plan, t, call.policy.hidden_type);
       if (frozen.sums > 0) frozen.raise(s, first + r, old_pol, old_ref);
       at_target(s, t, rows[first + r], width);
-      if (call.plan.has(kBkl)) heap(first + r).scan(t, width, call.policy.hidden_type);
-      for (int i = 0; i < used && i < 2 && base + first + r < call.cache_rows; ++i) {
-        tile_to_plain(call.cache, call.policy.hidden_type, cache_at(i, first + r, v0), zt[i] + r * L,
-                      z_stride, width);
-      }
     }
     if (!second && frozen.sums > 0) {
       frozen.add(call, sums + first, first, n, thread, zt[0], used > 1 ? zt[1] : nullptr, z_stride, blocks, width);
     }
+  }
+
+  // The unshaped row as a backward reads it, in this thread's own memory.
+  TileRow<T> rounded_row(const TileRow<T>& raw, int thread, int64_t width, int used) const {
+    const T* from[3] = {raw.z, raw.zr, raw.za};
+    const T* to[3] = {};
+    for (int i = 0; i < used; ++i) {
+      T* row = seen[i] + thread * columns;
+      round_row(row, L, from[i], raw.stride, raw.blocks, call.policy.hidden_type);
+      model[i].shape(row, L, raw.blocks, width);
+      to[i] = row;
+    }
+    return {to[0], to[1], to[2], nullptr, L, L, raw.blocks, raw.start};
   }
 
   static int64_t clip(int64_t x, int64_t n) { return x < 0 ? 0 : x > n ? n : x; }
@@ -244,7 +259,7 @@ struct HeadForward {
     if (call.saved_rows == 1) return;
     save(i, kSavedRefLse, kept(s.ref, s.ref_rounded));
     if (call.has_aux) save(i, kSavedAuxLse, kept(s.aux, s.aux_rounded));
-    if (call.plan.has(kMix)) save(i, kSavedMixLse, kept(s.blend[2], s.mix_rounded));
+    if (call.plan.has(kMix)) save(i, kSavedMixLse, lse_value(s.mix_plain));
     if (call.plan.has(kBkl)) {
       s.top_value = double(heap(i).value[0]);
       s.top_index = heap(i).index[0];

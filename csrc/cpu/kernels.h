@@ -90,10 +90,24 @@ struct ListCall {
   const void* labels = nullptr;      // [S], NaN where masked
   void* loss = nullptr;              // [G]
   void* slope = nullptr;             // [S]
-  const double* discount = nullptr;  // by 1-based rank, up to two vectors past the largest group
+  const double* discount = nullptr;  // by 1-based rank; 16 entries longer than the largest group
   Dtype type = Dtype::f32;
   ListFamily family = ListFamily::pair;
   ListOptions options;
+  Pool pool;
+};
+
+struct ErrorCall {
+  int64_t samples = 0, outer = 1, frames = 1, inner = 0;  // [B, O, F, I]
+  const void *pred = nullptr, *target = nullptr, *ref = nullptr;
+  Dtype pred_type = Dtype::f32, target_type = Dtype::f32, ref_type = Dtype::f32;
+  const int32_t* segments = nullptr;  // [F], negative: left out; null: one segment
+  int64_t segment_count = 1, stats = 0;
+  int err = -1, ref_err = -1, dot = -1, huber_slot = -1;  // rows of out, -1: not wanted
+  double huber = 0.0;
+  double* out = nullptr;          // [n, B, segments]
+  const double* d_out = nullptr;  // like out
+  void* d_pred = nullptr;
   Pool pool;
 };
 
@@ -111,6 +125,8 @@ struct Kernels {
   bool (*logits_forward)(const LogitsCall&);
   bool (*logits_backward)(const LogitsCall&);
   bool (*list_rank)(const ListCall&);
+  bool (*error_forward)(const ErrorCall&);
+  bool (*error_backward)(const ErrorCall&);
   EpilogueTimes (*bench_epilogue)(int64_t rows, int64_t cols, int64_t repeats);
 };
 

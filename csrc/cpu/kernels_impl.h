@@ -4,6 +4,7 @@
 
 #include <ctime>
 
+#include "cpu/error_rows.h"
 #include "cpu/head_backward.h"
 #include "cpu/head_forward.h"
 #include "cpu/list_rows.h"
@@ -89,12 +90,12 @@ inline EpilogueTimes bench_epilogue(int64_t rows, int64_t cols, int64_t repeats)
       }
     });
   };
-  const auto grad = [&](double a1) {
+  const auto grad = [&](double ent) {
     GradCoef c;
-    c.a0 = -0.1, c.a1 = a1;
+    c.a0 = -0.1, c.ent = ent;
     const GradRow<float> g{c, Split<float>(10.0), Split<float>(0.0), Split<float>(0.0)};
     return best([&] {
-      for (int64_t r = 0; r < rows; ++r) grad_row(g, row(z, r), work + r * L, line, -1, 0.0, 1.0, Dtype::f32);
+      for (int64_t r = 0; r < rows; ++r) grad_row(g, row(z, r), work + r * L, line, -1, 0.0, 1.0);
     });
   };
   return {fold(plain), fold(entropy), grad(0.0), grad(0.05)};
@@ -102,7 +103,8 @@ inline EpilogueTimes bench_epilogue(int64_t rows, int64_t cols, int64_t repeats)
 
 extern const Kernels table;
 const Kernels table = {PK_NAME,        &head_forward,    &head_backward,
-                       &logits_forward, &logits_backward, &list_rank,      &bench_epilogue};
+                       &logits_forward, &logits_backward, &list_rank,
+                       &error_forward,  &error_backward,  &bench_epilogue};
 
 }  // namespace PK_ISA
 }  // namespace prefkern

@@ -88,11 +88,12 @@ ListOptions parse_options(const std::string& text) {
   return options;
 }
 
-// 1 / log_b(1 + rank) by 1-based rank, 0 beyond topn.
+// 1 / log_b(1 + rank) by 1-based rank, 0 beyond topn. For dcg2, by how much the next rank has less.
 std::vector<double> discounts(const ListOptions& o, int64_t longest) {
   std::vector<double> d(size_t(longest + kDiscountSlack), 0.0);
   const int64_t last = o.topn > 0 ? std::min<int64_t>(o.topn, longest + 1) : longest + 1;
   for (int64_t r = 1; r <= last; ++r) d[size_t(r)] = (o.base2 ? std::log(2.0) : 1.0) / std::log1p(double(r));
+  for (int64_t r = 1; o.dcg2 && r <= longest; ++r) d[size_t(r)] -= d[size_t(r + 1)];
   return d;
 }
 

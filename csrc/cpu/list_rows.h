@@ -157,12 +157,10 @@ struct ListGroup {
       if (o.normalize) gain = gain / splat(ideal);
       vd cost = splat(g.t.place[i]) - load(g.t.place + v);
       if (o.dcg2) {
-        for (int k = 0; k < L; ++k) {
-          const int64_t apart = int64_t(cost[k] < 0 ? -cost[k] : cost[k]);
-          // Lanes past the group and the row's own lane are no pair; they read any entry.
-          const int64_t at = apart < 1 ? 1 : apart > g.count ? g.count : apart;
-          cost[k] = g.call.discount[at] - g.call.discount[at + 1];
-        }
+        // Lanes that are no pair read any entry.
+        const vd apart = below(above(magnitude(cost), 1.0), double(g.count));
+        const vl at = (vl)(apart + splat(kRound)) - (vl)splat(kRound);
+        for (int k = 0; k < L; ++k) cost[k] = g.call.discount[at[k]];
       }
       return gain * magnitude(cost);
     }

@@ -47,11 +47,11 @@ struct LogitsRows {
     const int64_t blocks = (width + L - 1) / L;
     T *a = z + thread * kLogitsChunk, *b = nullptr;
     plain_to_tile(a, L, blocks, call.logits, call.type, row * call.vocab + v0, width);
-    shape_row<T>(a, L, blocks, width, nullptr, shape, false);
+    shape_row<T>(a, L, blocks, width, nullptr, shape);
     if (call.ref_logits != nullptr) {
       b = zr + thread * kLogitsChunk;
       plain_to_tile(b, L, blocks, call.ref_logits, call.ref_type, row * call.vocab + v0, width);
-      shape_row<T>(b, L, blocks, width, nullptr, ref_shape, false);
+      shape_row<T>(b, L, blocks, width, nullptr, ref_shape);
     }
     return {a, b, nullptr, nullptr, L, L, blocks, v0};
   }
@@ -77,7 +77,8 @@ struct LogitsRows {
       for (int64_t v0 = 0; v0 < call.vocab; v0 += kLogitsChunk) {
         const TileRow<T> t = chunk(row, thread, v0);
         fold_first(s, call.plan, t, row_tops(t));
-        if (top > 0) heap.scan(t, call.vocab - v0, call.ref_type);
+        if (call.plan.has(kMix)) fold_plain_blend(s.mix_plain, t, call.plan.param[kMix]);
+        if (top > 0) heap.scan(t, call.vocab - v0);
         if (y < v0 || y >= v0 + kLogitsChunk) continue;
         s.zy = double(t.z[y - v0]);
         if (t.zr != nullptr) s.ref_zy = double(t.zr[y - v0]);
@@ -90,7 +91,7 @@ struct LogitsRows {
       *saved_at(kSavedLse, row) = T(lse);
       *saved_at(kLowLse, row) = T(lse - double(T(lse)));
       if (call.ref_logits != nullptr) *saved_at(kSavedRefLse, row) = T(ref_lse);
-      if (call.plan.has(kMix)) *saved_at(kSavedMixLse, row) = T(lse_value(s.blend[2]));
+      if (call.plan.has(kMix)) *saved_at(kSavedMixLse, row) = T(lse_value(s.mix_plain));
       if (!needs_second_sweep(call.plan)) return;
       if (top > 0) {
         s.top_value = double(heap.value[0]);
@@ -99,7 +100,7 @@ struct LogitsRows {
         *saved_at(kSavedTopIndex, row) = T(s.top_index);
       }
       for (int64_t v0 = 0; v0 < call.vocab; v0 += kLogitsChunk) {
-        fold_second(s, call.plan, chunk(row, thread, v0), lse, ref_lse, call.ref_type);
+        fold_second(s, call.plan, chunk(row, thread, v0), lse, ref_lse, static_cast<const T*>(nullptr));
       }
       finish_second(s, call.plan, put);
       *saved_at(kSavedKlMix, row) = T(s.kl_pol);
@@ -130,8 +131,7 @@ struct LogitsRows {
         const int64_t width = call.vocab - v0 < kLogitsChunk ? call.vocab - v0 : kLogitsChunk;
         const TileRow<T> t = chunk(row, thread, v0);
         T* dst = z + thread * kLogitsChunk;
-        grad_row(g, t, dst, line + thread * kLogitsChunk, y >= v0 && y < v0 + width ? y - v0 : -1, 0.0, 1.0,
-                 call.ref_type);
+        grad_row(g, t, dst, line + thread * kLogitsChunk, y >= v0 && y < v0 + width ? y - v0 : -1, 0.0, 1.0);
         tile_to_plain(d, call.type, v0, dst, L, width);
       }
     });

@@ -98,10 +98,8 @@ inline int64_t next_rows(const int64_t* targets, int64_t n, int64_t ignore, int6
 }
 
 // z = softcap tanh(scale (x + bias) / softcap) / temperature over one tile row; -inf beyond `width`.
-// rounded: to hidden's dtype, which is what a backward reads whether logits were kept or not.
 template <class T>
-inline void shape_row(T* z, int64_t stride, int64_t blocks, int64_t width, const T* bias, const Head& head,
-                      bool rounded) {
+inline void shape_row(T* z, int64_t stride, int64_t blocks, int64_t width, const T* bias, const Head& head) {
   constexpr int L = Lanes<T>::L;
   const bool cap = head.softcap != 0.0;
   const T factor = T(cap ? head.scale / head.softcap : head.scale / head.temperature);
@@ -115,11 +113,16 @@ inline void shape_row(T* z, int64_t stride, int64_t blocks, int64_t width, const
       store(z + k * stride, x);
     }
   }
-  if (rounded && (head.hidden_type == Dtype::bf16 || head.hidden_type == Dtype::f16)) {
-    for (int64_t k = 0; k < blocks; ++k) store(z + k * stride, round_to(load(z + k * stride), head.hidden_type));
-  }
   for (int64_t v = width; v < blocks * L; ++v) z[v / L * stride + v % L] = T(-pk_inf());
 }
+
+// What a backward reads is the product rounded to hidden's dtype, kept or recomputed, then shaped: a cap
+// applied to rounded logits keeps its slope, a rounded cap would lose it.
+template <class T>
+inline void round_row(T* dst, int64_t dst_stride, const T* x, int64_t stride, int64_t blocks, Dtype type) {
+  for (int64_t k = 0; k < blocks; ++k) store(dst + k * dst_stride, round_to(load(x + k * stride), type));
+}
+PK_INLINE bool is_short(Dtype type) { return type == Dtype::bf16 || type == Dtype::f16; }
 
 // Tile row <-> plain memory of any dtype. Whole blocks of fp32 and bf16 move as vectors: kept logits go
 // past the caches (they come back only after the whole forward), and `ahead` elements further, where the
@@ -184,10 +187,10 @@ struct ModelTile {
     if (with_weight) weight = a.take<typename C::W>(columns / C::L * weight_stride);
     bias = a.take<typename C::T>(columns);
   }
-  void pack_block(int64_t block, int64_t v0, int64_t vocab) const {
+  void pack_block(int64_t block, int64_t v0, int64_t vocab, bool with_weight) const {
     constexpr int L = C::L;
     const int64_t v = v0 + block * L;
-    if (own_weight) {
+    if (own_weight && with_weight) {
       pack_weight_block<C>(weight + block * weight_stride, head->weight, head->weight_type, v, vocab,
                            head->depth);
     }
@@ -201,8 +204,8 @@ struct ModelTile {
     logits_tile<C>(hidden, hidden_stride, weight, weight_stride, words<C>(head->depth), groups, blocks, z,
                    z_stride);
   }
-  void shape(typename C::T* z, int64_t stride, int64_t blocks, int64_t width, bool rounded) const {
-    shape_row(z, stride, blocks, width, head->bias != nullptr ? bias : nullptr, *head, rounded);
+  void shape(typename C::T* z, int64_t stride, int64_t blocks, int64_t width) const {
+    shape_row(z, stride, blocks, width, head->bias != nullptr ? bias : nullptr, *head);
   }
 };
 

@@ -6,11 +6,11 @@
 
 namespace prefkern {
 
-// log S_a = lse(z + a (z_ref - z)) - lse - a (lse_ref - lse); 0 exactly where the models are equal,
-// since then every part of each difference is the same number.
+// log S_a = log sum_v r^a p^(1-a). The maxima cancel, so that only sums of order 1 are left; 0 exactly
+// where the models are equal, since then every part of each difference is the same number.
 PK_HD double log_overlap(const RowSums& s, int which, double a) {
-  const double lse = lse_value(s.pol);
-  return (lse_value(s.blend[which]) - lse) - a * (lse_value(s.ref) - lse);
+  const double log_s = pk_log(s.pol.sum);
+  return (lse_value(s.blend[which]) - log_s) - a * (pk_log(s.ref.sum) - log_s);
 }
 
 // Writes the requested statistics of one row: put(kind, value).
@@ -42,10 +42,12 @@ PK_HD void finish_first(const RowSums& s, const StatPlan& plan, bool third, int6
     put(kRenyi, log_overlap(s, 1, a) / (a - 1.0));
   }
   if (plan.has(kMix)) {
-    // The blend's own maximum is not the target's: keep the order of the two subtractions.
     const double b = plan.param[kMix];
-    const double u = b == 0.0 ? s.zy : b == 1.0 ? s.ref_zy : s.zy + b * (s.ref_zy - s.zy);
-    put(kMix, (u - safe_max(s.blend[2].max)) - pk_log(s.blend[2].sum));
+    const double x = s.zy - safe_max(s.pol.max), xr = s.ref_zy - safe_max(s.ref.max);
+    // A target without probability in either model has none in the blend (and -inf - -inf is no number).
+    const bool none = x == -pk_inf() || xr == -pk_inf();
+    const double u = b == 0.0 ? x : b == 1.0 ? xr : none ? -pk_inf() : x + b * (xr - x);
+    put(kMix, (u - safe_max(s.blend[2].max)) - pk_log(s.blend[2].sum) + bad + (ref_lse - ref_lse));
   }
   if (plan.has(kEv)) {
     put(kEv, s.adv / s.pol.sum + (third ? log_sr - pk_log(s.aux.sum) : 0.0));

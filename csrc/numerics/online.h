@@ -4,7 +4,7 @@
 // sum that also carries (z-m) picks up (m-m') times the plain sum. Every rule below is one of these two.
 #pragma once
 
-#include "numerics/scalar.h"
+#include "numerics/stats.h"
 
 namespace prefkern {
 
@@ -39,7 +39,7 @@ PK_HD double lse_value(const OnlineLse& a) { return safe_max(a.max) + pk_log(a.s
 // Everything one sweep over the vocabulary gathers for one row. x = z - max of its own model.
 struct RowSums {
   OnlineLse pol, ref, aux;
-  OnlineLse blend[3];        // of z + a (z_ref - z): alpha, renyi, mix
+  OnlineLse blend[3];        // of x + a (xr - x): alpha, renyi, mix
   double pol_x = 0.0;        // sum e^x x
   double pol_sq = 0.0;       // sum e^(2x)
   double ref_cross = 0.0;    // sum e^xr (xr - x)
@@ -51,7 +51,8 @@ struct RowSums {
   // The same normalisers over logits rounded to a 16-bit working dtype, which is what the backward
   // reads: with the exact ones, the gradient of a token with p = 0.99 would be lost in the 2^-9 |z|
   // by which its probability is off.
-  OnlineLse pol_rounded, ref_rounded, aux_rounded, mix_rounded;
+  OnlineLse pol_rounded, ref_rounded, aux_rounded;
+  OnlineLse mix_plain;  // of z + b (z_ref - z), from the logits the backward reads
   // Second sweep, from normalised probabilities.
   double kl_ref = 0.0, kl_pol = 0.0;       // KL(r || mix), KL(p || mix)
   double tv = 0.0, tv_mean = 0.0;          // sum |p-r|, sum p sign(p-r)
@@ -61,7 +62,7 @@ struct RowSums {
 };
 
 // Moves the row to larger maxima. `third` says that adv is relative to aux and ref as well.
-PK_HD void raise_maxima(RowSums& s, double pol, double ref, double aux, bool third) {
+PK_HD void raise_maxima(RowSums& s, const StatPlan& plan, double pol, double ref, double aux, bool third) {
   pol = pol > s.pol.max ? pol : s.pol.max;
   ref = ref > s.ref.max ? ref : s.ref.max;
   aux = aux > s.aux.max ? aux : s.aux.max;
@@ -75,6 +76,9 @@ PK_HD void raise_maxima(RowSums& s, double pol, double ref, double aux, bool thi
   s.pol_cross = fp * (s.pol_cross + (dp - dr) * s.pol.sum);
   s.ref_cross = fr * (s.ref_cross + (dr - dp) * s.ref.sum);
   s.adv = third ? fp * (s.adv + (da - dr) * s.pol.sum) : fp * s.adv;
+  s.blend[0].max += dp + plan.param[kAlpha] * (dr - dp);
+  s.blend[1].max += dp + plan.param[kRenyi] * (dr - dp);
+  s.blend[2].max += dp + plan.param[kMix] * (dr - dp);
   lse_raise(s.pol, pol);
   lse_raise(s.ref, ref);
   lse_raise(s.aux, aux);

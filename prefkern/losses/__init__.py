@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..types import Loss
-from . import listwise, pairwise, pointwise, tokenwise
+from . import diffusion, listwise, pairwise, pointwise, tokenwise
 
-FAMILIES = (pairwise, pointwise, listwise, tokenwise)
+FAMILIES = (pairwise, pointwise, listwise, tokenwise, diffusion)
 
 
 def _collect() -> dict[str, Loss]:
@@ -136,6 +136,9 @@ def bind(record: Loss, given: Mapping[str, Any], *, supplied: Iterable[str] = ()
         weight = float(hyper[record.supervised.argument])
         if record.supervised.scale is not None:
             weight *= hyper[record.supervised.scale]
+    unused = hyper.get("reference_free", False) or (
+        record.reference_weight != "" and hyper[record.reference_weight] == 0
+    )
     own = _keywords(record.fn)
     stage = (
         set() if record.weights is None else set(inspect.signature(record.weights.fn).parameters)
@@ -146,7 +149,7 @@ def bind(record: Loss, given: Mapping[str, Any], *, supplied: Iterable[str] = ()
         supervised=weight,
         hyper=hyper,
         stats=record.stats if record.stats_for is None else record.stats_for(**hyper),
-        needs_reference=record.needs_reference and not hyper.get("reference_free", False),
+        needs_reference=record.needs_reference and not unused,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.segment_sum import segment_sum
 from ..types import SeqStats
 
 
@@ -101,6 +102,37 @@ def not_negative(name: str, value: float) -> None:
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
+
+
+def per_token(
+    total: Tensor, length: Tensor, tokens_per_item: float | Tensor | None = None
+) -> Tensor:  # [S]
+    """total [S] over the mean length, so that its mean over items is the mean over their tokens.
+
+    `tokens_per_item` replaces the batch's own mean length (gradient accumulation).
+    """
+    if tokens_per_item is not None:
+        return total / scalar("tokens_per_item", tokens_per_item, total)
+    length = length.detach().to(total.dtype)
+    return total * (length.numel() / length.sum().clamp(min=1.0))
+
+
+def labels_like(labels: Tensor, scores: Tensor) -> Tensor:  # [S]
+    """Labels in the dtype of the scores, 0 where they are NaN (the item is left out)."""
+    return torch.where(labels.isnan(), 0.0, data("labels", labels, scores))
+
+
+def drop_empty(labels: Tensor, length: Tensor | None) -> Tensor:  # [S]
+    """Labels with NaN where a response has no scored token."""
+    if length is None:
+        return labels
+    return torch.where(data("length", length, labels) > 0, labels, torch.nan)
+
+
+def group_sum(values: Tensor, labels: Tensor, cu_groups: Tensor) -> Tensor:  # [G]
+    """Sum over each group's items whose label is a number."""
+    kept = torch.where(labels.isnan(), 0.0, values)
+    return segment_sum(kept, cu_groups).to(values.dtype)
 
 
 def logratio_rewards(

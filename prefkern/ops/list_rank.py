@@ -35,7 +35,8 @@ def list_rank(
                     m_ki = y_k - y_i, M_k = max_i m_ki, i ranked after k
     nca             -sum_i q_i log sigmoid(s_i) - 1/K sum_i log sigmoid(-s_i),
                     q = softmax(y / alpha)
-    gap_hinge       sum_ij (y_i - y_j) max(0, margin - (s_i - s_j))
+    rank_hinge      sum_ij max(0, c_ij - (s_i - s_j)), or c_ij max(0, -(s_i - s_j)) as a product;
+                    c_ij = scale (label rank of j - label rank of i)
     anchor          1/(K-1) sum over anchors i of mu_i [softplus(-s_i) + c_i sum_{y_j < y_i}
                     softplus(s_j)], mu_i = (s_i - min s) / (max s - min s) held constant
     set_contrast    LSE(x) - LSE(x where y > mean y), x = s + deviation |y - mean y|
@@ -152,9 +153,8 @@ def _(scores, labels, cu_groups, topk, family, options, backend):
 @torch.library.custom_op("prefkern::list_rank_bwd", mutates_args=())
 def _bwd(d_loss: Tensor, slope: Tensor, cu_groups: Tensor) -> Tensor:
     """d_scores [S]: the incoming number of an item's group times its saved derivative."""
-    item = torch.arange(slope.numel(), device=slope.device, dtype=cu_groups.dtype)
-    group = torch.searchsorted(cu_groups[1:].contiguous(), item, right=True)
-    return d_loss[group] * slope
+    sizes = cu_groups[1:] - cu_groups[:-1]
+    return d_loss.repeat_interleave(sizes, output_size=slope.numel()) * slope
 
 
 @_bwd.register_fake

@@ -7,6 +7,7 @@ benchmarks. Function signatures here are the signatures every backend module fol
 from __future__ import annotations
 
 from ..types import Problem
+from .error_sum import error_sum_bwd, error_sum_fwd
 from .linear_divergence import linear_divergence_bwd, linear_divergence_fwd
 from .linear_logps import linear_logps_bwd, linear_logps_fwd
 from .list_rank import list_rank_fwd
@@ -14,6 +15,8 @@ from .logits_logps import logits_logps_bwd, logits_logps_fwd
 from .segment_sum import segment_sum_bwd, segment_sum_fwd
 
 __all__ = [
+    "error_sum_bwd",
+    "error_sum_fwd",
     "linear_divergence_bwd",
     "linear_divergence_fwd",
     "linear_logps_bwd",

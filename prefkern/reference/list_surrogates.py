@@ -18,13 +18,21 @@ from .list_blocks import Block, compete, discount, fold_pairs, gain, pairs, rank
 LN2 = math.log(2.0)
 
 
-def gap_hinge(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
-    """l = sum_{y_i > y_j} (y_i - y_j) max(0, margin - (s_i - s_j)); slope 0 at the kink."""
+def rank_hinge(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
+    """l = sum_{y_i > y_j} max(0, c_ij - (s_i - s_j)), or c_ij max(0, -(s_i - s_j)) as a product.
+
+    c_ij = scale (r_j - r_i), r the rank by label, over K if `per_item`. Slope 0 at the kink.
+    """
     strict, gap = pairs(b)
-    active = strict & (gap < opts.margin)
-    weight = torch.where(active, b.label[:, :, None] - b.label[:, None, :], 0.0)
-    value = torch.where(active, weight * (opts.margin - gap), 0.0)
-    return fold_pairs(b, strict, value, -weight, opts)
+    place = rank(b.label, b.valid).to(b.score.dtype) * opts.scale
+    if opts.per_item:
+        place = place / b.valid.sum(1, keepdim=True).clamp(min=1)
+    apart = place[:, None, :] - place[:, :, None]
+    factor, margin = (1.0, apart) if opts.mode == "margin" else (apart, 0.0)
+    active = strict & (gap < margin)
+    value = torch.where(active, factor * (margin - gap), 0.0)
+    slope = torch.where(active, -factor * torch.ones_like(gap), 0.0)
+    return fold_pairs(b, strict, value, slope, opts)
 
 
 def anchor(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
@@ -141,7 +149,7 @@ def neural_ndcg(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
 
 
 CORES = {
-    "gap_hinge": gap_hinge,
+    "rank_hinge": rank_hinge,
     "anchor": anchor,
     "set_contrast": set_contrast,
     "approx_ndcg": approx_ndcg,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from .. import integrations  # noqa: F401  (before any import of transformers, see there)
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
 
 # Import name -> name on the package index, for what the trainer cannot do without.
 _REQUIRED = {
@@ -25,3 +29,16 @@ def require_train_extra() -> None:
             f"the trainer needs {', '.join(missing)}, not installed here; "
             "install it with: pip install 'prefkern[train]'"
         )
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Runs a configuration to its end; returns the last row of the log and `log_history`.
+
+    Raises:
+        ImportError: a package of the extra `train` is not installed.
+        ValueError: a mistake in the options or the data, with what to do.
+    """
+    require_train_extra()
+    from .loop import train as run
+
+    return run(config)

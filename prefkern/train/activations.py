@@ -30,9 +30,9 @@ class Recorder:
         self.means: list[tuple[int, Tensor]] = []  # (type, [B, T])
 
     def add(self, kind: int, value: Tensor) -> None:
-        if value.dim() != 3:  # experts see the tokens routed to them, not [B, T, features]
+        if value.dim() != 3:  # experts see only the tokens routed to them
             raise ValueError(
-                f"mapo's mask needs activations [batch, tokens, features], got {list(value.shape)}: "
+                f"mapo's mask needs [batch, tokens, features], got {list(value.shape)}: "
                 "mixture-of-experts layers have none per token; use sparsepo."
             )
         self.means.append((kind, value.float().mean(-1)))

@@ -131,13 +131,3 @@ def choose_packing(
     packed_attention.stop(inner)
     say(f"batches are padded, not packed: {reason}.")
     return False
-
-
-def check_examples(examples: list[Example]) -> None:
-    """The trainer's losses weigh every group alike."""
-    weighted = next((e.row for e in examples if e.weight != 1.0), None)
-    if weighted is not None:
-        raise ValueError(
-            f"row {weighted} has a weight other than 1, and the trainer would ignore it; drop the "
-            "column `weight`, or weigh tokens with chosen_weights and rejected_weights."
-        )

@@ -157,7 +157,6 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
                 f"dataset holds {layout}, eval_dataset holds {eval_layout}: they must match."
             )
 
-    checks.check_examples([*examples, *eval_examples])
     if mode == "model" and not training and config.ref_model is None:
         raise ValueError(
             "evaluation compares the model with a reference: pass --ref-model, the model it was "
@@ -226,6 +225,11 @@ def _frozen(
     model = models.freeze(models.load_model(name, config)).to(next(policy.parameters()).device)
     hf.refuse_unsupported(model)
     checks.check_first_batch(model, examples, config)
+    if hf.read_head(policy).softcap is not None and hf.read_head(model).softcap is None:
+        # the ops read "no cap given" for the reference as "the policy's cap"
+        raise ValueError(
+            f"{name} does not cap its logits and the policy does: such a pair cannot be compared."
+        )
     own, other = (hf.read_head(m).weight.shape[0] for m in (policy, model))
     if own != other:
         raise ValueError(

@@ -89,6 +89,7 @@ class PreferenceStep(nn.Module):
             cu_groups=batch.cu_groups,
             labels=batch.labels,
             token_weights=_packed(batch.token_weights, batch),
+            item_weights=batch.weights,
             num_items=num_items,
             metrics=metrics,
             memory_budget=self.config.memory_budget,

@@ -10,8 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefkern import use_backend
 from prefkern.list_options import FAMILIES, ListOptions, pack, unpack
 from prefkern.ops.list_rank import list_rank
+
+
+@pytest.fixture(autouse=True)
+def _on(backend):
+    """Every test of this file runs on every backend."""
+    with use_backend(backend):
+        yield
+
 
 VARIANTS = [
     ("pair", {}),
@@ -232,9 +241,9 @@ def test_backward_twice_gives_the_same_bits():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_opcheck(family):
+def test_opcheck(family, backend):
     scores, labels, cu = ragged([3, 0, 5])
-    args = (scores, labels, cu, None, family, "", "reference")
+    args = (scores, labels, cu, None, family, "", backend)
     torch.library.opcheck(torch.ops.prefkern.list_rank_fwd, args)
     slope = torch.randn(8, dtype=torch.float64)
     torch.library.opcheck(

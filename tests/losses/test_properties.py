@@ -10,22 +10,28 @@ import torch
 import vectors
 
 from prefkern import losses
-from prefkern.types import Loss, SeqStats
+from prefkern.types import Loss, SeqStats, TokenStats
+
+# Binding a provisional loss says so once; test_token_catalogue.py asserts it.
+pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
 
 # Losses whose rows influence each other, so that a batch is not the sum of its parts.
-BATCH_COUPLED = {"aot", "beta_dpo"}
+BATCH_COUPLED = {"aot", "beta_dpo", "dckd", "adpa"}
 # Losses with a kink where policy equals reference: the one-sided derivatives differ there.
 KINK_AT_ZERO = {"dpop"}
 # Losses whose weight or label is a constant formed from the same log-probabilities: a finite
 # difference sees it move. Their gradients are proven by the vectors.
-CONSTANT_FROM_POLICY = {"wpo", "beta_dpo", "lcpo"}
+CONSTANT_FROM_POLICY = {"wpo", "beta_dpo", "lcpo", "fdpg", "oreo", "knowpat"}
 # No preference loss of its own: the objective adds the likelihood term.
 LIKELIHOOD_ONLY = {"sft"}
+# Distils both answers of a pair alike; what tells them apart is the likelihood term.
+SYMMETRIC = {"dckd"}
 ALL = sorted(losses.LOSSES)
 PAIRWISE = [n for n in ALL if losses.LOSSES[n].family == "pairwise"]
 POINTWISE = [n for n in ALL if losses.LOSSES[n].family == "pointwise"]
 LISTWISE = [n for n in ALL if losses.LOSSES[n].family == "listwise"]
-FIELDS = ("fkl", "rkl", "col")
+TOKENWISE = [n for n in ALL if losses.LOSSES[n].family == "tokenwise"]
+FIELDS = ("fkl", "rkl", "col", "ent", "jsd", "ev")
 
 
 def sequences(n: int, offset: float | torch.Tensor, seed: int, dtype=torch.float64) -> SeqStats:
@@ -52,10 +58,41 @@ def extra(record: Loss, n: int) -> dict:
         "mix_chosen_logps": lambda: -torch.rand(n, generator=g, dtype=torch.float64) * 50,
         "mix_rejected_logps": lambda: -torch.rand(n, generator=g, dtype=torch.float64) * 50,
         "baseline_mean_logps": lambda: -torch.rand(n, generator=g, dtype=torch.float64),
+        "source_chosen_mean_logps": lambda: -torch.rand(n, 2, generator=g, dtype=torch.float64),
+        "source_rejected_mean_logps": lambda: -torch.rand(n, 2, generator=g, dtype=torch.float64),
+        "slow_chosen_logps": lambda: -torch.rand(n, generator=g, dtype=torch.float64) * 50,
+        "slow_rejected_logps": lambda: -torch.rand(n, generator=g, dtype=torch.float64) * 50,
+        "judge_logit_gap": lambda: torch.randn(n, generator=g, dtype=torch.float64),
+        "log_target_prob": lambda: -torch.rand(n, generator=g, dtype=torch.float64) * 50,
+        "topk": lambda: 2,
+        # neighbours, within the two halves of the list
+        "pairs": lambda: torch.tensor(
+            [(i, i + 1) for i in range(n - 1) if i + 1 != n // 2], dtype=torch.int64
+        ).reshape(-1, 2),
+        # of a tokenwise loss, two tokens per sequence
+        "scored": lambda: torch.arange(2 * n) % 7 != 3,
+        "cu_groups": lambda: torch.tensor([0, n // 2, n], dtype=torch.int32),
+        "advantages": lambda: torch.randn(n, generator=g, dtype=torch.float64),
+        "preference_levels": lambda: 1 + torch.arange(n) % 3,
+        "value": lambda: torch.randn(2 * n, generator=g, dtype=torch.float64),
+        "reward": lambda: torch.randn(n, generator=g, dtype=torch.float64),
     }
-    if record.family == "listwise":
-        return {}  # filled from the statistics
-    return {name: make[name]() for name in record.extra}
+    found = {name: make[name]() for name in record.extra if name in make}
+    if "pairs" in found:
+        found["pref_prob"] = torch.rand(len(found["pairs"]), generator=g, dtype=torch.float64)
+    if "old_logp" in inspect.signature(record.fn).parameters:
+        # beyond the clip for some, else the ratio is 1 everywhere
+        found["old_logp"] = tokens(n, 0.0, 0).logp.detach() - 0.1 - torch.rand(2 * n, generator=g)
+    return found  # the rest is filled from the statistics
+
+
+def tokens(n: int, offset: float | torch.Tensor, seed: int, dtype=torch.float64) -> TokenStats:
+    """Two tokens per sequence whose log-ratio is `offset` each; logp and the KLs are leaves."""
+    g = torch.Generator().manual_seed(seed)
+    ref = -(0.5 + 2.0 * torch.rand(2 * n, generator=g, dtype=dtype))
+    kls = {k: torch.rand(2 * n, generator=g, dtype=dtype).requires_grad_() for k in ("fkl", "rkl")}
+    shift = offset.repeat_interleave(2) if isinstance(offset, torch.Tensor) else offset
+    return TokenStats(logp=(ref + shift).requires_grad_(), ref_logp=ref, **kls)
 
 
 class Example:
@@ -70,6 +107,8 @@ class Example:
                 sequences(n, offsets[min(i, 1)], i, dtype)
                 for i, _ in enumerate(positional(self.record))
             ]
+        elif self.record.family == "tokenwise":
+            self.rows = [tokens(n, offsets[0], 0, dtype)]
         else:
             self.rows = [sequences(n, offsets[0], 0, dtype)]
         self.extra = {k: self.typed(v, dtype) for k, v in extra(self.record, n).items()}
@@ -96,15 +135,19 @@ class Example:
         return part
 
     def __call__(self) -> torch.Tensor:
+        if self.record.family == "tokenwise":
+            n = self.rows[0].logp.numel()
+            cu = torch.arange(0, n + 1, 2, dtype=torch.int32)
+            return self.record(self.rows[0], cu, **self.extra)
         if self.record.family != "listwise":
             return self.record(*self.rows, **self.extra)
         (seq,) = self.rows
         n = seq.logp.numel()
         labels = torch.arange(n, dtype=seq.logp.dtype).roll(1) / max(n, 1)
         scores = getattr(seq, self.record.score)
-        filled = {k: getattr(seq, k) for k in self.record.extra}
+        filled = {k: getattr(seq, k) for k in self.record.extra if k not in self.extra}
         return self.record(
-            scores, labels, torch.tensor([0, n // 2, n], dtype=torch.int32), **filled
+            scores, labels, torch.tensor([0, n // 2, n], dtype=torch.int32), **filled, **self.extra
         )
 
 
@@ -123,7 +166,8 @@ def spread(n: int, width: float) -> torch.Tensor:
 def test_value_and_gradient_are_finite(name, margin, dtype):
     example = Example(name, offsets=(margin, -margin), dtype=dtype)
     loss = example()
-    assert loss.dtype == dtype
+    # sums over tokens come in fp64
+    assert loss.dtype == dtype or (example.record.family == "tokenwise" and loss.numel() == 5)
     assert torch.isfinite(loss).all()
     assert loss.requires_grad != (name in LIKELIHOOD_ONLY)
     if not loss.requires_grad:
@@ -192,7 +236,44 @@ def test_empty_batch(name):
     assert loss.shape == (0,)
 
 
-@pytest.mark.parametrize("name", [n for n in PAIRWISE if n not in LIKELIHOOD_ONLY])
+@pytest.mark.parametrize("name", TOKENWISE)
+def test_tokens_that_do_not_count_are_not_read(name):
+    clean, dirty = Example(name, 6, (spread(6, 1.0), 0.0)), Example(name, 6, (spread(6, 1.0), 0.0))
+    out = ~dirty.extra["scored"]
+    fields = {
+        f: torch.where(out, torch.nan, x.detach()).requires_grad_(x.requires_grad)
+        for f, x in dirty.rows[0]._asdict().items()
+        if x is not None
+    }
+    dirty.rows = [TokenStats(**fields)]
+    assert torch.equal(dirty(), clean())
+    (grad,) = torch.autograd.grad(dirty().sum(), dirty.rows[0].logp)
+    assert torch.isfinite(grad).all() and (grad[out] == 0).all()
+
+
+@pytest.mark.parametrize("name", TOKENWISE)
+def test_tokenwise_refuses_what_is_missing(name):
+    example = Example(name, 4)
+    example.rows = [example.rows[0]._replace(logp=None)]
+    with pytest.raises(ValueError, match="logp"):
+        example()
+    example = Example(name, 4)
+    example.extra["scored"] = example.extra["scored"][:3]
+    with pytest.raises(ValueError, match="scored must be"):
+        example()
+
+
+@pytest.mark.parametrize("name", TOKENWISE)
+def test_no_tokens_at_all(name):
+    example = Example(name, 4)
+    example.extra["scored"] = torch.zeros(8, dtype=torch.bool)
+    loss = example()
+    assert torch.isfinite(loss).all()
+    (grad,) = torch.autograd.grad(loss.sum(), example.rows[0].logp)
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("name", [n for n in PAIRWISE if n not in LIKELIHOOD_ONLY | SYMMETRIC])
 def test_swapping_the_answers_matters(name):
     example = Example(name, 4, (spread(4, 3.0) + 1.0, -spread(4, 3.0)))
     before = example()
@@ -226,7 +307,7 @@ def test_missing_statistics_are_named(name):
 @pytest.mark.parametrize("name", PAIRWISE + POINTWISE)
 def test_statistics_that_are_not_declared_are_not_read(name):
     example = Example(name, 3)
-    declared = {s.partition(":")[0] for s in example.record.stats} | {"length"}
+    declared = {s.partition(":")[0] for s in example.record.stats} | {"length", "logp"}
     declared |= {"ref_logp"} if example.record.needs_reference else set()
     example.rows = [SeqStats(**{f: getattr(r, f) for f in declared}) for r in example.rows]
     assert torch.isfinite(example()).all()

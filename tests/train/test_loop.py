@@ -328,18 +328,32 @@ def test_mistakes_before_the_first_step(tmp_path, model, pairs, changes, match):
         train(run)
 
 
-def test_rows_with_a_weight_are_refused_not_ignored(tmp_path, model):
-    file = tmp_path / "weighted.jsonl"
-    row = {"prompt": "a", "chosen": " b", "rejected": " c", "weight": 2.0}
-    file.write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match="weight other than 1"):
-        prepare(config(tmp_path / "out", model, str(file)))
+def test_rows_count_by_their_weight(tmp_path, model):
+    rows = [
+        {"prompt": "a", "chosen": " b", "rejected": " c"},
+        {"prompt": "d", "chosen": " e", "rejected": " f"},
+    ]
+    losses = {}
+    for name, weights in (("first", (1.0, 0.0)), ("second", (0.0, 1.0)), ("both", (2.0, 0.5))):
+        file = tmp_path / f"{name}.jsonl"
+        text = [json.dumps(r | {"weight": w}) for r, w in zip(rows, weights, strict=True)]
+        file.write_text("\n".join(text) + "\n")
+        run = config(tmp_path / name, model, str(file), loss=("simpo",), max_steps=1)
+        losses[name] = train(run)["train_loss"]
+    assert losses["both"] == pytest.approx(2 * losses["first"] + 0.5 * losses["second"], rel=1e-5)
 
 
 def test_another_vocabulary_is_refused(tmp_path, model, pairs):
     other = save_model(tmp_path / "other", vocab_size=300)
     with pytest.raises(ValueError, match="share one vocabulary"):
         prepare(config(tmp_path / "out", model, pairs, ref_model=other))
+
+
+def test_a_reference_without_the_policys_softcap_is_refused(tmp_path, pairs):
+    policy = save_model(tmp_path / "policy", "gemma2")
+    other = save_model(tmp_path / "other", "gemma2", final_logit_softcapping=None)
+    with pytest.raises(ValueError, match="does not cap its logits"):
+        prepare(config(tmp_path / "out", policy, pairs, ref_model=other))
 
 
 def test_tokenizer_without_pad_and_without_eos(tmp_path, pairs):

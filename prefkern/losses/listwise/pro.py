@@ -50,8 +50,7 @@ def pro(
     """
     if sft_weight < 0:
         raise ValueError(f"sft_weight must be >= 0, got {sft_weight}.")
-    if length is not None:
-        labels = torch.where(core.data("length", length, labels) > 0, labels, torch.nan)
+    labels = core.drop_empty(labels, length)
     ranking = list_rank(scores, labels, cu_groups, family="pro", backend=backend)
     if sft_weight == 0:
         return ranking
@@ -66,6 +65,15 @@ def pro(
 
 def _best_nll(logp: Tensor, labels: Tensor, cu_groups: Tensor) -> Tensor:  # [G]
     """(K - 1)^2 times the NLL of the first response of highest label; 0 where no label differs."""
+    best = best_of_group(labels, cu_groups, strict=True)
+    size = segment_sum((~labels.isnan()).double(), cu_groups)
+    nll = segment_sum(torch.where(best, -logp, 0.0), cu_groups)
+    return nll * (size - 1.0).clamp(min=0.0) ** 2
+
+
+def best_of_group(labels: Tensor, cu_groups: Tensor, *, strict: bool = False) -> Tensor:  # [S]
+    """True at the first response of highest label of each group; nowhere in a group whose labels
+    are all equal if `strict`."""
     group = sequence_of(cu_groups, labels)
     valid = ~labels.isnan()
     groups = cu_groups.numel() - 1
@@ -75,15 +83,13 @@ def _best_nll(logp: Tensor, labels: Tensor, cu_groups: Tensor) -> Tensor:  # [G]
     high = labels.new_full((groups,), -torch.inf).scatter_reduce(
         0, group, torch.where(valid, labels, -torch.inf), "amax"
     )
-    size = segment_sum(valid.double(), cu_groups)
     item = torch.arange(labels.numel(), device=labels.device)
     top = valid & (labels == high[group])
     first = item.new_full((groups,), labels.numel()).scatter_reduce(
         0, group, torch.where(top, item, labels.numel()), "amin"
     )
-    best = top & (item == first[group]) & (high > low)[group]
-    nll = segment_sum(torch.where(best, -logp, 0.0), cu_groups)
-    return nll * (size - 1.0).clamp(min=0.0) ** 2
+    best = top & (item == first[group])
+    return best & (high > low)[group] if strict else best
 
 
 PRO = Loss(

@@ -131,6 +131,8 @@ def collate(
     input_ids = np.full(shape[0] * shape[1], 0 if pad_id is None else pad_id, dtype=np.int64)
     position_ids = np.zeros_like(input_ids)
     targets = np.full_like(input_ids, IGNORE)
+    group_weights = [example.weight for example in examples]
+    alike = all(weight == 1.0 for weight in group_weights)
     token_weights = None
     if any(seq.token_weights is not None for seq in sequences):
         token_weights = np.zeros(input_ids.shape, dtype=np.float32)
@@ -159,7 +161,7 @@ def collate(
         cu_groups=_boundaries(sizes),
         labels=_labels(examples),
         token_weights=None if token_weights is None else tensor(token_weights),
-        weights=torch.tensor([example.weight for example in examples], dtype=torch.float32),
+        weights=None if alike else torch.tensor(group_weights, dtype=torch.float32),
         ref_seq_logp=_ref_seq_logp(examples),
         rows=[example.row for example in examples],
         num_scored=int((targets != IGNORE).sum()),

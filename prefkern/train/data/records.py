@@ -123,7 +123,7 @@ class PreferenceBatch:
     cu_groups: Tensor  # [G+1] int32, sequences of each group
     labels: Tensor | None  # [S] bool (unpaired) or fp32 (lists); None for pairs
     token_weights: Tensor | None  # same shape as targets, fp32, 0 where nothing is scored
-    weights: Tensor  # [G] fp32
+    weights: Tensor | None  # [G] fp32; None: every group counts alike
     ref_seq_logp: Tensor | None  # [S] fp64, from ref_chosen_logps and ref_rejected_logps
     rows: list[int]  # [G] rows of the data set
     num_scored: int

@@ -1,0 +1,71 @@
+"""Text in front of a prompt: a system message, or plain text before plain text."""
+
+from __future__ import annotations
+
+from .columns import PROMPT_BOUND, Text, get, refuse_prompt_bound, text
+from .table import Row, Table, bad, like, read_rows
+
+SEPARATOR = "\n\n"
+
+
+def prefixed(prompt: Text, words: str, separator: str = SEPARATOR) -> Text:
+    """`prompt` with `words` in front.
+
+    A conversation gets them as system message, ahead of the text of one that is there already;
+    plain text gets them and `separator` before its first character.
+    """
+    if isinstance(prompt, str):
+        return f"{words}{separator}{prompt}"
+    if prompt[0]["role"] == "system":
+        first = {**prompt[0], "content": f"{words}{separator}{prompt[0]['content']}"}
+        return [first, *prompt[1:]]
+    return [{"role": "system", "content": words}, *prompt]
+
+
+def system_messages(table: Table, *, column: str = "system", separator: str = SEPARATOR) -> Table:
+    """Moves the system message of every row from a column of its own into the prompt.
+
+    Source: Janus (arXiv 2405.17977), which writes one system message per example and then trains
+    with likelihood, DPO or ORPO on it. Any layout will do; the answers are not touched.
+
+    Columns in: `prompt`, `system` (str).
+    Columns out: `prompt`; `system` is gone, other columns are carried along.
+
+    Args:
+        table: Pairs, lists or single answers with a prompt.
+        column: Column of the system message, default "system".
+        separator: Between system text and a plain-text prompt, default an empty line.
+
+    Raises:
+        ValueError: Names row and column: a missing or blank system message or prompt, or a column
+            computed for the prompt without it, such as `ref_chosen_logps`.
+    """
+    out = []
+    for i, data in enumerate(read_rows(table)):
+        words = text(get(data, i, column), i, column)
+        if not isinstance(words, str):
+            raise bad(i, column, "must be a string")
+        row = conditioned(data, i, words, separator)
+        out.append({k: v for k, v in row.items() if k != column})
+    return like(table, out)
+
+
+def conditioned(data: Row, row: int, words: str, separator: str) -> Row:
+    """The row with `words` before its prompt."""
+    refuse_prompt_bound(data, row)
+    prompt = text(get(data, row, "prompt"), row, "prompt")
+    return data | {"prompt": prefixed(prompt, words, separator)}
+
+
+def swapped(data: Row, row: int) -> Row:
+    """The pair the other way round, with every `chosen_<x>` and `rejected_<x>`."""
+    if data.get("pref_prob") is not None:
+        raise bad(row, "pref_prob", "is the strength of the given order only; drop the column")
+    out = dict(data)
+    for name, value in data.items():
+        for one, other in (("chosen", "rejected"), ("rejected", "chosen")):
+            if (name == one or name.startswith(f"{one}_")) and name not in PROMPT_BOUND:
+                out[other + name.removeprefix(one)] = value
+                if other + name.removeprefix(one) not in data:
+                    raise bad(row, name, f"has no counterpart {other}{name.removeprefix(one)!s}")
+    return out

@@ -1,0 +1,55 @@
+"""Diffusion-DRO: real images against the policy's own samples, with a hinge."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import surrogates
+from ...types import Loss
+from .. import core as shared
+from . import core
+
+
+def dro(
+    chosen_err: Tensor,  # [P]
+    rejected_err: Tensor,  # [P]
+    ref_chosen_err: Tensor,  # [P]
+    ref_rejected_err: Tensor,  # [P]
+    *,
+    margin: float = 0.001,
+) -> Tensor:  # [P]
+    """Diffusion-DRO: the expert image must gain on the reference more than the policy's sample.
+
+    l = max(0, margin + delta_w - delta_l),  delta = e - e_ref
+
+    arXiv 2510.18353, as in the authors' code: the chosen side is a real image with
+    fresh noise, the rejected side a sample of the current policy whose target is the noise the
+    policy itself predicted, at the same timestep. Errors are means. The slope at the kink is 0.
+
+    Args:
+        chosen_err, rejected_err: `[P]` errors of the policy's predictions for the two images.
+        ref_chosen_err, ref_rejected_err: `[P]` the reference's, same noise and timesteps. Constant.
+        margin: Margin in units of the error, >= 0, default 0.001.
+
+    Returns:
+        Unreduced loss `[P]`.
+
+    Raises:
+        ValueError: margin < 0, shapes that differ, a reference with gradient.
+    """
+    shared.not_negative("margin", margin)
+    core.one_per_sample("chosen_err", chosen_err)
+    delta = core.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
+    return surrogates.hinge(-delta, margin)
+
+
+DRO = Loss(
+    dro,
+    "dro",
+    "diffusion",
+    stats=(),
+    needs_reference=True,
+    status="code read",
+    source="arXiv 2510.18353",
+    rewards=core.rewards,
+)

@@ -1,0 +1,53 @@
+"""DDIM-InPO: Diffusion-DPO at latents that come from inverting the image."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...types import Loss
+from .. import core as shared
+from . import core
+from .diff_dpo import diff_dpo
+
+
+def inpo(
+    chosen_err: Tensor,  # [P]
+    rejected_err: Tensor,  # [P]
+    ref_chosen_err: Tensor,  # [P]
+    ref_rejected_err: Tensor,  # [P]
+    *,
+    beta: float = 2000.0,
+) -> Tensor:  # [P]
+    """Inversion preference optimization: the loss of Diffusion-DPO on inverted latents.
+
+    l = softplus(beta / 2 Delta),  Delta as in diff_dpo
+
+    arXiv 2503.18454. What differs lies before the errors: x_t is the DDIM inversion
+    of the image (10 steps) instead of fresh noise, and the target follows from it,
+    (x_t - sqrt(abar) x_0) / sqrt(1 - abar). Errors are means.
+
+    Args:
+        chosen_err, rejected_err: `[P]` errors of the policy's predictions for the two images.
+        ref_chosen_err, ref_rejected_err: `[P]` the reference's, same noise and timesteps. Constant.
+        beta: Strength of the pull to the reference, > 0, default 2000 (SD 1.5; 5000 for SDXL).
+
+    Returns:
+        Unreduced loss `[P]`.
+
+    Raises:
+        ValueError: beta <= 0, shapes that differ, a reference with gradient.
+    """
+    shared.positive("beta", beta)
+    return diff_dpo(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, kappa=0.5 * beta)
+
+
+INPO = Loss(
+    inpo,
+    "inpo",
+    "diffusion",
+    stats=(),
+    needs_reference=True,
+    status="code read",
+    source="arXiv 2503.18454",
+    rewards=core.rewards,
+)

@@ -1,0 +1,51 @@
+"""Self-NPO: a negative model from the policy's own truncated samples, by regression."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import checks
+from ...types import Loss
+from .. import core as shared
+from . import core
+
+
+def self_npo(
+    err: Tensor,  # [B]
+    *,
+    weight: float | Tensor = 1.0,  # [B]
+) -> Tensor:  # [B]
+    """Self-NPO: regression of the predicted clean image onto a truncated sampling result.
+
+    l = w e,  e = mean (p - t)^2 or the pseudo-Huber mean sqrt((p - t)^2 + c^2) - c
+
+    arXiv 2505.11777, as in the authors' code. No pairs and no reference: p is
+    the predicted clean image, t the result of truncated sampling, and e comes from
+    error_sum(p, t).err or error_sum(p, t, stats=("huber:0.001",)).huber (c = 0.001 in the code).
+
+    Args:
+        err: `[B]` reduced error of each sample.
+        weight: Weight of a sample, >= 0; a number or `[B]`; default 1.
+
+    Returns:
+        Unreduced loss `[B]`.
+
+    Raises:
+        ValueError: errors that are not `[B]`, a weight of another shape.
+    """
+    checks.check_float("err", err)
+    core.one_per_sample("err", err)
+    if not isinstance(weight, Tensor):
+        shared.not_negative("weight", weight)
+    return shared.per_item("weight", weight, err) * err
+
+
+SELF_NPO = Loss(
+    self_npo,
+    "self_npo",
+    "diffusion",
+    stats=(),
+    status="code read",
+    source="arXiv 2505.11777",
+    rewards=core.error_rewards,
+)

@@ -1,0 +1,60 @@
+"""TLPO style: one flow preference loss per dimension of quality."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import surrogates
+from ...types import Loss
+from .. import core as shared
+from . import core
+
+
+def tlpo(
+    chosen_err: Tensor,  # [P, K]
+    rejected_err: Tensor,  # [P, K]
+    ref_chosen_err: Tensor,  # [P, K]
+    ref_rejected_err: Tensor,  # [P, K]
+    *,
+    beta: float = 500.0,
+) -> Tensor:  # [P]
+    """Sum over preference dimensions of Diffusion-DPO, each with its own pair and its own expert.
+
+    l = sum_k softplus(beta Delta_k),  Delta as in diff_dpo for the expert of dimension k
+
+    After the abstract of arXiv 2508.11255 (motion, lip synchronisation, visual quality), whose
+    equations were not available: only the first stage, which trains one adapter per dimension, is
+    here. The fusion of the experts over timesteps and layers is not.
+
+    Args:
+        chosen_err, rejected_err: `[P, K]` errors of expert k for the two videos of its pair.
+        ref_chosen_err, ref_rejected_err: `[P, K]` the reference's. Constant.
+        beta: Strength of the pull to the reference, > 0, default 500 (DenseDPO's).
+
+    Returns:
+        Unreduced loss `[P]`.
+
+    Raises:
+        ValueError: beta <= 0, errors that are not [P, K], shapes that differ, a reference with
+            gradient.
+    """
+    shared.positive("beta", beta)
+    delta = core.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
+    if delta.dim() != 2:
+        raise ValueError(
+            f"the errors must be [P, K], one column per dimension, got {list(delta.shape)}; for "
+            "one dimension use diff_dpo."
+        )
+    return surrogates.logistic(-beta * delta).sum(1)
+
+
+TLPO = Loss(
+    tlpo,
+    "tlpo",
+    "diffusion",
+    stats=(),
+    needs_reference=True,
+    status="provisional: expert stage only, composed after the abstract",
+    source="arXiv 2508.11255",
+    rewards=core.rewards,
+)

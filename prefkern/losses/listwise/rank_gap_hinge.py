@@ -1,0 +1,130 @@
+"""Hinges that grow with the rank gap, alone and beside a distillation KL (after BiAlign)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops.list_rank import list_rank
+from ...types import Loss
+from .. import core
+
+
+def rank_gap_hinge(
+    scores: Tensor,  # [S]
+    labels: Tensor,  # [S]
+    cu_groups: Tensor,  # [G+1]
+    *,
+    mode: str = "margin",
+    scale: float = 1.0,
+    per_item: bool = False,
+    backend: str = "auto",
+) -> Tensor:  # [G]
+    """Pairwise hinge on scores whose margin, or whose weight, is the gap between the ranks.
+
+    l = sum_{y_i > y_j} max(0, c_ij - (a_i - a_j))        mode "margin"
+    l = sum_{y_i > y_j} c_ij max(0, -(a_i - a_j))         mode "product"
+    with c_ij = scale (rank_j - rank_i),  a = mean_logp
+
+    Two readings of an equation of BiAlign (arXiv 2312.17055) that was not legible.
+
+    Args:
+        scores: `[S]` mean log-probability per token of each answer.
+        labels: `[S]` the teacher's score, higher is better; NaN removes an answer.
+        cu_groups: `[G+1]` boundaries of the lists.
+        mode: "margin" or "product", default "margin".
+        scale: Factor of the rank gap, default 1.
+        per_item: Divides the rank gap by the number of answers, default False.
+        backend: Of the list_rank op, default "auto".
+
+    Returns:
+        Unreduced loss `[G]`; the derivative is 0 at the kink.
+
+    Raises:
+        ValueError: an unknown mode, shapes that do not fit.
+    """
+    return list_rank(
+        scores, labels, cu_groups, family="rank_hinge", mode=mode, scale=scale, per_item=per_item,
+        backend=backend,
+    )  # fmt: skip
+
+
+def bialign(
+    scores: Tensor,  # [S]
+    labels: Tensor,  # [S]
+    cu_groups: Tensor,  # [G+1]
+    *,
+    fkl: Tensor,  # [S]
+    length: Tensor,  # [S]
+    lam: float = 1.0,
+    mode: str = "margin",
+    backend: str = "auto",
+) -> Tensor:  # [G]
+    """Distillation KL on the first sequence of each list plus a rank-gap hinge over the list.
+
+    l = KL(teacher || policy) per token of the first sequence
+        + lam sum_{y_i > y_j} max(0, (rank_j - rank_i) / K - (a_i - a_j)),  a = mean_logp
+
+    After BiAlign (arXiv 2312.17055), whose ranking equation was not legible and whose KL direction
+    is assumed. The teacher is given as the reference model.
+
+    Args:
+        scores: `[S]` mean log-probability per token of the answer given each subset of examples.
+        labels: `[S]` the teacher's score of the same, higher is better; NaN leaves a sequence out
+            of the ranking (a first sequence that is there for the KL alone).
+        cu_groups: `[G+1]` boundaries of the lists; the first sequence of each holds the full
+            context.
+        fkl: `[S]` KL(teacher || policy) summed over the tokens of each sequence.
+        length: `[S]` scored tokens of each sequence.
+        lam: Weight of the ranking term, >= 0, default 1.
+        mode: As in `rank_gap_hinge`, default "margin".
+        backend: Of the list_rank op, default "auto".
+
+    Returns:
+        Unreduced loss `[G]`, whose mean holds the KL per token of all first sequences.
+
+    Raises:
+        ValueError: lam < 0, an unknown mode, shapes that do not fit.
+    """
+    core.not_negative("lam", lam)
+    core.difference(fkl, scores)
+    ranking = rank_gap_hinge(
+        scores, core.drop_empty(labels, length), cu_groups, mode=mode, per_item=True,
+        backend=backend,
+    )  # fmt: skip
+    # An empty list has no first sequence: it borrows one and is weighed 0.
+    filled = cu_groups[1:] > cu_groups[:-1]
+    first = cu_groups[:-1].long().clamp(max=max(scores.numel() - 1, 0))
+    if scores.numel() == 0:
+        return lam * ranking
+    kl = torch.where(filled, fkl[first], 0.0)
+    tokens = torch.where(filled, length[first], 0.0)
+    return core.per_token(kl, tokens).to(ranking.dtype) + lam * ranking
+
+
+def _rewards(seq: Any, **_: Any) -> Tensor:
+    return seq.mean_logp
+
+
+RANK_GAP_HINGE = Loss(
+    rank_gap_hinge,
+    "rank_gap_hinge",
+    "listwise",
+    status="provisional: two readings of an equation that was not legible",
+    source="arXiv 2312.17055",
+    score="mean_logp",
+    rewards=_rewards,
+)
+BIALIGN = Loss(
+    bialign,
+    "bialign",
+    "listwise",
+    stats=("logp", "fkl"),
+    extra=("fkl", "length"),
+    status="provisional: ranking term guessed, direction of the KL assumed",
+    source="arXiv 2312.17055",
+    score="mean_logp",
+    rewards=_rewards,
+)

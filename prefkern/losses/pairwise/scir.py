@@ -1,0 +1,76 @@
+"""Agreement of two internal preference estimates: a judge's and DPO's implicit one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import surrogates
+from ...types import Loss, SeqStats
+from .. import core
+
+
+def scir(
+    chosen: SeqStats,
+    rejected: SeqStats,
+    *,
+    judge_logit_gap: Tensor,  # [P]
+    beta: float = 0.1,
+    lam: float = 1.0,
+    lambda_entropy: float = 0.1,
+    consistent_only: bool = True,
+) -> Tensor:  # [P]
+    """DPO where both estimates agree, plus a penalty on their disagreement and on doubt.
+
+    l = [agree] softplus(-m) + lam 1/2 [KL(p_G || p_I) + KL(p_I || p_G)]
+        + lambda_entropy [H(p_G) + H(p_I)],
+    p_I = sigmoid(m),  m = beta (logratio(chosen) - logratio(rejected)),  p_G = sigmoid(gap)
+
+    A form of this package after the description of self-consistent internal rewards
+    (arXiv 2502.08922), whose penalty was not read; gradients reach both estimates.
+
+    Args:
+        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
+        judge_logit_gap: `[P]` logit of the judge's answer "chosen is better" minus that of the
+            other; may require grad.
+        beta: Strength of the pull to the reference, > 0, default 0.1.
+        lam: Weight of the disagreement, >= 0, default 1.
+        lambda_entropy: Weight of the entropies, >= 0, default 0.1.
+        consistent_only: Leaves the DPO term out where gap and m have opposite signs, default True.
+
+    Returns:
+        Unreduced loss `[P]`.
+
+    Raises:
+        ValueError: beta <= 0, a negative weight, shapes that differ.
+    """
+    core.positive("beta", beta)
+    core.not_negative("lam", lam)
+    core.not_negative("lambda_entropy", lambda_entropy)
+    margin = beta * core.logratio_gap(chosen, rejected)
+    if not isinstance(judge_logit_gap, Tensor) or judge_logit_gap.shape != margin.shape:
+        raise ValueError(
+            f"judge_logit_gap must be a tensor [P] = {list(margin.shape)}, the judge's logit for "
+            "the chosen answer minus that for the rejected one."
+        )
+    judge = judge_logit_gap.to(margin.dtype)
+    # The two Bernoulli KLs add up to (p - q) (logit p - logit q).
+    apart = 0.5 * (torch.sigmoid(judge) - torch.sigmoid(margin)) * (judge - margin)
+    doubt = surrogates.binary_entropy(judge) + surrogates.binary_entropy(margin)
+    dpo = surrogates.logistic(margin)
+    if consistent_only:
+        disagree = (judge.detach().sign() * margin.detach().sign()) < 0
+        dpo = torch.where(disagree, 0.0, dpo)
+    return dpo + lam * apart + lambda_entropy * doubt
+
+
+SCIR = Loss(
+    scir,
+    "scir",
+    "pairwise",
+    needs_reference=True,
+    extra=("judge_logit_gap",),
+    status="provisional: the paper's penalty and its stop-gradients were not read",
+    source="arXiv 2502.08922",
+    rewards=core.logratio_rewards,
+)

@@ -1,0 +1,115 @@
+"""OREO: policy and value from the soft Bellman residual of unpaired trajectories."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import surrogates
+from ...ops.segment_sum import segment_sum
+from ...token_weights import sequence_of
+from ...types import Loss, TokenStats
+from .. import core
+from .. import tokens as token
+
+
+def oreo(
+    tokens: TokenStats,  # [N]
+    cu_seqlens: Tensor,  # [S+1]
+    *,
+    scored: Tensor,  # [N]
+    value: Tensor,  # [N]
+    reward: Tensor,  # [S]
+    beta: float = 0.03,
+    alpha: float = 0.01,
+    level: str = "token",
+    kl: str = "rkl",
+) -> Tensor:  # [S]
+    """OREO: value and policy share a residual that is 0 when both are soft-optimal.
+
+    l = mean_t (V_t - R + beta sum_{i >= t} rho_i)^2                            (gradient to V)
+        + mean_t (V_t - R + beta rho_t + beta sum_{i > t} rho_i)^2              (gradient to rho_t)
+        + alpha mean_t KL_t,  rho = logp - ref_logp
+    level "response":  l = (V_0 - R + beta sum_t rho_t)^2 + alpha mean_t KL_t   (gradient to both)
+
+    Wang et al. 2024 (arXiv 2412.16145), eq. 7-10.
+
+    Args:
+        tokens: Token statistics, each field `[N]`; needs `logp`, `ref_logp`, and `rkl` or `fkl` as
+            `kl` says.
+        cu_seqlens: `[S+1]` boundaries of the trajectories.
+        scored: `[N]` bool, tokens of the response.
+        value: `[N]` value head at the state that predicts each token, with gradient. Level
+            "response" reads the one at the first scored token.
+        reward: `[S]` reward of the whole response.
+        beta: Strength of the pull to the reference, > 0, default 0.03.
+        alpha: Weight of the KL, >= 0, default 0.01 (0.3 at response level).
+        level: "token" or "response", default "token".
+        kl: "rkl" (KL(policy || reference), the shipped flags), "fkl", or "k3" (the code without its
+            flag); default "rkl".
+
+    Returns:
+        Unreduced loss `[S]` fp64; an empty trajectory gives 0.
+
+    Raises:
+        ValueError: beta <= 0, alpha < 0, an unknown level or kl, a missing statistic, shapes that do
+            not fit.
+    """
+    core.positive("beta", beta)
+    core.not_negative("alpha", alpha)
+    core.choice("level", level, ("token", "response"))
+    logp = token.field(tokens, "logp", scored)
+    rho = logp - token.field(tokens, "ref_logp", scored)
+    _stats(kl=kl)
+    core.difference(value, logp)
+    value = torch.where(scored, value, 0.0).double()
+    terminal = core.data("reward", reward, segment_sum(rho.detach(), cu_seqlens))
+    divergence = (
+        surrogates.kl_estimate(rho, "k3") if kl == "k3" else token.field(tokens, kl, scored)
+    )
+    penalty = alpha * token.sequence_mean(divergence, scored, cu_seqlens)
+    total = segment_sum(rho, cu_seqlens)
+    if level == "response":
+        start = segment_sum(torch.where(_first(scored, cu_seqlens), value, 0.0), cu_seqlens)
+        residual = start - terminal + beta * total
+        filled = token.count(scored, cu_seqlens) > 0
+        return torch.where(filled, residual.square(), 0.0) + penalty
+    owner = sequence_of(cu_seqlens, scored)
+    constant = rho.detach().double()
+    # sum over later tokens of the sequence = everything before its end less everything up to here
+    running = constant.cumsum(0)
+    end = torch.cat([running.new_zeros(1), running])[cu_seqlens[1:].long()]
+    future = end[owner] - running
+    goal = terminal[owner]
+    critic = value - goal + beta * (constant + future)
+    actor = value.detach() - goal + beta * rho.double() + beta * future
+    squares = critic.square() + actor.square()
+    return token.sequence_mean(squares, scored, cu_seqlens) + penalty
+
+
+def _first(scored: Tensor, cu_seqlens: Tensor) -> Tensor:  # [N] bool
+    """True at the first scored token of each sequence."""
+    position = scored.cumsum(0)
+    before = torch.cat([position.new_zeros(1), position])[cu_seqlens[:-1].long()]
+    return scored & (position - before[sequence_of(cu_seqlens, scored)] == 1)
+
+
+def _stats(*, kl: str = "rkl", **_: Any) -> tuple[str, ...]:
+    core.choice("kl", kl, ("rkl", "fkl", "k3"))
+    return ("logp",) if kl == "k3" else ("logp", kl)
+
+
+OREO = Loss(
+    oreo,
+    "oreo",
+    "tokenwise",
+    stats=("logp", "rkl"),
+    needs_reference=True,
+    extra=("scored", "value", "reward"),
+    status="paper read; policy and value losses checked against the authors' code",
+    source="arXiv 2412.16145 eq. 7-10",
+    stats_for=_stats,
+    rewards=core.logratio_rewards,
+)

@@ -1,0 +1,81 @@
+"""RTO: PPO on token rewards of a DPO-trained model, actor and critic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import surrogates
+from ...types import Loss, TokenStats
+from .. import core
+from .. import tokens as token
+
+
+def rto(
+    tokens: TokenStats,  # [N]
+    cu_seqlens: Tensor,  # [S+1]
+    *,
+    scored: Tensor,  # [N]
+    advantages: Tensor,  # [S] or [N]
+    old_logp: Tensor | None = None,  # [N]
+    value_pred: Tensor | None = None,  # [N]
+    old_values: Tensor | None = None,  # [N]
+    returns: Tensor | None = None,  # [N]
+    eps_clip: float = 0.2,
+    value_clip: float = 0.2,
+) -> Tensor:  # [S]
+    """PPO's actor and critic, as RTO trains on its token rewards.
+
+    l = mean_t -min(r A, clip(r, 1 - eps_clip, 1 + eps_clip) A)
+        + 1/2 mean_t max((V - G)^2, (V_old + clip(V - V_old, -value_clip, value_clip) - G)^2),
+    r = exp(logp - old_logp)
+
+    Zhong et al. 2024 (arXiv 2404.18922). Token rewards: prefkern.advantages.rto_rewards; advantages
+    and returns G: prefkern.advantages.gae, whitened over the buffer.
+
+    Args:
+        tokens: Token statistics, each field `[N]`; needs `logp`.
+        cu_seqlens: `[S+1]` boundaries of the responses.
+        scored: `[N]` bool, tokens of the response.
+        advantages: `[N]` (or `[S]`) A. Constant.
+        old_logp: `[N]` log-probabilities under the policy that sampled; None, the default, is the
+            policy itself (r = 1).
+        value_pred: `[N]` V of the value head, with gradient; None, the default, leaves the critic
+            out.
+        old_values: `[N]` V when the responses were sampled; needed with value_pred.
+        returns: `[N]` G; needed with value_pred.
+        eps_clip: Clip of the ratio, default 0.2.
+        value_clip: Clip of the change of V, default 0.2.
+
+    Returns:
+        Unreduced loss `[S]` fp64; an empty response gives 0.
+
+    Raises:
+        ValueError: value_pred without old_values or returns, a missing statistic, shapes that do
+            not fit.
+    """
+    logp = token.field(tokens, "logp", scored)
+    old = logp.detach() if old_logp is None else token.given("old_logp", old_logp, logp, scored)
+    advantage = token.spread("advantages", advantages, scored, cu_seqlens).to(logp.dtype)
+    actor = surrogates.clipped_gain(logp - old, advantage, eps_clip)
+    loss = token.sequence_mean(actor, scored, cu_seqlens)
+    if value_pred is None:
+        return loss
+    core.difference(value_pred, logp)
+    before = token.given("old_values", old_values, logp, scored)
+    target = token.given("returns", returns, logp, scored)
+    value = torch.where(scored, value_pred, 0.0).to(logp.dtype)
+    held = before + (value - before).clamp(-value_clip, value_clip)
+    critic = torch.maximum((value - target).square(), (held - target).square())
+    return loss + 0.5 * token.sequence_mean(critic, scored, cu_seqlens)
+
+
+RTO = Loss(
+    rto,
+    "rto",
+    "tokenwise",
+    extra=("scored", "advantages"),
+    status="paper read; reward shaping, GAE, actor and critic checked against the authors' code",
+    source="arXiv 2404.18922 eq. 4.5-4.7",
+    rewards=core.logp_rewards,
+)

@@ -1,0 +1,100 @@
+"""TRPA: preference levels of rollouts, all pairs, inside a trust region around the old policy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import surrogates
+from ...ops.list_rank import list_rank
+from ...ops.segment_sum import segment_sum
+from ...token_weights import sequence_of
+from ...types import Loss, TokenStats
+from .. import core
+from .. import tokens as token
+
+
+def trpa(
+    tokens: TokenStats,  # [N]
+    cu_seqlens: Tensor,  # [S+1]
+    *,
+    scored: Tensor,  # [N]
+    cu_groups: Tensor,  # [G+1]
+    preference_levels: Tensor,  # [S]
+    old_logp: Tensor | None = None,  # [N]
+    beta: float = 0.1,
+    anisotropy: float = 2.5,
+    tr_kl_loss_coef: float = 0.001,
+    sqrt_kl: bool = False,
+    fallback: bool = True,
+    backend: str = "auto",
+) -> Tensor:  # [S]
+    """TRPA: logistic loss of every ordered pair of a prompt's rollouts, plus a k3 penalty.
+
+    l = mean over pairs of softplus(-b_ij (g_i - g_j)) + tr_kl_loss_coef mean over tokens of k3,
+    g = mean over tokens of logp - ref_logp,  b_ij = beta, times anisotropy where i has level 1,
+    k3 = e^-d - 1 + d clamped to +-10,  d = logp - old_logp
+
+    Su et al. 2025 (arXiv 2504.04524), as in the authors' code. Where no pair exists in the batch it
+    falls back to softplus(-g) for level 1 and softplus(g) for the others, without beta.
+
+    Args:
+        tokens: Token statistics, each field `[N]`; needs `logp`, `ref_logp`.
+        cu_seqlens: `[S+1]` boundaries of the rollouts.
+        scored: `[N]` bool, tokens of the response.
+        cu_groups: `[G+1]` boundaries of the rollouts of one prompt, on the sequence axis.
+        preference_levels: `[S]` integers from 1, the best.
+        old_logp: `[N]` log-probabilities under the policy that sampled; None, the default, is the
+            policy itself (no penalty).
+        beta: > 0, default 0.1.
+        anisotropy: Extra scale where the better rollout has level 1, > 0, default 2.5.
+        tr_kl_loss_coef: Weight of the penalty, >= 0, default 0.001.
+        sqrt_kl: Takes sqrt(mean k3 + 0.25) instead, default False.
+        fallback: What the code does without pairs; False gives 0 there. Default True.
+        backend: Of the list_rank op, default "auto".
+
+    Returns:
+        `[S]` fp64, coupled through the batch: its mean over the sequences is the loss, each
+        prompt's pairs spread evenly over its rollouts.
+
+    Raises:
+        ValueError: beta or anisotropy <= 0, a missing statistic, shapes that do not fit.
+    """
+    core.positive("beta", beta)
+    core.positive("anisotropy", anisotropy)
+    logp = token.field(tokens, "logp", scored)
+    g = token.sequence_mean(logp - token.field(tokens, "ref_logp", scored), scored, cu_seqlens)
+    level = core.data("preference_levels", preference_levels, g)
+    top = level == 1
+    rest = list_rank(  # better rollout below level 1: those of level 1 are never the worse one
+        beta * g, torch.where(top, torch.nan, -level), cu_groups, family="pair", backend=backend
+    )
+    best = list_rank(
+        beta * anisotropy * g, top.to(g.dtype), cu_groups, family="pair", backend=backend
+    )
+    group = sequence_of(cu_groups, g)
+    size = torch.zeros_like(rest).index_add(0, group, torch.ones_like(g))
+    # With all scores equal a hinge of margin 1 counts the pairs.
+    pairs = list_rank(torch.zeros_like(g), -level, cu_groups, family="hinge", backend=backend).sum()
+    preference = ((rest + best) / size.clamp(min=1))[group] * g.numel() / pairs.clamp(min=1)
+    if fallback:
+        lone = surrogates.logistic(torch.where(top, g, -g))
+        preference = torch.where(pairs > 0, preference, lone)
+    old = logp.detach() if old_logp is None else token.given("old_logp", old_logp, logp, scored)
+    k3 = surrogates.kl_estimate(logp - old, "k3").clamp(-10.0, 10.0)
+    share = core.per_token(segment_sum(k3, cu_seqlens), token.count(scored, cu_seqlens))
+    if sqrt_kl:
+        share = (share.mean() + 0.25).sqrt().expand_as(share)
+    return preference + tr_kl_loss_coef * share
+
+
+TRPA = Loss(
+    trpa,
+    "trpa",
+    "tokenwise",
+    needs_reference=True,
+    extra=("scored", "cu_groups", "preference_levels"),
+    status="pairwise loss and k3 term checked against the authors' code; paper body not read",
+    source="arXiv 2504.04524",
+    rewards=core.logratio_rewards,
+)

@@ -1,0 +1,79 @@
+"""Eager twin of error_sum: fp64 reductions of prediction errors over samples and segments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def error_sum_fwd(
+    pred: Tensor,  # [B, O, F, I]
+    target: Tensor,  # [B, O, F, I]
+    ref: Tensor | None,  # [B, O, F, I]
+    segments: Tensor | None,  # [F] int32, negative leaves a frame out
+    num_segments: int,
+    stats: str,
+) -> Tensor:  # [n, B, num_segments] fp64
+    """Sums of each statistic over the elements of a segment; see prefkern.ops.error_sum."""
+    p, t = pred.double(), target.double()
+    q = None if ref is None else ref.double()
+    rows = []
+    for name, param in parse(stats):
+        if name == "err":
+            x = (p - t) ** 2
+        elif name == "ref_err":
+            x = (q - t) ** 2
+        elif name == "dot":
+            x = p * (t - q)
+        else:
+            # sqrt(d^2 + c^2) - c without the difference of two close numbers
+            square = (p - t) ** 2
+            x = square / (torch.sqrt(square + param**2) + param)
+        rows.append(_fold(x, segments, num_segments))
+    return torch.stack(rows)
+
+
+def error_sum_bwd(
+    d_out: Tensor,  # [n, B, num_segments] fp64
+    pred: Tensor,
+    target: Tensor,
+    ref: Tensor | None,
+    segments: Tensor | None,
+    stats: str,
+) -> Tensor:  # like pred
+    """d_pred; target and ref are constants."""
+    p, t = pred.double(), target.double()
+    out = torch.zeros_like(p)
+    for d, (name, param) in zip(d_out, parse(stats), strict=True):
+        if name == "ref_err":
+            continue
+        if name == "err":
+            slope = 2 * (p - t)
+        elif name == "dot":
+            slope = t - ref.double()
+        else:
+            slope = (p - t) / torch.sqrt((p - t) ** 2 + param**2)
+        c = _spread(d, segments)
+        out += torch.where(c == 0, 0.0, c * slope)  # no number times 0 is anything but 0 here
+    return out.to(pred.dtype)
+
+
+def parse(stats: str) -> list[tuple[str, float]]:
+    """("err", 0.0) for "err", ("huber", 0.001) for "huber:0.001"."""
+    pairs = [text.partition(":") for text in stats.split(",")]
+    return [(name, float(param or 0.0)) for name, _, param in pairs]
+
+
+def _fold(x: Tensor, segments: Tensor | None, num_segments: int) -> Tensor:  # [B, num_segments]
+    frames = x.sum((1, 3))  # [B, F]
+    if segments is None:
+        return frames.sum(1, keepdim=True)
+    kept = segments >= 0
+    out = x.new_zeros(x.shape[0], num_segments)
+    return out.index_add_(1, segments[kept].long(), frames[:, kept])
+
+
+def _spread(d: Tensor, segments: Tensor | None) -> Tensor:  # [B, 1, F or 1, 1]
+    if segments is not None:
+        d = torch.where(segments >= 0, d[:, segments.long().clamp(min=0)], 0.0)
+    return d[:, None, :, None]
