@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 OURS, PEER, LIMIT_COLOUR, SECOND = "#0072B2", "#999999", "#D55E00", "#E69F00"
 LIMIT = "limit (bare products)"
 Rows = list[dict[str, str]]
+_ON_WHITE = {"facecolor": "white", "alpha": 0.8, "pad": 0.5, "linewidth": 0}
 # bars may fill any corner of an axis, so its legend stands above it
 _ABOVE = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3, "fontsize": 8}
 
@@ -61,7 +62,7 @@ def _case(name: str, rows: Rows, folder: Path) -> Path:
     figure = Figure(figsize=(11, 1.6 + 0.36 * len(variants)), layout="constrained")
     time_axis, memory_axis = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     places = range(len(variants))
-    longest = max((float(r["wall_s"]) for r in variants if r["wall_s"]), default=1.0)
+    longest = max((float(r["wall_q3_s"]) for r in variants if r["wall_q3_s"]), default=1.0)
     for y, row in zip(places, variants, strict=True):
         if row["status"] != "ok":
             reason = row["reason"] if len(row["reason"]) < 60 else row["reason"][:57] + "..."
@@ -72,7 +73,7 @@ def _case(name: str, rows: Rows, folder: Path) -> Path:
         time_axis.barh(y, wall, color=_colour(row["variant"]))
         time_axis.errorbar(wall, y, xerr=[[max(low, 0)], [max(high, 0)]], color="black", lw=1)
         label = f"  {wall:.3g} s, {float(row['ratio']):.2f}x"
-        time_axis.text(wall + max(high, 0), y, label, va="center", fontsize=8)
+        time_axis.text(wall + max(high, 0), y, label, va="center", fontsize=8, bbox=_ON_WHITE)
         _memory_bar(memory_axis, y, row)
     if limit:
         wall = float(limit["wall_s"])
@@ -82,7 +83,7 @@ def _case(name: str, rows: Rows, folder: Path) -> Path:
         time_axis.legend(**_ABOVE)
     time_axis.set_yticks(places, [r["variant"] for r in variants], fontsize=9)
     time_axis.set_ylim(len(variants) - 0.5, -0.5)
-    time_axis.set_xlim(0, 1.3 * longest)
+    time_axis.set_xlim(0, 1.35 * longest)
     time_axis.set_xlabel("seconds per step: median, quartiles, ratio to the bare products")
     memory_axis.set_xlabel("peak MiB above the inputs")
     memory_axis.margins(x=0.2)

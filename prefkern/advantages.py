@@ -66,7 +66,7 @@ def group_advantages(
     group = sequence_of(cu_groups, value[:, 0])
     one = torch.zeros_like(group)
     if mode == "normalize_then_sum":
-        parts = [_standard(value[:, k], group, unbiased, std_eps) for k in range(value.shape[1])]
+        parts = [_standard(column, group, unbiased, std_eps) for column in value.unbind(1)]
         value = torch.stack(parts, 1)
     present = ~value.isnan()
     total = torch.where(present, value, 0.0) @ factor
@@ -83,7 +83,7 @@ def group_advantages(
 
 
 def _moments(x: Tensor, group: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each group's numbers that are there; 0 where there are none."""
+    """Mean and standard deviation of the numbers of each group; 0 where there are none."""
     there = ~x.isnan()
     size = torch.zeros_like(x).index_add(0, group, there.double())
     mean = torch.zeros_like(x).index_add(0, group, torch.where(there, x, 0.0)) / size.clamp(min=1)

@@ -192,7 +192,7 @@ def _plot(args: list[str]) -> int:
     out = Path(options.output_dir or files[0].parent)
     plotted = plot_history({run: file for run, file in zip(options.runs, files, strict=True)}, out)
     print(plotted)
-    return 0
+    return 0 if plotted.files else 1
 
 
 def _env(args: list[str]) -> int:

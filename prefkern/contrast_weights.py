@@ -137,9 +137,11 @@ def tree_tpo(
                 f"{name} must be [N] = {list(scored.shape)}, got {list(value.shape)}; spread a "
                 "step's number over its tokens."
             )
-    if step_index.device.type == "cpu" and not torch.compiler.is_compiling():
-        if bool((step_index < 0).any()):
-            raise ValueError("step_index must be >= 0 (0 for tokens outside steps).")
+    readable = step_index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and bool((step_index < 0).any()):
+        raise ValueError(
+            f"step_index must be >= 0 (0 for tokens outside steps), got {int(step_index.min())}."
+        )
     counted = scored & (step_index > 0)
     owner = sequence_of(cu_seqlens, scored)
     # One key per (sequence, step); the number of steps never exceeds the number of tokens.

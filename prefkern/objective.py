@@ -190,6 +190,11 @@ def _terms(
     for (record, fixed), known, factor in zip(resolved, accepted, factors, strict=True):
         # a single loss refuses what it does not take, with the nearest names
         own = {k: v for k, v in args.items() if len(resolved) == 1 or k in known}
+        if record.family == "diffusion":
+            raise ValueError(
+                f"loss {record.name!r} is of the family 'diffusion' and reads no hidden states; call "
+                f"prefkern.losses.{record.name} on prediction errors (prefkern.error_sum)."
+            )
         supplied = ("label", *filled_here(record))
         terms.append(Term(record, losses.bind(record, {**fixed, **own}, supplied=supplied), factor))
     return terms

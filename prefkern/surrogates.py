@@ -130,11 +130,6 @@ def kl_estimate(logratio: Tensor, estimator: str) -> Tensor:
     return torch.expm1(x) - x
 
 
-def binary_entropy(logit: Tensor) -> Tensor:
-    """Entropy of a coin that shows heads with probability sigmoid(logit); l' = -x S(x) S(-x)."""
-    return -torch.sigmoid(logit) * logsigmoid(logit) - torch.sigmoid(-logit) * logsigmoid(-logit)
-
-
 def log_ratio_modulated(margin: Tensor, tau: float) -> Tensor:
     """l = softplus(-m) S(-m / tau) + exp(log S(m / tau) - m); the merged exponents never overflow
     for tau <= 1, where exp(-m) S(m / tau) is inf * 0 at large negative m."""

@@ -133,15 +133,9 @@ def reduce(
     elif record.family == "listwise":
         labels, cu = _labels(record, batch), _groups(record, batch)
         values = record.fn(getattr(seq, record.score), labels, cu, **args)
-    elif record.family == "tokenwise":
+    else:  # tokenwise
         flat = TokenStats(*(None if x is None else x.reshape(-1) for x in batch.tokens))
         values = record.fn(flat, batch.cu_seqlens, **args)
-    else:
-        raise ValueError(
-            f"loss {record.name!r} is of the family {record.family!r} and reads no hidden "
-            "states; call "
-            f"prefkern.losses.{record.name} on its own inputs."
-        )
     items = record.items or _ITEMS[record.family]
     count = num_items.get(items)
     if count is None:

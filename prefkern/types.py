@@ -243,7 +243,8 @@ class TokenWeights(NamedTuple):
 
 
 class WeightStage(NamedTuple):
-    """Token weights that a loss asks for: a function of prefkern.token_weights, called by name.
+    """Token weights that a loss asks for: a function of prefkern.token_weights or
+    prefkern.contrast_weights, called by name.
 
     `given` names the arguments preference_loss supplies (cu_seqlens [S+1], scored [N] bool,
     sign [N] +1 chosen / -1 rejected, public_length [S], ref_logp [N], logp [N] detached), `extra`

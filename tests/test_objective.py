@@ -332,3 +332,8 @@ def test_item_weights():
     torch.testing.assert_close(weighted, (2 * per_pair[0] + 0.5 * per_pair[2]) / 3)
     with pytest.raises(ValueError, match="item_weights"):
         x.call(loss="dpo", item_weights=torch.ones(6), **x.ref)
+
+
+def test_a_diffusion_loss_is_refused_before_any_work():
+    with pytest.raises(ValueError, match="prediction errors"):
+        Inputs().call(loss="diff_dpo")

@@ -3,9 +3,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
@@ -88,16 +85,6 @@ Head make_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bias
 
 namespace {
 
-// The cache is the one large buffer of a step: with 2 MiB pages its first touch costs a tenth.
-void use_huge_pages(void* p, size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t begin = (uintptr_t(p) + kHuge - 1) / kHuge * kHuge, end = (uintptr_t(p) + bytes) / kHuge * kHuge;
-  // A refusal (no such kernel option) only means ordinary pages.
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 void fill(HeadCall& call, const Tensor& hidden, const Tensor& targets, const std::string& stats, int models) {
   call.rows = hidden.size(0);
   check_targets(targets, call.rows, call.vocab, call.ignore);
@@ -130,7 +117,6 @@ Four run_forward(HeadCall& call, const Tensor& hidden, const Tensor& targets, co
   call.saved = saved.mutable_data_ptr();
   call.cache = cache.mutable_data_ptr();
   call.cache_rows = cache_rows;
-  if (cache_rows > 0) use_huge_pages(call.cache, size_t(cache.numel() * dtype_bytes(call.policy.hidden_type)));
   if (frozen) {
     for (int i = 0; i < call.frozen_count; ++i) {
       const StatKind k = call.frozen_kind[i];

@@ -31,7 +31,10 @@ ListFamily parse_family(const std::string& family) {
   return choose<ListFamily>("family", family,
                             {{"pair", ListFamily::pair}, {"hinge", ListFamily::hinge},
                              {"plackett_luce", ListFamily::plackett_luce}, {"softmax", ListFamily::softmax},
-                             {"pro", ListFamily::pro}, {"nca", ListFamily::nca}});
+                             {"pro", ListFamily::pro}, {"nca", ListFamily::nca},
+                             {"rank_hinge", ListFamily::rank_hinge}, {"anchor", ListFamily::anchor},
+                             {"set_contrast", ListFamily::set_contrast},
+                             {"approx_ndcg", ListFamily::approx_ndcg}});
 }
 
 void set_option(ListOptions& o, const std::string& name, const std::string& value) {
@@ -42,9 +45,11 @@ void set_option(ListOptions& o, const std::string& name, const std::string& valu
     o.weights = choose<PairWeights>(name, value, {{"none", PairWeights::none}, {"labeldiff", PairWeights::labeldiff},
                                                   {"lambda", PairWeights::lambda}});
   } else if (name == "ties") {
-    o.ties = choose<Ties>(name, value, {{"strict", Ties::strict}, {"stable", Ties::stable}, {"breslow", Ties::breslow}});
+    o.ties = choose<Ties>(name, value,
+                          {{"strict", Ties::strict}, {"stable", Ties::stable}, {"breslow", Ties::breslow}});
   } else if (name == "target") {
-    o.target = choose<Target>(name, value, {{"softmax", Target::softmax}, {"sum", Target::sum}, {"none", Target::none}});
+    o.target = choose<Target>(name, value,
+                              {{"softmax", Target::softmax}, {"sum", Target::sum}, {"none", Target::none}});
   } else if (name == "gain") {
     o.linear_gain = either("linear", "exp2");
   } else if (name == "log_base") {
@@ -63,14 +68,23 @@ void set_option(ListOptions& o, const std::string& name, const std::string& valu
     o.mean_pairs = either("mean", "sum");
   } else if (name == "item_gain") {
     o.item_gain = either("exp2", "none");
+  } else if (name == "mode") {
+    o.product = either("product", "margin");
+  } else if (name == "per_item") {
+    o.per_item = either("1", "0");
+  } else if (name == "inner") {
+    o.inner_mean = either("mean", "sum");
   } else if (name == "topn") {
     o.topn = std::strtoll(value.c_str(), nullptr, 10);
-  } else if (name == "margin") {
-    o.margin = std::strtod(value.c_str(), nullptr);
-  } else if (name == "alpha") {
-    o.alpha = std::strtod(value.c_str(), nullptr);
   } else {
-    STD_TORCH_CHECK(false, "list_rank has no option '", name, "'; see prefkern.list_options.");
+    double* number = name == "margin"        ? &o.margin
+                     : name == "alpha"       ? &o.alpha
+                     : name == "scale"       ? &o.scale
+                     : name == "deviation"   ? &o.deviation
+                     : name == "temperature" ? &o.temperature
+                                             : nullptr;
+    STD_TORCH_CHECK(number != nullptr, "list_rank has no option '", name, "'; see prefkern.list_options.");
+    *number = std::strtod(value.c_str(), nullptr);
   }
 }
 
@@ -129,6 +143,7 @@ std::tuple<Tensor, Tensor> list_rank_fwd(const Tensor& scores, const Tensor& lab
   }
   call.family = parse_family(family);
   call.options = parse_options(options);
+  if (call.family == ListFamily::approx_ndcg) call.options.base2 = true;
   const std::vector<double> discount = discounts(call.options, call.longest);
   call.discount = discount.data();
   call.scores = scores.const_data_ptr();

@@ -1,8 +1,8 @@
 """Preference data made from other preference data: small functions from table to table.
 
 A table is a `datasets.Dataset` or any iterable of row mappings; a Dataset gives a Dataset, anything
-else a list of dictionaries. Nothing here reads a model, and importing it does not import `datasets`.
-Errors name row (from 0) and column.
+else a list of dictionaries. Nothing here reads a model, and importing it does not import
+`datasets`. Errors name row (from 0) and column.
 """
 
 from .annotators import number_annotators, pairs_per_annotator, with_reliability

@@ -107,13 +107,14 @@ def with_reliability(
     Raises:
         ValueError: A probability outside (0, 1); names row and column: a name without a value.
     """
-    for name, eta in {**reliability, "default": 0.9 if default is None else default}.items():
-        if not 0.0 < eta < 1.0:
-            raise ValueError(f"the reliability of {name!r} must be in (0, 1), got {eta}.")
+    for name, start in {**reliability, "default": 0.9 if default is None else default}.items():
+        if not 0.0 < start < 1.0:
+            raise ValueError(f"the reliability of {name!r} must be in (0, 1), got {start}.")
+    known: dict[str, float | None] = dict(reliability)
     out: list[Row] = []
     for i, row in enumerate(read_rows(table)):
         name = UNKNOWN if row.get(column) is None else _name(row[column], i, column)
-        eta = reliability.get(name, default)
+        eta = known.get(name, default)
         if eta is None:
             raise bad(i, column, f"{name!r} has no reliability; known: {sorted(reliability)}")
         out.append(row | {"eta": float(eta)})

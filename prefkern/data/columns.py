@@ -91,13 +91,11 @@ def pair(data: Row, row: int) -> tuple[Text, Text]:
     return chosen, rejected
 
 
-def response_column(data: Row) -> str:
-    return "completions" if data.get("completions") is not None else "responses"
-
-
-def list_texts(data: Row, row: int, least: int = 2) -> tuple[list[Text], str]:
-    """The responses of a list and their column; at least `least`, no two the same."""
-    column = response_column(data)
+def list_texts(
+    data: Row, row: int, least: int = 2, distinct: bool = True
+) -> tuple[list[Text], str]:
+    """The responses of a list and their column: at least `least`, all different if `distinct`."""
+    column = "completions" if data.get("completions") is not None else "responses"
     texts = []
     for i, item in enumerate(items(data, row, column)):
         nested = isinstance(item, Mapping) and "completion" in item
@@ -105,7 +103,7 @@ def list_texts(data: Row, row: int, least: int = 2) -> tuple[list[Text], str]:
     if len(texts) < least:
         raise bad(row, column, f"must hold at least {least} responses, got {len(texts)}")
     for i, value in enumerate(texts):
-        if (first := texts.index(value)) != i:
+        if distinct and (first := texts.index(value)) != i:
             raise bad(
                 row,
                 f"{column}[{i}]",
@@ -121,6 +119,7 @@ def ranked(
     score_column: str | None = None,
     aligned: Sequence[str] = (),
     least: int = 2,
+    distinct: bool = True,
 ) -> Ranked:
     """Reads a ranked list.
 
@@ -128,7 +127,7 @@ def ranked(
     `ranks` (lower is better) or a column of your own; `responses` without either are stored best
     first; `completions` may be a list of {"rank", "completion"}.
     """
-    texts, column = list_texts(data, row, least)
+    texts, column = list_texts(data, row, least, distinct)
     scores = list_scores(data, row, column, len(texts), score_column)
     used = {"completions", "responses", "scores", "ranks", "context", score_column, *aligned}
     prompt = "prompt" if data.get("prompt") is not None or "context" not in data else "context"

@@ -31,12 +31,12 @@ def score_conditioned(
     without system prompt does not swap the answers in that script and is not followed.
 
     Columns in: `prompt`, `chosen`, `rejected`, `chosen_score`, `rejected_score`.
-    Columns out: the same; `prompt` begins with the target. Two rows per row, one after the other; in
-    the second, `chosen_<x>` and `rejected_<x>` are exchanged for every x.
+    Columns out: the same; `prompt` begins with the target. Two rows per row, one after the other;
+    in the second, `chosen_<x>` and `rejected_<x>` are exchanged for every x.
 
     Args:
         table: Pairs with the scores of both answers.
-        template: Text of the condition with the field {score}. Whole scores print without decimals.
+        template: Text of the condition with the field {score}, printed to six digits.
         chosen_score: Column of the score of chosen, default "chosen_score".
         rejected_score: Column of the score of rejected, default "rejected_score".
         separator: Between condition and a plain-text prompt, default an empty line.
@@ -53,8 +53,12 @@ def score_conditioned(
         low = number(get(data, i, rejected_score), i, rejected_score)
         if not high > low:
             raise bad(i, rejected_score, f"must be below {chosen_score} = {high:g}, got {low:g}")
-        for score, row in ((high, data), (low, swapped(data, i))):
-            out.append(conditioned(row, i, template.format(score=f"{score:g}"), separator))
+        wanted = [template.format(score=f"{score:g}") for score in (high, low)]
+        if wanted[0] == wanted[1]:
+            raise bad(i, rejected_score, f"and {chosen_score} both print as {high:g}; round them")
+        out.append(conditioned(data, i, wanted[0], separator))
+        other = swapped(data, i, (chosen_score, rejected_score))
+        out.append(conditioned(other, i, wanted[1], separator))
     return like(table, out)
 
 
@@ -118,25 +122,26 @@ def direction_conditioned(
 
 
 def control_prefix(
-    table: Table, *, good: str, bad_prefix: str, separator: str = SEPARATOR
+    table: Table, *, good_prefix: str, bad_prefix: str, separator: str = SEPARATOR
 ) -> Table:
     """Writes the quality of an answer before its prompt, so that all answers can be learned.
 
-    Pairs become two rows: `good` with the pair as it is, `bad_prefix` with the pair swapped; the
-    loss `sft`, which reads `chosen` alone, learns each answer under its own prefix. Single answers
-    keep their number; the label chooses the prefix and is then gone, since all are to be imitated.
+    Pairs become two rows: `good_prefix` with the pair as it is, `bad_prefix` with the pair swapped;
+    the loss `sft`, which reads `chosen` alone, learns each answer under its own prefix. Single
+    answers keep their number; the label chooses the prefix and is then gone, since all are to be
+    imitated.
 
     Source: control tokens, as MEET (arXiv 2310.00819, abstract read) conditions on them. MEET first
     tunes the control tokens alone as soft prompts or adapters; this is the data side only, with
     prefixes in words.
 
     Columns in: `prompt`, `chosen`, `rejected`; or `prompt`, `completion`, `label` (bool).
-    Columns out: `prompt`, `chosen`, `rejected` in two rows per row; or `prompt`, `completion`. Other
-    columns are carried along.
+    Columns out: `prompt`, `chosen`, `rejected` in two rows per row; or `prompt`, `completion`.
+    Other columns are carried along.
 
     Args:
         table: Pairs, or single answers.
-        good: Prefix of preferred answers.
+        good_prefix: Prefix of preferred answers.
         bad_prefix: Prefix of the others; must differ.
         separator: Between prefix and a plain-text prompt, default an empty line.
 
@@ -144,9 +149,10 @@ def control_prefix(
         ValueError: Blank or equal prefixes; names row and column: a missing column, a label that is
             not a bool, equal answers, a column computed for the old prompt.
     """
-    if not good.strip() or not bad_prefix.strip() or good == bad_prefix:
+    if not good_prefix.strip() or not bad_prefix.strip() or good_prefix == bad_prefix:
         raise ValueError(
-            f"good and bad_prefix must be two different texts, got {good!r} and {bad_prefix!r}."
+            "good_prefix and bad_prefix must be two different texts, got "
+            f"{good_prefix!r} and {bad_prefix!r}."
         )
     out: list[Row] = []
     for i, data in enumerate(read_rows(table)):
@@ -155,11 +161,11 @@ def control_prefix(
             if not isinstance(label, bool):
                 raise bad(i, "label", f"must be true or false, got {type(label).__name__}")
             text(data["completion"], i, "completion")
-            row = conditioned(data, i, good if label else bad_prefix, separator)
+            row = conditioned(data, i, good_prefix if label else bad_prefix, separator)
             out.append({k: v for k, v in row.items() if k != "label"})
             continue
         pair(data, i)
-        out.append(conditioned(data, i, good, separator))
+        out.append(conditioned(data, i, good_prefix, separator))
         out.append(conditioned(swapped(data, i), i, bad_prefix, separator))
     return like(table, out)
 

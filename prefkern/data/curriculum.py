@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .columns import TIES, floats, get, number, one_of, ranked
-from .pairs import _nothing_preferred, pair_row, strict_pairs
+from .pairs import nothing_preferred, pair_row, strict_pairs
 from .table import Row, Table, bad, like, read_rows
 
 
@@ -19,11 +19,11 @@ def curriculum(
 ) -> Table:
     """Makes the pairs (best, other) of every list and sorts them from easy to hard, in stages.
 
-    The gap of a pair is |g(best) - g(other)|; the pair with the largest gap of a list is in stage 0,
-    the next in stage 1, and so on (equal gaps: the lower-ranked response first). The rows come stage
-    by stage, within a stage in the order of the table. Lists of different lengths start together
-    and end in different stages. Train one stage after the other with a pair loss, and take the model
-    of the previous stage as reference; `split_stages` gives the stages.
+    The gap of a pair is |g(best) - g(other)|; the pair with the largest gap of a list is in stage
+    0, the next in stage 1, and so on (equal gaps: the lower-ranked response first). The rows come
+    stage by stage, within a stage in the order of the table. Lists of different lengths start
+    together and end in different stages. Train one stage after the other with a pair loss, and take
+    the model of the previous stage as reference; `split_stages` gives the stages.
 
     Source: Curry-DPO (arXiv 2403.07230), from second-hand descriptions that agree with each other;
     its training schedule beyond the order of the pairs was not verified.
@@ -46,16 +46,17 @@ def curriculum(
     out: list[Row] = []
     for i, data in enumerate(read_rows(table)):
         found = ranked(data, i, score_column=score_column, aligned=aligned)
-        if _nothing_preferred(found, i, score_column, ties):
+        if nothing_preferred(found, i, score_column, ties):
             continue
         gaps = found.scores
         if gap_column is not None:
             gaps = floats(data, i, gap_column, len(found.texts))
         pairs = strict_pairs(found, "best_vs_rest")[::-1]  # the lower-ranked response first
-        pairs.sort(key=lambda two, g=gaps: -abs(g[two[0]] - g[two[1]]))  # stable
+        by_gap = [(abs(gaps[best] - gaps[other]), best, other) for best, other in pairs]
+        by_gap.sort(key=lambda entry: -entry[0])  # stable
         out += [
-            pair_row(found, best, other) | {"stage": stage, "gap": abs(gaps[best] - gaps[other])}
-            for stage, (best, other) in enumerate(pairs)
+            pair_row(found, best, other) | {"stage": stage, "gap": gap}
+            for stage, (gap, best, other) in enumerate(by_gap)
         ]
     return like(table, sorted(out, key=lambda row: row["stage"]))
 

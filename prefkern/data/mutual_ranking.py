@@ -31,7 +31,8 @@ def mutual_scores(
         (scores of the K programs, scores of the T tests).
 
     Raises:
-        ValueError: damping outside [0, 1], rounds < 0, not a matrix of 0 and 1, or empty.
+        ValueError: damping outside [0, 1], rounds < 0 or so many that scores overflow, not a matrix
+            of 0 and 1, or empty.
     """
     if not 0.0 <= damping <= 1.0:
         raise ValueError(f"damping must be in [0, 1], got {damping}.")
@@ -43,11 +44,14 @@ def mutual_scores(
     if not np.isin(links, (0.0, 1.0)).all():
         raise ValueError("passed must hold 0 or 1 (or booleans) only.")
     programs, tests = np.ones(links.shape[0]), np.ones(links.shape[1])
-    for _ in range(rounds):
-        programs, tests = (
-            (1.0 - damping) * programs + damping * (links @ tests),
-            (1.0 - damping) * tests + damping * (programs @ links),
-        )
+    with np.errstate(over="ignore", invalid="ignore"):  # told below
+        for _ in range(rounds):
+            programs, tests = (
+                (1.0 - damping) * programs + damping * (links @ tests),
+                (1.0 - damping) * tests + damping * (programs @ links),
+            )
+    if not np.isfinite([*programs, *tests]).all():
+        raise ValueError(f"scores overflow after {rounds} rounds; lower rounds.")
     return programs.tolist(), tests.tolist()
 
 
@@ -62,7 +66,8 @@ def rank_programs(
     Source: see `mutual_scores`; which programs CodeDPO compares was not verified.
 
     Columns in: `prompt`, `completions` or `responses` (K programs), `passed` [K][T] (0/1 or bool).
-    Columns out: `scores` [K], `test_scores` [T]; all other columns are carried along.
+    Columns out: `scores` [K] and `test_scores` [T], in place of `scores` or `ranks`; all other
+    columns are carried along.
 
     Raises:
         ValueError: damping or rounds out of range; names row and column: fewer than two programs, a
@@ -73,7 +78,8 @@ def rank_programs(
         texts, _ = list_texts(data, i)
         matrix = _matrix(data, i, passed_column, len(texts))
         scores, test_scores = mutual_scores(matrix, damping=damping, rounds=rounds)
-        out.append(data | {"scores": scores, "test_scores": test_scores})
+        rest = {k: v for k, v in data.items() if k != "ranks"}
+        out.append(rest | {"scores": scores, "test_scores": test_scores})
     return like(table, out)
 
 

@@ -22,14 +22,14 @@ def pairs_from_lists(
 
     A pair is strict: the score of `chosen` is higher. Equal scores never form a pair.
 
-    Source: `all` is the pair set of DPO on lists and of LiPO (arXiv 2402.01878); `best_vs_rest` that
-    of curriculum DPO (arXiv 2403.07230); `best_vs_worst` with the likelihood loss `sft`, which reads
-    `chosen` alone, is rejection-sampling fine-tuning.
+    Source: `all` is the pair set of DPO on lists and of LiPO (arXiv 2402.01878); `best_vs_rest`
+    that of curriculum DPO (arXiv 2403.07230); `best_vs_worst` with the likelihood loss `sft`, which
+    reads `chosen` alone, is rejection-sampling fine-tuning.
 
     Columns in: `prompt` or `context`; `completions` or `responses`; `scores` or `ranks`.
     Columns out: `prompt`, `chosen`, `rejected`, `chosen_score`, `rejected_score`, and
-    `chosen_<name>`, `rejected_<name>` for `aligned`; other columns are carried along. Within a list,
-    pairs come in the order of the winner's rank, then of the loser's.
+    `chosen_<name>`, `rejected_<name>` for `aligned`; other columns are carried along. Within a
+    list, pairs come in the order of the winner's rank, then of the loser's.
 
     Args:
         table: Ranked lists.
@@ -40,15 +40,15 @@ def pairs_from_lists(
         ties: What to do with a list whose scores are all equal: "error" (default) or "skip".
 
     Raises:
-        ValueError: Names row and column: fewer than two responses, a repeated response, a score that
-            is missing or not finite, all scores equal.
+        ValueError: Names row and column: fewer than two responses, a repeated response, a score
+            that is missing or not finite, all scores equal.
     """
     one_of("pairs", pairs, PAIRS)
     one_of("ties", ties, TIES)
     out = []
     for i, data in enumerate(read_rows(table)):
         found = ranked(data, i, score_column=score_column, aligned=aligned)
-        if _nothing_preferred(found, i, score_column, ties):
+        if nothing_preferred(found, i, score_column, ties):
             continue
         out += [pair_row(found, *two) for two in strict_pairs(found, pairs)]
     return like(table, out)
@@ -65,7 +65,7 @@ def strict_pairs(found: Ranked, pairs: str) -> list[tuple[int, int]]:
         "best_vs_worst": [(0, last)],
     }[pairs]
     two = [(order[a], order[b]) for a, b in places]
-    return [(w, l) for w, l in two if found.scores[w] > found.scores[l]]
+    return [(win, lose) for win, lose in two if found.scores[win] > found.scores[lose]]
 
 
 def pair_row(found: Ranked, winner: int, loser: int) -> Row:
@@ -113,13 +113,14 @@ def pairs_from_judgements(
         q = _probabilities(data, i, probability_column, len(texts))
         k = range(len(texts))
         means = [sum(q[a][b] for b in k if b != a) / (len(texts) - 1) for a in k]
-        rest = {"prompt": text(get(data, i, "prompt"), i, "prompt")}
+        rest: Row = {"prompt": text(get(data, i, "prompt"), i, "prompt")}
         rest |= {n: v for n, v in data.items() if n not in ("prompt", column, probability_column)}
         # Places, not means, are the scores here: every two responses form a pair, equal means too.
         order = sorted(k, key=lambda a: -means[a])
         places = [float(-order.index(a)) for a in k]
-        for w, l in strict_pairs(Ranked(texts, places, rest, {}, column), pairs):
-            out.append(rest | {"chosen": texts[w], "rejected": texts[l], "pref_prob": q[w][l]})
+        for win, lose in strict_pairs(Ranked(texts, places, rest, {}, column), pairs):
+            row = {"chosen": texts[win], "rejected": texts[lose], "pref_prob": q[win][lose]}
+            out.append(rest | row)
     return like(table, out)
 
 
@@ -151,14 +152,8 @@ def drop_duplicates(
     one_of("ties", ties, TIES)
     out = []
     for i, data in enumerate(read_rows(table)):
-        column = "completions" if data.get("completions") is not None else "responses"
-        raw = items(data, i, column)
-        keep: list[int] = []
-        # Numbered stand-ins let the shared reader check everything but the texts themselves.
-        found = ranked(
-            data | {column: _distinct(raw)}, i, score_column=score_column, aligned=aligned, least=1
-        )
-        texts = [text(_plain(item), i, f"{column}[{j}]") for j, item in enumerate(raw)]
+        found = ranked(data, i, score_column=score_column, aligned=aligned, least=1, distinct=False)
+        texts, column, keep = found.texts, found.column, []
         for j, value in enumerate(texts):
             first = texts.index(value)
             if first == j:
@@ -173,8 +168,8 @@ def drop_duplicates(
         if len(keep) < 2:
             if ties == "skip":
                 continue
-            raise bad(i, column, f"all {len(texts)} responses are the same")
-        out.append(select(found._replace(texts=texts), keep))
+            raise bad(i, column, f"one distinct response is left of {len(texts)}")
+        out.append(select(found, keep))
     return like(table, out)
 
 
@@ -190,7 +185,7 @@ def select(found: Ranked, keep: Sequence[int]) -> Row:
     )
 
 
-def _nothing_preferred(found: Ranked, row: int, score_column: str | None, ties: str) -> bool:
+def nothing_preferred(found: Ranked, row: int, score_column: str | None, ties: str) -> bool:
     if min(found.scores) < max(found.scores):
         return False
     if ties == "error":
@@ -200,17 +195,6 @@ def _nothing_preferred(found: Ranked, row: int, score_column: str | None, ties: 
             f"all are {found.scores[0]}, so nothing is preferred; ties='skip' leaves such rows out",
         )
     return True
-
-
-def _plain(item: object) -> object:
-    return item["completion"] if isinstance(item, dict) and "completion" in item else item
-
-
-def _distinct(raw: list) -> list:
-    return [
-        item | {"completion": str(j)} if isinstance(item, dict) and "completion" in item else str(j)
-        for j, item in enumerate(raw)
-    ]
 
 
 def _probabilities(data: Row, row: int, column: str, k: int) -> list[list[float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .columns import PROMPT_BOUND, Text, get, refuse_prompt_bound, text
+from .columns import Text, get, refuse_prompt_bound, text
 from .table import Row, Table, bad, like, read_rows
 
 SEPARATOR = "\n\n"
@@ -57,15 +57,16 @@ def conditioned(data: Row, row: int, words: str, separator: str) -> Row:
     return data | {"prompt": prefixed(prompt, words, separator)}
 
 
-def swapped(data: Row, row: int) -> Row:
-    """The pair the other way round, with every `chosen_<x>` and `rejected_<x>`."""
+def swapped(data: Row, row: int, *further: tuple[str, str]) -> Row:
+    """The pair the other way round: every chosen_<x> with rejected_<x>, and `further` columns."""
     if data.get("pref_prob") is not None:
         raise bad(row, "pref_prob", "is the strength of the given order only; drop the column")
-    out = dict(data)
-    for name, value in data.items():
+    exchange = dict(further) | {other: one for one, other in further}
+    for name in data:
         for one, other in (("chosen", "rejected"), ("rejected", "chosen")):
-            if (name == one or name.startswith(f"{one}_")) and name not in PROMPT_BOUND:
-                out[other + name.removeprefix(one)] = value
-                if other + name.removeprefix(one) not in data:
-                    raise bad(row, name, f"has no counterpart {other}{name.removeprefix(one)!s}")
-    return out
+            if name == one or name.startswith(f"{one}_"):
+                exchange[name] = other + name.removeprefix(one)
+    for name, other in exchange.items():
+        if other not in data:
+            raise bad(row, name, f"has no counterpart {other!r} to be exchanged with")
+    return data | {other: data[name] for name, other in exchange.items()}

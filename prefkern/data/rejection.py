@@ -25,15 +25,15 @@ def rejection_sample(
 
     Passes over the candidates that are left are repeated until enough are accepted; in a pass each
     is accepted with probability exp((R - R_max) / beta), where R_max is the best score among those
-    left when the pass began. A best candidate is always accepted, so every pass takes one. beta -> 0
-    takes the best in order, beta = inf the first ones.
+    left when the pass began. A best candidate is always accepted, so every pass takes one. beta ->
+    0 takes the best in order, beta = inf the first ones.
 
     Source: RSO (arXiv 2309.06657 algorithm 1), algorithm text read; the paper's 8 out of 64 samples
     as default counts from memory. The losses of the paper are `hinge` and `ln_dpo`.
 
     Columns in: those of `pairs_from_lists`; the candidates are samples of the policy to improve.
-    Columns out: `prompt`, `completions`, `scores` in the order of acceptance, the `aligned` columns;
-    other columns are carried along.
+    Columns out: `prompt`, `completions`, `scores` in the order of acceptance, the `aligned`
+    columns; other columns are carried along.
 
     Args:
         table: Scored candidates.
@@ -69,7 +69,7 @@ def accept(
     scores: Sequence[float], count: int, beta: float, uniform: Callable[[], float]
 ) -> list[int]:
     """Indices of the accepted candidates in order; `uniform` gives numbers in [0, 1)."""
-    left, taken = list(range(len(scores))), []
+    left, taken = list(range(len(scores))), list[int]()
     while len(taken) < count:
         best = max(scores[i] for i in left)
         for i in list(left):
@@ -95,8 +95,8 @@ def tournament_pairs(
     rounds="all" the winners meet in the next round until one is left: n - 1 pairs for n responses,
     n // 2 with rounds="first". Equal scores give no pair and the earlier response goes on.
 
-    Source: RSO (arXiv 2309.06657), whose pairs are labelled by a pairwise ranking model; here scores
-    decide, which is the same wherever that model orders as the scores do.
+    Source: RSO (arXiv 2309.06657), whose pairs are labelled by a pairwise ranking model; here
+    scores decide, which is the same wherever that model orders as the scores do.
 
     Columns in and out: those of `pairs_from_lists`, with `round` (int, from 0).
 

@@ -21,14 +21,14 @@ def divergence_weights(table: Table, *, tokenizer: Any = None, append_eos: bool 
 
     Columns in: `chosen_ids`, `rejected_ids` (lists of int, the answers without the prompt, with
     their end token); or, with a tokenizer, the texts `prompt`, `chosen`, `rejected`.
-    Columns out: `chosen_weights`, `rejected_weights` (one number per token of the answer); all other
-    columns are carried along.
+    Columns out: `chosen_weights`, `rejected_weights` (one number per token of the answer); all
+    other columns are carried along.
 
     Args:
         table: Pairs.
         tokenizer: A transformers tokenizer for plain text; the answers then begin where prompt,
-            prompt + chosen and prompt + rejected stop agreeing, as in the trainer. Default None: the
-            ids are read from the columns.
+            prompt + chosen and prompt + rejected stop agreeing, as in the trainer. Default None:
+            the ids are read from the columns.
         append_eos: With a tokenizer: count an EOS after each answer, default True.
 
     Raises:
@@ -98,7 +98,7 @@ def shared_steps_to_prompt(table: Table, *, joint: str = "") -> Table:
         out.append(
             rest
             | {
-                "prompt": joint.join([prompt, *sides[0][:start]]) + (joint if start else ""),
+                "prompt": joint.join([prompt, *sides[0][:start], ""]),
                 "chosen": chosen,
                 "rejected": rejected,
                 "num_shared": start,

@@ -20,7 +20,7 @@ def bad(row: int, column: str, reason: str) -> ValueError:
     return ValueError(f"row {row}, column {column!r}: {reason}.")
 
 
-def read_rows(table: Table) -> list[Row]:
+def read_rows(table: Any) -> list[Row]:
     """The rows of a table as fresh dictionaries.
 
     Raises:
@@ -36,10 +36,8 @@ def read_rows(table: Table) -> list[Row]:
             "a table must be a datasets.Dataset or an iterable of row mappings, got "
             f"{type(table).__name__}."
         )
-    if _is_dataset(table):
-        table = table.with_format(None)  # plain Python values, whatever format was set
     rows = []
-    for i, row in enumerate(table):
+    for i, row in enumerate(_plain(table)):
         if not isinstance(row, Mapping):
             raise ValueError(f"row {i}: must be a mapping, got {type(row).__name__}.")
         rows.append(dict(row))
@@ -62,6 +60,11 @@ def like(table: Table, rows: list[Row]) -> Table:
 
     columns = {name: None for row in rows for name in row}  # in order of appearance
     return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
+
+
+def _plain(table: Any) -> Iterable[Any]:
+    """Rows of plain Python values, whatever format a Dataset was given."""
+    return table.with_format(None) if _is_dataset(table) else table
 
 
 def _is_dataset(table: Table) -> bool:

@@ -55,8 +55,8 @@ def token_weights(
 ) -> Table:
     """Adds `chosen_weights` and `rejected_weights`, one number per token of each answer.
 
-    Columns in: `chosen_ids`, `rejected_ids`: the tokens of each answer without its prompt, as ids or
-    as strings.
+    Columns in: `chosen_ids`, `rejected_ids`: the tokens of each answer without its prompt, as ids
+    or as strings.
     Columns out: `chosen_weights`, `rejected_weights` (lists of float >= 0); all other columns are
     carried along.
 

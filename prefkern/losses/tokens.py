@@ -19,7 +19,10 @@ def field(tokens: TokenStats, name: str, scored: Tensor) -> Tensor:  # [N]
     value = getattr(tokens, name)
     if value is None:
         have = [f for f in tokens._fields if getattr(tokens, f) is not None]
-        raise ValueError(f"this loss needs the token statistic {name!r} [N], but only {have} are there.")
+        raise ValueError(
+            f"this loss needs the token statistic {name!r} [N], but only {have} are there; ask the "
+            f"ops for it (stats=(..., {name!r}))."
+        )
     if scored.dtype != torch.bool or scored.shape != value.shape:
         raise ValueError(
             f"scored must be a bool tensor {list(value.shape)} (True where a token counts), got "

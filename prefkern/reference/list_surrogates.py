@@ -125,21 +125,22 @@ def neural_ndcg(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
     place = (size[:, None] + 1 - 2 * row).to(b.score.dtype)  # [g, i]
     logit = (place[:, :, None] * b.score[:, None, :] - apart[:, None, :]) / opts.temperature
     first = compete(logit, cell, torch.zeros_like(place))[1]
-    scaled = [first]
-    sums = []
+    scaled = first
+    sums = []  # two vectors per round: the backward multiplies its way back through them
     for _ in range(opts.sinkhorn_iters):
         for dim in (1, 2):
-            total = scaled[-1].sum(dim, keepdim=True)
+            total = scaled.sum(dim, keepdim=True)
             total = torch.where(total > 0, total, 1.0)
             sums.append((dim, total))
-            scaled.append(scaled[-1] / total)
+            scaled = scaled / total
     share = _shares(b)
     value = discount(row, b.score.dtype, ListOptions(log_base="2"))  # [i]
-    loss = -(scaled[-1] * value[:, None] * share[:, None, :]).sum((1, 2))
+    loss = -(scaled * value[:, None] * share[:, None, :]).sum((1, 2))
     # Backward through y = x / sum(x): dx = (dy - sum(dy y)) / sum(x), then softmax and |.|.
     push = -torch.where(cell, value[:, None] * share[:, None, :], 0.0)
-    for (dim, total), y in zip(reversed(sums), reversed(scaled[1:]), strict=True):
-        push = torch.where(cell, (push - (push * y).sum(dim, keepdim=True)) / total, 0.0)
+    for dim, total in reversed(sums):
+        push = torch.where(cell, (push - (push * scaled).sum(dim, keepdim=True)) / total, 0.0)
+        scaled = scaled * total
     push = first * (push - (push * first).sum(2, keepdim=True)) / opts.temperature
     through_abs = -push.sum(1)  # [g, j] dl/d apart_j
     sign = torch.where(both, torch.sign(gap), 0.0)  # [g, j, k]

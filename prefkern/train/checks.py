@@ -19,6 +19,7 @@ LAYOUT_OF = {
 # Tensors that the loop hands to a loss, beside fields of the sequence statistics.
 SUPPLIED = frozenset(
     {"label", "kl_baseline", "reward_mask", "kl_mask", "activations", "hook_type", "aux_logp"}
+    | {"scored"}
 )
 FIELDS = frozenset(SeqStats._fields)
 # Packed and alone differ by rounding alone; a leak between sequences costs tenths of a nat.

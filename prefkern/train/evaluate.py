@@ -57,6 +57,8 @@ def count_items(examples: list[Example]) -> dict[str, int]:
         "sequences": sum(len(e.sequences) for e in examples),
         # of the answers that likelihood terms score
         "tokens": sum(e.sequences[0].length for e in examples),
+        # of the losses that are means over tokens
+        "scored_tokens": sum(s.length for e in examples for s in e.sequences),
     }
 
 

@@ -39,6 +39,16 @@ def slope(fn, x, *args):
         (surrogates.log_odds, math.log(0.5), (), 0.0, 2.0),
         (surrogates.log_odds, 0.0, (), -1e-6 - math.log(1e-6) + 5e-7, 0.0),
         (surrogates.log_odds, -1e3, (), -1e3, 1.0),
+        (surrogates.clipped_gain, 0.0, (torch.tensor([2.0]), 0.2), -2.0, -2.0),
+        (surrogates.clipped_gain, 1.0, (torch.tensor([2.0]), 0.2), -2.4, 0.0),
+        (surrogates.clipped_gain, -1.0, (torch.tensor([-2.0]), 0.2), 1.6, 0.0),
+        (surrogates.clipped_gain, 1.0, (torch.tensor([-1.0]), 0.2), math.e, math.e),
+        (surrogates.clipped_gain, 1.0, (torch.tensor([0.0]), 0.2), 0.0, 0.0),
+        (surrogates.kl_estimate, -3.0, ("k1",), -3.0, 1.0),
+        (surrogates.kl_estimate, -3.0, ("k2",), 4.5, -3.0),
+        (surrogates.kl_estimate, -3.0, ("k3",), math.exp(3.0) - 4.0, 1.0 - math.exp(3.0)),
+        (surrogates.kl_estimate, 1e-9, ("k3",), 0.0, 1e-9),
+        (surrogates.kl_estimate, -1e4, ("k3",), math.exp(80.0) - 81.0, 0.0),
     ],
 )
 def test_value_and_derivative(fn, x, args, value, derivative):
@@ -65,6 +75,9 @@ def test_everything_is_finite_far_out(x, dtype):
         surrogates.jensen_shannon_score,
         lambda v: surrogates.alpha_score(v, 0.3),
         surrogates.log_odds,
+        lambda v: surrogates.clipped_gain(v, torch.ones_like(v), 0.2),
+        lambda v: surrogates.clipped_gain(v, -torch.ones_like(v), 0.2),
+        lambda v: surrogates.kl_estimate(v, "k3"),
     ]
     for fn in functions:
         leaf = torch.tensor([x], dtype=dtype, requires_grad=True)

@@ -12,11 +12,12 @@ import pytest
 import torch
 import vectors
 
-from prefkern import advantages, contrast_weights, losses
+from prefkern import advantages, contrast_weights, linear_divergence, losses
 from prefkern.losses.pairwise.adpa import advantage_rows
 from prefkern.losses.pairwise.infifpo import fused_reference
 from prefkern.losses.pointwise import fdpg
 from prefkern.objective import preference_loss
+from prefkern.types import SeqStats
 
 CASES = {c["id"]: c for c in vectors.load("token")["cases"]}
 # Proven in test_token_golden.py (stages and pair losses) or with the ops (statistics).
@@ -211,9 +212,7 @@ def f_dpg(c: Case) -> None:
     target = c.number(c.extra["log_target_prob"])
     got = fdpg.advantages(c.sums("policy"), target, c.hyper["divergence"]) - c.hyper["baseline"]
     vectors.assert_close("advantage", got, c.out["advantage"], relative=tight(c) * 10)
-    c.args = dict(
-        loss="fdpg", log_target_prob=target, proposal_logp=c.sums("old"), **c.hyper
-    )
+    c.args = dict(loss="fdpg", log_target_prob=target, proposal_logp=c.sums("old"), **c.hyper)
 
 
 def ipo_md(c: Case) -> None:
@@ -253,16 +252,14 @@ def tight(c: Case) -> float:
 
 def test_every_vector_is_used_or_proven_elsewhere():
     used = set(METHODS) | ELSEWHERE
-    assert {c["method"] for c in CASES.values()} - used == {"D2O"}  # pair_cases proves D2O
+    assert {c["method"] for c in CASES.values()} - used == {"D2O"}  # has a test of its own
 
 
 def run(c: Case, backend: str) -> torch.Tensor:
     head = torch.eye(5, dtype=c.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # provisional ones
-        loss, metrics = preference_loss(
-            c.hidden, head, c.labels, c.cu, backend=backend, **c.args
-        )
+        loss, metrics = preference_loss(c.hidden, head, c.labels, c.cu, backend=backend, **c.args)
     assert all(torch.isfinite(v) for v in metrics.values())
     return loss
 
@@ -354,7 +351,7 @@ def test_intermediate_numbers():
 
 @pytest.mark.parametrize("aggregation", ["bnpo", "dapo", "dr_grpo"])
 def test_grpo_reductions(aggregation):
-    """Token means agree with the vector however the count is given; dr_grpo divides by a constant."""
+    """Token means agree with the vector however the count is given."""
     c = Case("grpo_multiobjective_token", torch.float64)
     grpo(c)
     tokens = int(c.scored.sum())
@@ -383,10 +380,26 @@ def test_adpa_rows_of_the_released_code():
         assert run(c, "auto").item() == pytest.approx(c.out["loss"], rel=bound)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
+def test_d2o_has_two_references(dtype):
+    """K = 2 self-samples over the more harmful reference, the rejected answer over the helpful."""
+    c = Case("d2o", dtype, ("chosen", "third", "rejected"))
+    logp, out = c.sums("policy").requires_grad_(), c.out
+    harmful, helpful = c.sums("aux1"), c.sums("aux2")
+    loss = losses.d2o(
+        SeqStats(logp=logp[None, :2], ref_logp=harmful[None, :2]),
+        SeqStats(logp=logp[2:], ref_logp=helpful[2:]),
+        beta=c.hyper["beta"], alpha=c.hyper["alpha"],
+    )  # fmt: skip
+    assert loss.item() == pytest.approx(out["loss"], rel=tight(c) * 10)
+    (grad,) = torch.autograd.grad(loss.sum(), logp)
+    stat = out["grad_per_token_stat"]
+    want = [max(stat[n]["logp"], key=abs) for n in c.names]
+    vectors.assert_close("logp", grad, want, relative=tight(c) * 10)
+
+
 def test_mixture_statistic_of_ipo_md():
     """The answers are drawn from the mixture; its log-probabilities come from the same sweep."""
-    from prefkern import linear_divergence
-
     c = Case("ipo_md_hard", torch.float64)
     head = torch.eye(5, dtype=torch.float64)
     stats = linear_divergence(
@@ -395,34 +408,6 @@ def test_mixture_statistic_of_ipo_md():
     )  # fmt: skip
     want = c.out["mixture_logp"]["chosen"] + c.out["mixture_logp"]["rejected"]
     vectors.assert_close("mix", stats.mix, want, relative=1e-11)
-
-
-def test_rank_transform_example():
-    example = vectors.load("token")["aux"]["tisdpo_rank_based_example"]
-    x = vectors.tensor(example["input"])
-    got = contrast_weights.tisdpo(
-        x, torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64),
-        torch.ones(4, dtype=torch.bool), torch.tensor([0, 4], dtype=torch.int32),
-        transform="rank_based",
-    )  # fmt: skip
-    vectors.assert_close("rank", got.weights, example["output"], relative=1e-12)
-
-
-def test_group_advantages():
-    data = vectors.load("list")["group_advantages"]
-    rewards = torch.stack([vectors.tensor(data["reward_1"]), vectors.tensor(data["reward_2"])], 1)
-    cu = torch.tensor(data["offsets"], dtype=torch.int32)
-    missing = rewards.clone()
-    missing[data["missing_index"]] = float("nan")
-    calls = {
-        "sum_then_normalize": {}, "population_std": {"unbiased": False},
-        "no_scaling": {"scale": "none"}, "normalize_then_sum": {"mode": "normalize_then_sum"},
-    }  # fmt: skip
-    shared = {"weights": data["weights"], "std_eps": data["eps"]}
-    for name, want in data["advantages"].items():
-        given = missing if name == "one_missing_reward" else rewards
-        got = advantages.group_advantages(given, cu, **shared, **calls.get(name, {}))
-        vectors.assert_close(name, got, want, relative=1e-11)
 
 
 def test_provisional_losses_warn_once_when_bound():

@@ -40,6 +40,15 @@ VARIANTS = [
     ("pro", {}),
     ("nca", {}),
     ("nca", {"alpha": 1e-3}),
+    ("rank_hinge", {}),
+    ("rank_hinge", {"mode": "product", "scale": 0.3, "per_item": True}),
+    ("rank_hinge", {"per_item": True}),
+    ("anchor", {}),
+    ("anchor", {"inner": "mean"}),
+    ("set_contrast", {}),
+    ("set_contrast", {"deviation": 0.0}),
+    ("approx_ndcg", {}),
+    ("approx_ndcg", {"temperature": 0.1}),
 ]
 variants = pytest.mark.parametrize(
     ("family", "options"),

@@ -42,10 +42,12 @@ def diff_instruct_star(
         Unreduced loss `[B]`.
 
     Raises:
-        ValueError: c <= 0, alpha < 0, shapes that differ, a score_gap with gradient.
+        ValueError: c <= 0, alpha or weight < 0, shapes that differ, a score_gap with gradient.
     """
     shared.positive("c", c)
     shared.not_negative("alpha", alpha)
+    if not isinstance(weight, Tensor):
+        shared.not_negative("weight", weight)
     for name, value in (("score_dot", score_dot), ("score_gap", score_gap)):
         checks.check_float(name, value)
         core.one_per_sample(name, value)

@@ -112,8 +112,8 @@ def _imitation(
         return 0.0
     if logp is None:
         raise ValueError(
-            f"{name}'s likelihood term needs logp [S], the summed log-probability of each response; "
-            "pass it, or sft_weight=0."
+            f"{name}'s likelihood term needs logp [S], the summed log-probability of each "
+            "response; pass it, or sft_weight=0."
         )
     best = best_of_group(labels, cu_groups)
     return weight * segment_sum(torch.where(best, -logp, 0.0), cu_groups).to(like.dtype)

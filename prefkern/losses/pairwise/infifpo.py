@@ -54,7 +54,7 @@ def infifpo(
         ("source_rejected_mean_logps", rejected, source_rejected_mean_logps, "rejected"),
     ):
         mean = seq.mean_logp
-        pivot = mean.detach() - seq.mean_logratio.detach()
+        pivot = seq.require("ref_logp").detach() / seq.require("length").clamp(min=1)
         if not isinstance(sources, Tensor) or sources.dim() != 2 or len(sources) != len(pivot):
             got = list(sources.shape) if isinstance(sources, Tensor) else type(sources).__name__
             raise ValueError(f"{name} must be [P, M] = [{len(pivot)}, models], got {got}.")

@@ -54,13 +54,13 @@ def scir(
             "the chosen answer minus that for the rejected one."
         )
     judge = judge_logit_gap.to(margin.dtype)
-    # The two Bernoulli KLs add up to (p - q) (logit p - logit q).
-    apart = 0.5 * (torch.sigmoid(judge) - torch.sigmoid(margin)) * (judge - margin)
-    doubt = surrogates.binary_entropy(judge) + surrogates.binary_entropy(margin)
     dpo = surrogates.logistic(margin)
+    lose, judge_lose = torch.sigmoid(-margin), torch.sigmoid(-judge)
+    # The two Bernoulli KLs add up to (p - q) (logit p - logit q), and H = softplus(-x) + x S(-x).
+    apart = 0.5 * (lose - judge_lose) * (judge - margin)
+    doubt = dpo + margin * lose + surrogates.logistic(judge) + judge * judge_lose
     if consistent_only:
-        disagree = (judge.detach().sign() * margin.detach().sign()) < 0
-        dpo = torch.where(disagree, 0.0, dpo)
+        dpo = torch.where((judge.detach() * margin.detach()) < 0, 0.0, dpo)
     return dpo + lam * apart + lambda_entropy * doubt
 
 

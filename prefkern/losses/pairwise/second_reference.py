@@ -28,7 +28,8 @@ def dpo_second_reference(
 
     Args:
         chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        slow_chosen_logps: `[P]` log-probability of the chosen answer under the slow model. Constant.
+        slow_chosen_logps: `[P]` log-probability of the chosen answer under the slow model,
+            constant.
         slow_rejected_logps: `[P]` the same for the rejected answer.
         beta: Strength of the pull to the reference, > 0, default 0.1.
         alpha: Weight of the second term, >= 0, default 0.5; 0 is DPO.

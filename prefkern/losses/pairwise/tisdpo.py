@@ -18,7 +18,8 @@ def tisdpo(
 ) -> Tensor:  # [P]
     """TIS-DPO: logistic loss of token-weighted log-ratios, optionally less a weighted KL.
 
-    l = softplus(-beta [logratio(chosen) - logratio(rejected) - alpha (rkl(chosen) - rkl(rejected))])
+    l = softplus(-beta [logratio(chosen) - logratio(rejected)
+                        - alpha (rkl(chosen) - rkl(rejected))])
 
     with every token weighted by contrast_weights.tisdpo; rkl = sum of KL(policy || reference),
     with gradient. Note its sign, opposite to TDPO's.

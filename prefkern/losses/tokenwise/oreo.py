@@ -54,8 +54,8 @@ def oreo(
         Unreduced loss `[S]` fp64; an empty trajectory gives 0.
 
     Raises:
-        ValueError: beta <= 0, alpha < 0, an unknown level or kl, a missing statistic, shapes that do
-            not fit.
+        ValueError: beta <= 0, alpha < 0, an unknown level or kl, a missing statistic, shapes that
+            do not fit.
     """
     core.positive("beta", beta)
     core.not_negative("alpha", alpha)

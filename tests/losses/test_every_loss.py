@@ -1,0 +1,148 @@
+"""Every loss through preference_loss on a tiny batch, and what the objective refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prefkern import PreferenceLoss, losses, preference_loss
+
+pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
+S, T, D, V = 6, 5, 4, 11
+
+
+def cu(*bounds):
+    return torch.tensor(bounds, dtype=torch.int32)
+
+
+class Batch:
+    """Six sequences of up to five tokens: three pairs, or two lists of three."""
+
+    def __init__(self, dtype=torch.float32):
+        g = torch.Generator().manual_seed(3)
+        self.hidden = torch.randn(S, T, D, generator=g, dtype=dtype).requires_grad_()
+        self.weight = torch.randn(V, D, generator=g, dtype=dtype).requires_grad_()
+        self.targets = torch.randint(0, V, (S, T), generator=g)
+        self.targets[:, 0] = -100
+        self.targets[1, 3:] = -100
+        self.ref = torch.randn(S, T, D, generator=g, dtype=dtype)
+
+    def given(self, name: str) -> dict:
+        """A value for everything the loss asks the caller for."""
+        n, g = S * T, torch.Generator().manual_seed(4)
+        token = -torch.rand(n, generator=g)
+        many = {
+            "label": None, "kl_baseline": torch.tensor(0.2), "delta": torch.tensor(0.1),
+            "rm_margin": torch.randn(3, generator=g), "keep": torch.tensor([True, False, True]),
+            "margin_reward_chosen": torch.randn(3, 1, generator=g),
+            "margin_reward_rejected": torch.randn(3, 1, generator=g),
+            "pref_prob": torch.rand(3, generator=g),
+            "mix_chosen_logps": -torch.rand(3, generator=g),
+            "mix_rejected_logps": -torch.rand(3, generator=g),
+            "baseline_mean_logps": -torch.rand(S, generator=g),
+            "source_chosen_mean_logps": -torch.rand(3, 2, generator=g),
+            "source_rejected_mean_logps": -torch.rand(3, 2, generator=g),
+            "slow_chosen_logps": -torch.rand(3, generator=g),
+            "slow_rejected_logps": -torch.rand(3, generator=g),
+            "judge_logit_gap": torch.randn(3, generator=g),
+            "log_target_prob": -torch.rand(S, generator=g) * 9,
+            "topk": 2, "pairs": torch.tensor([[0, 1], [0, 2], [4, 3]]),
+            "advantages": torch.randn(S, generator=g),
+            "preference_levels": torch.tensor([1, 2, 2, 3, 1, 1]),
+            "value": torch.randn(S, T, generator=g), "reward": torch.randn(S, generator=g),
+            "positive_logp": token.reshape(S, T), "negative_logp": token.flip(0).reshape(S, T),
+            "step_index": (torch.arange(n) % T).reshape(S, T), "cosine": token.reshape(S, T),
+            "aux_logp": token.reshape(S, T), "reward_mask": torch.rand(S, T, generator=g).flatten(),
+            "kl_mask": torch.rand(S, T, generator=g).flatten(),
+            "activations": torch.rand(2, n, generator=g), "hook_type": torch.tensor([0, 1]),
+        }  # fmt: skip
+        record = losses.LOSSES[name]
+        found = {k: many[k] for k in losses.required(record) if many.get(k) is not None}
+        if name == "adpa":
+            found |= {"aux_hidden": self.ref.flip(0), "aux_weight": self.weight.detach()}
+        return found
+
+    def __call__(self, name: str, **args):
+        record = losses.LOSSES[name]
+        labels = None
+        if record.family == "listwise":
+            labels = torch.tensor([2.0, 0.0, 1.0, 0.5, 0.5, 3.0])
+        elif "label" in record.extra:
+            labels = torch.tensor([True, False, True, True, False, False])
+        grouped = record.family == "listwise" or "cu_groups" in record.extra
+        return preference_loss(
+            self.hidden, self.weight, self.targets, loss=name, ref_hidden=self.ref, labels=labels,
+            cu_groups=cu(0, 3, 6) if grouped else None, **{**self.given(name), **args},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n, r in losses.LOSSES.items() if r.family != "diffusion"])
+def test_every_loss_through_preference_loss(name):
+    record, batch = losses.LOSSES[name], Batch()
+    loss, metrics = batch(name)
+    assert loss.shape == () and loss.dtype == torch.float32 and torch.isfinite(loss)
+    assert metrics and all(torch.isfinite(v) and not v.requires_grad for v in metrics.values())
+    if not loss.requires_grad:
+        pytest.fail(f"{name} gives no gradient")
+    loss.backward()
+    for leaf in (batch.hidden, batch.weight):
+        assert torch.isfinite(leaf.grad).all() and leaf.grad.abs().sum() > 0
+    assert (batch.hidden.grad[batch.targets == -100] == 0).all()
+    module = PreferenceLoss(record)
+    assert name in repr(module)
+
+
+def test_tokenwise_refusals():
+    batch = Batch()
+    with pytest.raises(ValueError, match="not linear in the tokens"):
+        batch("grpo", token_weights=torch.ones(S, T))
+    rest = {"cu_groups": None, "advantages": torch.ones(S)}
+    with pytest.raises(ValueError, match="token by token"):
+        preference_loss(
+            batch.hidden, batch.weight, batch.targets, loss="grpo", ref_seq_logp=torch.zeros(S),
+            **rest,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="needs a reference"):
+        preference_loss(batch.hidden, batch.weight, batch.targets, loss="grpo", **rest)
+    free, _ = preference_loss(
+        batch.hidden, batch.weight, batch.targets, loss="grpo", beta=0.0, **rest
+    )
+    assert torch.isfinite(free)
+    with pytest.raises(ValueError, match="cu_groups"):
+        preference_loss(
+            batch.hidden, batch.weight, batch.targets, loss="trpa", ref_hidden=batch.ref,
+            preference_levels=torch.ones(S),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="whole distribution"):
+        preference_loss(batch.hidden, batch.weight, batch.targets, loss="adpa")
+
+
+def test_token_means_follow_the_given_count():
+    batch = Batch(torch.float64)
+    scored = int((batch.targets != -100).sum())
+    for name in ("gkd", "entropy_bonus", "kl_penalty", "distill"):
+        own, _ = batch(name)
+        told, _ = batch(name, num_items={"scored_tokens": 2 * scored})
+        torch.testing.assert_close(told * 2, own)
+
+
+def test_weighted_sum_of_a_policy_loss_and_its_terms():
+    batch = Batch(torch.float64)
+    total, metrics = preference_loss(
+        batch.hidden, batch.weight, batch.targets, ref_hidden=batch.ref,
+        loss=["grpo", "entropy_bonus"], loss_weights=[1.0, 0.5], advantages=torch.ones(S).double(),
+    )  # fmt: skip
+    parts = metrics["loss/grpo"] + 0.5 * metrics["loss/entropy_bonus"]
+    torch.testing.assert_close(total.detach(), parts)
+
+
+def test_adpa_of_given_values_needs_no_reference():
+    batch = Batch(torch.float64)
+    values = torch.randn(V, dtype=torch.float64)
+    loss, _ = preference_loss(
+        batch.hidden, batch.weight, batch.targets, loss="adpa", values=values, sft_on_chosen=0.0
+    )
+    p = torch.softmax(batch.hidden @ batch.weight.T, -1)
+    scored = (batch.targets != -100)[1::2]
+    want = -((p[1::2] @ values) * scored).sum() / scored.sum()
+    torch.testing.assert_close(loss, want)
