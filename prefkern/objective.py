@@ -192,8 +192,8 @@ def _terms(
         own = {k: v for k, v in args.items() if len(resolved) == 1 or k in known}
         if record.family == "diffusion":
             raise ValueError(
-                f"loss {record.name!r} is of the family 'diffusion' and reads no hidden states; call "
-                f"prefkern.losses.{record.name} on prediction errors (prefkern.error_sum)."
+                f"loss {record.name!r} is of the family 'diffusion' and reads no hidden states; "
+                f"call prefkern.losses.{record.name} on prediction errors (prefkern.error_sum)."
             )
         supplied = ("label", *filled_here(record))
         terms.append(Term(record, losses.bind(record, {**fixed, **own}, supplied=supplied), factor))
