@@ -23,7 +23,7 @@ from .variants import (
     tdpo2_loss,
 )
 
-GIB = 1 << 30  # holds both models' logits where the default of 256 MiB holds half of them
+GIB = 1 << 30  # holds both models' logits of every case here
 DIVERGENCES = ("fkl", "rkl", "jsd")
 _BETA_OF = {"fkl": 0.0, "rkl": 1.0, "jsd": 0.5}  # generalized JSD of TRL and Liger
 

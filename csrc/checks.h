@@ -25,7 +25,8 @@ inline void check_dense(const torch::stable::Tensor& t, const char* name) {
 }
 
 // size < 0 accepts any length in that place.
-inline void check_shape(const torch::stable::Tensor& t, const char* name, std::initializer_list<int64_t> sizes) {
+inline void check_shape(const torch::stable::Tensor& t, const char* name,
+                        std::initializer_list<int64_t> sizes) {
   check_dense(t, name);
   bool good = t.dim() == int64_t(sizes.size());
   int64_t i = 0;
@@ -40,11 +41,16 @@ inline void check_shape(const torch::stable::Tensor& t, const char* name, std::i
 inline Dtype check_float(const torch::stable::Tensor& t, const char* name) {
   using torch::headeronly::ScalarType;
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::Double: return Dtype::f64;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::f16;
-    default: break;
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::Double:
+      return Dtype::f64;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16; cast it first.");
 }
@@ -54,13 +60,14 @@ inline void check_long(const torch::stable::Tensor& t, const char* name) {
                   " must be int64; cast it with .long().");
 }
 
-inline void check_targets(const torch::stable::Tensor& t, int64_t n, int64_t vocab, int64_t ignore) {
+inline void check_targets(const torch::stable::Tensor& t, int64_t n, int64_t vocab,
+                          int64_t ignore) {
   check_shape(t, "targets", {n});
   check_long(t, "targets");
   const int64_t* y = static_cast<const int64_t*>(t.const_data_ptr());
   for (int64_t i = 0; i < n; ++i) {
-    STD_TORCH_CHECK(y[i] == ignore || (y[i] >= 0 && y[i] < vocab), "targets must lie in [0, ", vocab,
-                    ") or be the ignore_index ", ignore, ", got ", y[i], " at row ", i, ".");
+    STD_TORCH_CHECK(y[i] == ignore || (y[i] >= 0 && y[i] < vocab), "targets must lie in [0, ",
+                    vocab, ") or be the ignore_index ", ignore, ", got ", y[i], " at row ", i, ".");
   }
 }
 

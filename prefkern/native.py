@@ -279,9 +279,7 @@ def error_sum_fwd(
     stats: str,
 ) -> Tensor:
     """[n, B, num_segments] float64."""
-    return torch.ops.prefkern_native.error_sum_fwd(
-        pred, target, ref, segments, num_segments, stats
-    )
+    return torch.ops.prefkern_native.error_sum_fwd(pred, target, ref, segments, num_segments, stats)
 
 
 def error_sum_bwd(

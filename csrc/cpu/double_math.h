@@ -1,5 +1,5 @@
-// e^x and log(1 + y) of fp64 vectors, for kernels whose time they decide. Power series, so that every
-// constant is 1/k! or 2/k; errors stated in ulp (2^-52 relative) were measured against libm.
+// e^x and log(1 + y) of fp64 vectors, for kernels whose time they decide. Power series, so that
+// every constant is 1/k! or 2/k; errors stated in ulp (2^-52 relative) were measured against libm.
 #pragma once
 
 #include "cpu/simd.h"
@@ -13,16 +13,23 @@ constexpr double kLn2 = 0x1.62e42fefa39efp-1;
 // Adding it rounds to an integer n, |n| < 2^51, which then sits in the low bits.
 constexpr double kRound = 0x1.8p52;
 
-PK_INLINE vd magnitude(vd x) { return (vd)((vu)x & 0x7fffffffffffffffull); }
-PK_INLINE vd above(vd x, double least) { return x < least ? splat(least) : x; }  // NaN stays NaN
-PK_INLINE vd below(vd x, double most) { return x > most ? splat(most) : x; }
+PK_INLINE vd magnitude(vd x) {
+  return (vd)((vu)x & 0x7fffffffffffffffull);
+}
+PK_INLINE vd above(vd x, double least) {
+  return x < least ? splat(least) : x;
+}  // NaN stays NaN
+PK_INLINE vd below(vd x, double most) {
+  return x > most ? splat(most) : x;
+}
 
 // A number 2^n (1 + part) with |part| <= 0.42.
 struct Power {
   vd n, part;
 };
 
-// e^r - 1 for |r| <= 0.347: the series up to r^13/13!, 4e-18 short; even and odd terms side by side.
+// e^r - 1 for |r| <= 0.347: the series up to r^13/13!, 4e-18 short; even and odd terms side by
+// side.
 PK_INLINE vd exp_series(vd r) {
   const vd q = r * r;
   vd even = fma(q, splat(1.0 / 479001600), splat(1.0 / 3628800));
@@ -68,7 +75,9 @@ PK_INLINE vd power_less_one(const Power& p) {  // 2^n (1 + part) - 1 without can
   const vd s = scale(splat(1.0), p.n);
   return fma(s, p.part, s - splat(1.0));
 }
-PK_INLINE vd expm1_negative(vd x) { return power_less_one(exp_parts(above(x, -746.0))); }
+PK_INLINE vd expm1_negative(vd x) {
+  return power_less_one(exp_parts(above(x, -746.0)));
+}
 PK_INLINE vd exp2m1(vd x) {
   const vd most = below(above(x, -1100.0), 1100.0);
   // 2^1024 is inf and inf * part + inf may be NaN: from 60 on, the 1 is far below one ulp.
@@ -97,7 +106,7 @@ PK_INLINE vd log1p_unit(vd y) {
 PK_INLINE vd log1p_positive(vd y) {
   const vd u = splat(1.0) + y;
   const vu shifted = ((vu)u - (vu)splat(0x1.6a09e667f3bcdp-1)) >> 52;  // >= 0, since u >= 1
-  const vd m = (vd)((vu)u - (shifted << 52));                        // in [0.707, 1.414)
+  const vd m = (vd)((vu)u - (shifted << 52));                          // in [0.707, 1.414)
   const vd n = (vd)(shifted + (vu)splat(kRound)) - splat(kRound);
   return fma(n, splat(kLn2), log1p_series(n == 0 ? y : m - splat(1.0)));
 }

@@ -20,7 +20,8 @@ PK_INLINE uint16_t to_bf16(float f) {  // nearest, ties to even; NaN stays NaN
   return uint16_t(f != f ? 0x7fc0 : rounded);
 }
 PK_INLINE float from_fp16(uint16_t x) {
-  // Exponent re-biased by a multiplication, which is exact and handles denormals; inf and NaN apart.
+  // Exponent re-biased by a multiplication, which is exact and handles denormals; inf and NaN
+  // apart.
   const uint32_t sign = uint32_t(x & 0x8000) << 16, rest = uint32_t(x & 0x7fff) << 13;
   const bool special = (x & 0x7c00) == 0x7c00;
   float f;
@@ -68,15 +69,21 @@ PK_INLINE vf round_to(vf x, Dtype type) {
   }
   return x;
 }
-PK_INLINE vd round_to(vd x, Dtype) { return x; }
+PK_INLINE vd round_to(vd x, Dtype) {
+  return x;
+}
 
 template <class T>
 PK_INLINE T element(const void* p, Dtype type, int64_t i) {
   switch (type) {
-    case Dtype::f32: return T(static_cast<const float*>(p)[i]);
-    case Dtype::f64: return T(static_cast<const double*>(p)[i]);
-    case Dtype::bf16: return T(from_bf16(static_cast<const uint16_t*>(p)[i]));
-    case Dtype::f16: return T(from_fp16(static_cast<const uint16_t*>(p)[i]));
+    case Dtype::f32:
+      return T(static_cast<const float*>(p)[i]);
+    case Dtype::f64:
+      return T(static_cast<const double*>(p)[i]);
+    case Dtype::bf16:
+      return T(from_bf16(static_cast<const uint16_t*>(p)[i]));
+    case Dtype::f16:
+      return T(from_fp16(static_cast<const uint16_t*>(p)[i]));
   }
   return T(0);
 }

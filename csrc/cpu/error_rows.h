@@ -1,7 +1,7 @@
 // Prediction errors reduced per sample and segment, fp64 inside; no squared error is ever stored.
 //
-// A sample is cut into blocks of a fixed number of elements; each block has partial sums of its own,
-// which are added in order at the end: the same bits for any number of threads.
+// A sample is cut into blocks of a fixed number of elements; each block has partial sums of its
+// own, which are added in order at the end: the same bits for any number of threads.
 #pragma once
 
 #include "cpu/tiles.h"
@@ -29,7 +29,9 @@ struct ErrorRows {
   int64_t sample, blocks;  // elements and blocks of one sample
 
   explicit ErrorRows(const ErrorCall& c)
-      : call(c), sample(c.outer * c.frames * c.inner), blocks((sample + kErrorBlock - 1) / kErrorBlock) {}
+      : call(c),
+        sample(c.outer * c.frames * c.inner),
+        blocks((sample + kErrorBlock - 1) / kErrorBlock) {}
 
   struct Chunk {
     alignas(64) double p[kErrorChunk], t[kErrorChunk], q[kErrorChunk];
@@ -48,7 +50,8 @@ struct ErrorRows {
     for (int64_t at = b * kErrorBlock; at < last;) {
       const int64_t left = call.inner - at % call.inner;
       const int64_t n = left < last - at ? left : last - at;
-      body(s * sample + at, n, call.segments == nullptr ? 0 : call.segments[at / call.inner % call.frames]);
+      body(s * sample + at, n,
+           call.segments == nullptr ? 0 : call.segments[at / call.inner % call.frames]);
       at += n;
     }
   }
@@ -116,7 +119,8 @@ struct ErrorRows {
       for (int64_t s = 0; s < call.samples; ++s) {
         for (int64_t f = 0; f < call.segment_count; ++f) {
           double sum = 0.0;
-          for (int64_t b = 0; b < blocks; ++b) sum += partial[(s * blocks + b) * width + f * call.stats + k];
+          for (int64_t b = 0; b < blocks; ++b)
+            sum += partial[(s * blocks + b) * width + f * call.stats + k];
           call.out[(k * call.samples + s) * call.segment_count + f] = sum;
         }
       }
@@ -144,8 +148,12 @@ struct ErrorRows {
   }
 };
 
-inline bool error_forward(const ErrorCall& call) { return ErrorRows(call).forward(); }
-inline bool error_backward(const ErrorCall& call) { return ErrorRows(call).backward(); }
+inline bool error_forward(const ErrorCall& call) {
+  return ErrorRows(call).forward();
+}
+inline bool error_backward(const ErrorCall& call) {
+  return ErrorRows(call).backward();
+}
 
 }  // namespace PK_ISA
 }  // namespace prefkern

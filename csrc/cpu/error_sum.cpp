@@ -18,27 +18,31 @@ void parse_stats(ErrorCall& call, const std::string& stats) {
   while (at <= stats.size()) {
     const size_t end = std::min(stats.find(',', at), stats.size());
     const std::string item = stats.substr(at, end - at), name = item.substr(0, item.find(':'));
-    int* slot = name == "err" ? &call.err
+    int* slot = name == "err"       ? &call.err
                 : name == "ref_err" ? &call.ref_err
                 : name == "dot"     ? &call.dot
                 : name == "huber"   ? &call.huber_slot
                                     : nullptr;
     STD_TORCH_CHECK(slot != nullptr && *slot < 0,
-                    "stats must be distinct names among err, ref_err, dot and huber:c, got '", stats, "'.");
+                    "stats must be distinct names among err, ref_err, dot and huber:c, got '",
+                    stats, "'.");
     *slot = int(call.stats++);
     if (slot == &call.huber_slot) {
       call.huber = item.size() > 6 ? std::strtod(item.c_str() + 6, nullptr) : 0.0;
-      STD_TORCH_CHECK(call.huber > 0.0, "huber needs a width > 0, as in 'huber:0.001', got '", item, "'.");
+      STD_TORCH_CHECK(call.huber > 0.0, "huber needs a width > 0, as in 'huber:0.001', got '", item,
+                      "'.");
     }
     at = end + 1;
   }
 }
 
-ErrorCall make_call(const Tensor& pred, const Tensor& target, const OptTensor& ref, const OptTensor& segments,
-                    int64_t num_segments, const std::string& stats, bool reads_ref) {
+ErrorCall make_call(const Tensor& pred, const Tensor& target, const OptTensor& ref,
+                    const OptTensor& segments, int64_t num_segments, const std::string& stats,
+                    bool reads_ref) {
   ErrorCall call;
   check_shape(pred, "pred", {-1, -1, -1, -1});
-  call.samples = pred.size(0), call.outer = pred.size(1), call.frames = pred.size(2), call.inner = pred.size(3);
+  call.samples = pred.size(0), call.outer = pred.size(1), call.frames = pred.size(2),
+  call.inner = pred.size(3);
   call.pred = pred.const_data_ptr();
   call.pred_type = check_float(pred, "pred");
   const auto shape = {call.samples, call.outer, call.frames, call.inner};
@@ -60,8 +64,9 @@ ErrorCall make_call(const Tensor& pred, const Tensor& target, const OptTensor& r
     STD_TORCH_CHECK(segments->scalar_type() == ScalarType::Int, "segments must be int32.");
     call.segments = static_cast<const int32_t*>(segments->const_data_ptr());
     for (int64_t f = 0; f < call.frames; ++f) {
-      STD_TORCH_CHECK(call.segments[f] < num_segments, "segments must be below num_segments = ", num_segments,
-                      ", got ", call.segments[f], ".");
+      STD_TORCH_CHECK(call.segments[f] < num_segments,
+                      "segments must be below num_segments = ", num_segments, ", got ",
+                      call.segments[f], ".");
     }
   }
   call.pool = torch_pool();
@@ -70,18 +75,20 @@ ErrorCall make_call(const Tensor& pred, const Tensor& target, const OptTensor& r
 
 }  // namespace
 
-Tensor error_sum_fwd(const Tensor& pred, const Tensor& target, const OptTensor& ref, const OptTensor& segments,
-                     int64_t num_segments, const std::string& stats) {
+Tensor error_sum_fwd(const Tensor& pred, const Tensor& target, const OptTensor& ref,
+                     const OptTensor& segments, int64_t num_segments, const std::string& stats) {
   ErrorCall call = make_call(pred, target, ref, segments, num_segments, stats, true);
-  Tensor out = torch::stable::new_empty(pred, {call.stats, call.samples, num_segments}, ScalarType::Double);
+  Tensor out =
+      torch::stable::new_empty(pred, {call.stats, call.samples, num_segments}, ScalarType::Double);
   call.out = static_cast<double*>(out.mutable_data_ptr());
   check_done(kernels().error_forward(call));
   return out;
 }
 
-Tensor error_sum_bwd(const Tensor& d_out, const Tensor& pred, const Tensor& target, const OptTensor& ref,
-                     const OptTensor& segments, const std::string& stats) {
-  STD_TORCH_CHECK(d_out.dim() == 3, "d_out must be [n, B, num_segments], got ", shape_text(d_out), ".");
+Tensor error_sum_bwd(const Tensor& d_out, const Tensor& pred, const Tensor& target,
+                     const OptTensor& ref, const OptTensor& segments, const std::string& stats) {
+  STD_TORCH_CHECK(d_out.dim() == 3, "d_out must be [n, B, num_segments], got ", shape_text(d_out),
+                  ".");
   ErrorCall call = make_call(pred, target, ref, segments, d_out.size(2), stats, false);
   check_shape(d_out, "d_out", {call.stats, call.samples, call.segment_count});
   STD_TORCH_CHECK(d_out.scalar_type() == ScalarType::Double, "d_out must be float64.");

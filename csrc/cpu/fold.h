@@ -1,7 +1,8 @@
 // The forward fold: one row of a logit tile into the row's running sums.
 //
-// A tile row is stored as blocks of L logits, `stride` apart; entries beyond the vocabulary are -inf.
-// Sums over a tile row are fp32 vectors, sums over tiles fp64 (the merge costs nothing there).
+// A tile row is stored as blocks of L logits, `stride` apart; entries beyond the vocabulary are
+// -inf. Sums over a tile row are fp32 vectors, sums over tiles fp64 (the merge costs nothing
+// there).
 #pragma once
 
 #include "cpu/dtype.h"
@@ -11,10 +12,16 @@ namespace prefkern {
 namespace PK_ISA {
 
 template <class T>
-PK_INLINE T min_x() { return sizeof(T) == 4 ? T(-104) : T(-746); }  // e^x is 0 below
+PK_INLINE T min_x() {
+  return sizeof(T) == 4 ? T(-104) : T(-746);
+}  // e^x is 0 below
 
-PK_INLINE vf abs(vf x) { return x < 0 ? -x : x; }
-PK_INLINE vd abs(vd x) { return x < 0 ? -x : x; }
+PK_INLINE vf abs(vf x) {
+  return x < 0 ? -x : x;
+}
+PK_INLINE vd abs(vd x) {
+  return x < 0 ? -x : x;
+}
 
 // One row of one tile.
 template <class T>
@@ -22,7 +29,7 @@ struct TileRow {
   const T* z = nullptr;
   const T* zr = nullptr;
   const T* za = nullptr;
-  const T* adv = nullptr;  // A of this tile, contiguous, or null
+  const T* adv = nullptr;              // A of this tile, contiguous, or null
   int64_t stride = 0, ref_stride = 0;  // of z; of zr and za
   int64_t blocks = 0;
   int64_t start = 0;  // vocabulary index of the first entry
@@ -186,7 +193,8 @@ inline void fold_advantage(RowSums& s, const TileRow<T>& t) {
   s.aux.sum += sum_lanes(sum_a);
 }
 
-// The largest logits of one tile row, found before the fold: rows of a unit overlap better that way.
+// The largest logits of one tile row, found before the fold: rows of a unit overlap better that
+// way.
 template <class T>
 struct RowTop {
   T pol, ref, aux;
@@ -198,25 +206,34 @@ PK_INLINE RowTop<T> row_tops(const TileRow<T>& t) {
           t.za ? row_max(t.za, t.ref_stride, t.blocks) : none};
 }
 
-// First sweep: raises the maxima, then runs the passes the plan needs. The tile is in L1 or L2, where a
-// pass costs about a tenth of a nanosecond per logit.
+// First sweep: raises the maxima, then runs the passes the plan needs. The tile is in L1 or L2,
+// where a pass costs about a tenth of a nanosecond per logit.
 template <class T>
-inline void fold_first(RowSums& s, const StatPlan& plan, const TileRow<T>& t, const RowTop<T>& top) {
-  if (plan.has(kTop1) && top.pol > s.pol.max) s.top = t.start + first_equal(t.z, t.stride, t.blocks, top.pol);
+inline void fold_first(RowSums& s, const StatPlan& plan, const TileRow<T>& t,
+                       const RowTop<T>& top) {
+  if (plan.has(kTop1) && top.pol > s.pol.max)
+    s.top = t.start + first_equal(t.z, t.stride, t.blocks, top.pol);
   if (top.pol > s.pol.max || top.ref > s.ref.max || top.aux > s.aux.max) {
     raise_maxima(s, plan, top.pol, top.ref, top.aux, t.za != nullptr);
   }
   const bool entropy = plan.has(kEnt), collision = plan.has(kCol);
   if (t.zr == nullptr) {
-    if (entropy && collision) fold_one<T, true, true>(s, t);
-    else if (entropy) fold_one<T, true, false>(s, t);
-    else if (collision) fold_one<T, false, true>(s, t);
-    else fold_one<T, false, false>(s, t);
+    if (entropy && collision)
+      fold_one<T, true, true>(s, t);
+    else if (entropy)
+      fold_one<T, true, false>(s, t);
+    else if (collision)
+      fold_one<T, false, true>(s, t);
+    else
+      fold_one<T, false, false>(s, t);
   } else {
     const bool f = plan.has(kFkl), r = plan.has(kRkl);
-    if (entropy || collision || r) fold_two<T, true, true, true>(s, t);
-    else if (f) fold_two<T, false, true, false>(s, t);
-    else fold_two<T, false, false, false>(s, t);
+    if (entropy || collision || r)
+      fold_two<T, true, true, true>(s, t);
+    else if (f)
+      fold_two<T, false, true, false>(s, t);
+    else
+      fold_two<T, false, false, false>(s, t);
     if (plan.has(kAlpha)) fold_blend(s.blend[0], s, t, plan.param[kAlpha]);
     if (plan.has(kRenyi)) fold_blend(s.blend[1], s, t, plan.param[kRenyi]);
     if (plan.has(kMix)) fold_blend(s.blend[2], s, t, plan.param[kMix]);
@@ -234,7 +251,8 @@ inline void fold_sparse(RowSums& s, const TileRow<T>& t, const int64_t* index, c
   for (int64_t j = first; j < first + k; ++j) {
     const int64_t v = index[j] - t.start;
     if (v < 0 || v >= t.blocks * L) continue;
-    s.adv += weighted(pk_exp(double(t.z[v / L * t.stride + v % L]) - m), element<double>(values, type, j));
+    s.adv += weighted(pk_exp(double(t.z[v / L * t.stride + v % L]) - m),
+                      element<double>(values, type, j));
   }
 }
 

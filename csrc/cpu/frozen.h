@@ -1,6 +1,6 @@
 // Frozen head: the forward forms rows[s] = sum_v (d stat_s / dx_v) W_v, so that the backward is a
-// multiplication. While the sweep runs, up to four sums of weighted head rows are kept relative to the
-// running maxima, like the scalar sums beside them:
+// multiplication. While the sweep runs, up to four sums of weighted head rows are kept relative to
+// the running maxima, like the scalar sums beside them:
 //   mass = sum e^x W      log = sum e^x x W      ref = sum e^xr W      cross = sum e^x (x - xr) W
 #pragma once
 
@@ -18,10 +18,10 @@ struct Frozen {
 
   int sums = 0;
   int slot[kWhich] = {-1, -1, -1, -1};
-  T* total[kWhich] = {};     // [capacity][D]
-  W* head = nullptr;         // [d blocks][words of columns][L]
-  W* factor = nullptr;       // per thread, [blocks of column words][unit rows][L]
-  T* line = nullptr;         // per thread, one row of factors
+  T* total[kWhich] = {};  // [capacity][D]
+  W* head = nullptr;      // [d blocks][words of columns][L]
+  W* factor = nullptr;    // per thread, [blocks of column words][unit rows][L]
+  T* line = nullptr;      // per thread, one row of factors
   int64_t head_stride = 0, factor_stride = 0, factor_size = 0, line_size = 0, width_d = 0;
 
   void plan(const HeadCall& call) {
@@ -60,8 +60,8 @@ struct Frozen {
     const int64_t end = 2 * L * (unit + 1) < width ? 2 * L * (unit + 1) : width;
     for (int64_t v = 2 * L * unit; v < end; v += C::pair) {
       const int64_t row[2] = {v0 + v, v0 + v + 1};
-      pack_right<C>(head, head_stride, v / C::pair, call.policy.weight, call.policy.weight_type, row,
-                    end - v < C::pair ? 1 : C::pair, width_d);
+      pack_right<C>(head, head_stride, v / C::pair, call.policy.weight, call.policy.weight_type,
+                    row, end - v < C::pair ? 1 : C::pair, width_d);
     }
   }
 
@@ -70,12 +70,14 @@ struct Frozen {
     if (old_pol == s.pol.max && old_ref == s.ref.max) return;
     if (old_pol == -pk_inf() && old_ref == -pk_inf()) return;  // nothing summed yet
     const T fp = T(raise_factor(old_pol, s.pol.max)), fr = T(raise_factor(old_ref, s.ref.max));
-    const T dp = T(safe_max(old_pol) - safe_max(s.pol.max)), dr = T(safe_max(old_ref) - safe_max(s.ref.max));
+    const T dp = T(safe_max(old_pol) - safe_max(s.pol.max)),
+            dr = T(safe_max(old_ref) - safe_max(s.ref.max));
     T* mass = total[kMass] + i * width_d;
     for (int64_t d = 0; d < width_d; ++d) {
       const T m = mass[d];
       mass[d] = fp * m;
-      if (total[kLog] != nullptr) total[kLog][i * width_d + d] = fp * (total[kLog][i * width_d + d] + dp * m);
+      if (total[kLog] != nullptr)
+        total[kLog][i * width_d + d] = fp * (total[kLog][i * width_d + d] + dp * m);
       if (total[kRef] != nullptr) total[kRef][i * width_d + d] *= fr;
       if (total[kCross] != nullptr) {
         total[kCross][i * width_d + d] = fp * (total[kCross][i * width_d + d] + (dp - dr) * m);
@@ -91,7 +93,9 @@ struct Frozen {
     for (int w = 0; w < kWhich; ++w) {
       if (slot[w] < 0) continue;
       for (int64_t r = 0; r < round_up(n, C::MR); ++r) {
-        if (r < n) factors(w, s[r], call.policy, z + r * L, zr ? zr + r * L : nullptr, z_stride, blocks, buffer);
+        if (r < n)
+          factors(w, s[r], call.policy, z + r * L, zr ? zr + r * L : nullptr, z_stride, blocks,
+                  buffer);
         const int64_t depth = words<C>(blocks * L);
         for (int64_t k = 0; k < round_up(depth, L); k += L) {
           W* d = f + k / L * factor_stride + r * L;
@@ -108,12 +112,13 @@ struct Frozen {
         T* to[C::MR] = {};
         const int count = int(n - g < C::MR ? n - g : C::MR);
         for (int i = 0; i < count; ++i) to[i] = total[w] + (first + g + i) * width_d;
-        add_rows<C>(f + g * L, factor_stride, head, head_stride, words<C>(width), to, count, width_d, false);
+        add_rows<C>(f + g * L, factor_stride, head, head_stride, words<C>(width), to, count,
+                    width_d, false);
       }
     }
   }
-  static void factors(int which, const RowSums& s, const Head& head, const T* z, const T* zr, int64_t stride,
-                      int64_t blocks, T* buffer) {
+  static void factors(int which, const RowSums& s, const Head& head, const T* z, const T* zr,
+                      int64_t stride, int64_t blocks, T* buffer) {
     const Vec<T> m = splat(T(safe_max(s.pol.max))), mr = splat(T(safe_max(s.ref.max)));
     const Vec<T> low = splat(min_x<T>()), zero{}, one = splat(T(1));
     const Vec<T> cap = splat(T(head.softcap != 0.0 ? head.temperature / head.softcap : 0.0));
@@ -139,7 +144,8 @@ struct Frozen {
 
   // rows[s] of row i, from its sums and the head row of the target.
   template <class Out>
-  void finish(const HeadCall& call, const RowSums& s, int64_t i, int64_t row, const Out& out) const {
+  void finish(const HeadCall& call, const RowSums& s, int64_t i, int64_t row,
+              const Out& out) const {
     const Head& head = call.policy;
     const double slope = head.scale / head.temperature;
     const double u = head.softcap != 0.0 ? s.zy * head.temperature / head.softcap : 0.0;
@@ -157,12 +163,23 @@ struct Frozen {
         const int64_t at = i * width_d + d;
         T v = target ? T(at_target) * element<T>(head.weight, head.weight_type, y + d) : T(0);
         switch (kind) {
-          case kLogp: v -= p * total[kMass][at]; break;
-          case kLse: v = p * total[kMass][at]; break;
-          case kEnt: v = ent * total[kMass][at] - p * total[kLog][at]; break;
-          case kFkl: v = p * total[kMass][at] - r * total[kRef][at]; break;
-          case kRkl: v = p * total[kCross][at] + rkl * total[kMass][at]; break;
-          default: break;
+          case kLogp:
+            v -= p * total[kMass][at];
+            break;
+          case kLse:
+            v = p * total[kMass][at];
+            break;
+          case kEnt:
+            v = ent * total[kMass][at] - p * total[kLog][at];
+            break;
+          case kFkl:
+            v = p * total[kMass][at] - r * total[kRef][at];
+            break;
+          case kRkl:
+            v = p * total[kCross][at] + rkl * total[kMass][at];
+            break;
+          default:
+            break;
         }
         to[d] = v;
       }

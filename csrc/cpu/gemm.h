@@ -1,13 +1,14 @@
 // Matrix products on packed tiles.
 //
-// Measured on 1 thread of a Zen 4 class EPYC (118 GFLOP/s fp32 and 237 GFLOP/s bf16 peak), D = 512:
-// torch's mm (MKL) 98-102 fp32 and 210-220 bf16, oneDNN 84-111 and 185-218. The kernels below reach
-// the same or more on the same shapes and leave the tile in L1 for the fold, hence the product is ours.
+// Measured on one thread of a Zen 4 EPYC at 3.7 GHz (peak 118 GFLOP/s fp32, 237 bf16), D = 512,
+// GFLOP/s of logits / dH / dW: torch's mm (MKL) 98 / 102 / 99 in fp32 and 220 / 216 / 210 in bf16,
+// oneDNN 92 / 110 / 84 and 218 / 217 / 185; the kernels below 116 / 114 / 115 and 232 / 228 / 228.
+// They also leave the tile in L1 for the fold and allocate nothing, hence the product is ours.
 //
-// A word is one number, or a pair of bf16 numbers that are neighbours along the summed axis. A packed
-// matrix is stored as [columns / L][rows][L] words (L words fill a vector): a row's next L columns
-// are one vector, `stride` words after the last. The same layout serves as the left factor (rows
-// broadcast word by word) and as the right one (a column block streamed row by row).
+// A word is one number, or a pair of bf16 numbers that are neighbours along the summed axis. A
+// packed matrix is stored as [columns / L][rows][L] words (L words fill a vector): a row's next L
+// columns are one vector, `stride` words after the last. The same layout serves as the left factor
+// (rows broadcast word by word) and as the right one (a column block streamed row by row).
 #pragma once
 
 #include "cpu/dtype.h"
@@ -57,7 +58,9 @@ template <class C>
 constexpr int64_t words(int64_t n) {
   return (n + C::pair - 1) / C::pair;
 }
-PK_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+PK_INLINE int64_t round_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
 
 // Distance between column blocks of a packed matrix with `rows` rows: MR rows are added so that the
 // blocks of one row do not fall on the same cache sets.
@@ -117,9 +120,8 @@ PK_INLINE void multiply(const typename C::W* a, int64_t a_stride, const typename
 
 // z[:, NR blocks] = a b, both packed.
 template <class C, int NR>
-PK_HOT void product_store(const typename C::W* a, int64_t a_stride,
-                                             const typename C::W* b, int64_t b_stride,
-                                             int64_t depth, typename C::T* z, int64_t z_stride) {
+PK_HOT void product_store(const typename C::W* a, int64_t a_stride, const typename C::W* b,
+                          int64_t b_stride, int64_t depth, typename C::T* z, int64_t z_stride) {
   Vec<typename C::T> acc[C::MR][NR];
   multiply<C, NR, false>(a, a_stride, b, b_stride, depth, acc);
 #pragma GCC unroll 8
@@ -129,13 +131,12 @@ PK_HOT void product_store(const typename C::W* a, int64_t a_stride,
   }
 }
 
-// Adds (or, with `fresh`, writes) the product to plain rows: row i at rows[i] + column. Columns at and
-// beyond `width` do not exist.
+// Adds (or, with `fresh`, writes) the product to plain rows: row i at rows[i] + column. Columns at
+// and beyond `width` do not exist.
 template <class C, int NR, bool transposed>
-PK_HOT void product_add(const typename C::W* a, int64_t a_stride,
-                                           const typename C::W* b, int64_t b_stride, int64_t depth,
-                                           typename C::T* const* rows, int count, int64_t column,
-                                           int64_t width, bool fresh) {
+PK_HOT void product_add(const typename C::W* a, int64_t a_stride, const typename C::W* b,
+                        int64_t b_stride, int64_t depth, typename C::T* const* rows, int count,
+                        int64_t column, int64_t width, bool fresh) {
   using T = typename C::T;
   constexpr int L = C::L;
   if (!fresh) {  // the rows come from L3 or memory: ask for them before the product needs them
@@ -184,7 +185,8 @@ PK_INLINE void for_blocks(int64_t count, const Body& body) {
 // z [blocks of v][rows][L] = h w^T for row groups [0, groups * MR).
 template <class C>
 void logits_tile(const typename C::W* h, int64_t h_stride, const typename C::W* w, int64_t w_stride,
-                 int64_t depth, int64_t groups, int64_t v_blocks, typename C::T* z, int64_t z_stride) {
+                 int64_t depth, int64_t groups, int64_t v_blocks, typename C::T* z,
+                 int64_t z_stride) {
   for_blocks(v_blocks, [&](int64_t vb, auto nr) {
     for (int64_t g = 0; g < groups; ++g) {
       product_store<C, nr.value>(h + g * C::MR * C::L, h_stride, w + vb * w_stride, w_stride, depth,
@@ -193,7 +195,8 @@ void logits_tile(const typename C::W* h, int64_t h_stride, const typename C::W* 
   });
 }
 
-// rows[i] += dz w for one group of up to MR rows: dz [blocks of v words][rows][L], w [blocks of d][v words][L].
+// rows[i] += dz w for one group of up to MR rows: dz [blocks of v words][rows][L], w [blocks of
+// d][v words][L].
 template <class C>
 void add_rows(const typename C::W* dz, int64_t dz_stride, const typename C::W* w, int64_t w_stride,
               int64_t depth, typename C::T* const* rows, int count, int64_t width, bool fresh) {

@@ -6,8 +6,8 @@
 namespace prefkern {
 namespace PK_ISA {
 
-// A log-normaliser as two numbers, so that z - lse loses nothing to a large lse. (A head's lse is saved
-// as one number; the low part is then 0 and costs one addition.)
+// A log-normaliser as two numbers, so that z - lse loses nothing to a large lse. (A head's lse is
+// saved as one number; the low part is then 0 and costs one addition.)
 template <class T>
 struct Split {
   Vec<T> high, low;
@@ -17,7 +17,9 @@ template <>
 PK_INLINE Split<double>::Split(double x) : high(splat(x)), low(splat(0.0)) {}
 
 template <class T>
-PK_INLINE Vec<T> minus(Vec<T> z, const Split<T>& lse) { return (z - lse.high) - lse.low; }
+PK_INLINE Vec<T> minus(Vec<T> z, const Split<T>& lse) {
+  return (z - lse.high) - lse.low;
+}
 
 // log of (b r + (1-b) p) / p from d = log r - log p. Beyond |d| = 80 one of the two is e^-80 of the
 // other; the clamp keeps e^d finite. d = 0 gives exactly 0.
@@ -47,8 +49,8 @@ struct TopSet {
 
 // `seen`: the reference's logits as the backward reads them, contiguous; null where they are t.zr.
 template <class T>
-inline void fold_second(RowSums& s, const StatPlan& plan, const TileRow<T>& t, double lse, double ref_lse,
-                        const T* seen) {
+inline void fold_second(RowSums& s, const StatPlan& plan, const TileRow<T>& t, double lse,
+                        double ref_lse, const T* seen) {
   constexpr int L = Lanes<T>::L;
   const Split<T> n(lse), nr(ref_lse);
   const Vec<T> zero{}, one = splat(T(1));
@@ -133,8 +135,8 @@ struct TopHeap {
   }
 };
 
-// Row constants of the gradient in the compute type. With a constant slope dz/dx the coefficients of
-// the sum already carry it.
+// Row constants of the gradient in the compute type. With a constant slope dz/dx the coefficients
+// of the sum already carry it.
 template <class T>
 struct GradRow {
   GradCoef c;
@@ -150,7 +152,8 @@ PK_INLINE void scale_coefficients(GradCoef& c, double f) {
 template <class T, bool entropy, bool collision>
 PK_HOT void grad_one(const GradRow<T>& g, const TileRow<T>& t, T* d, int64_t d_stride) {
   const Vec<T> a0 = splat(T(g.c.a0)), ent = splat(T(g.c.ent)), col = splat(T(g.c.col));
-  const Vec<T> low = splat(min_x<T>()), value = splat(T(g.c.ent_value)), c = splat(T(g.c.col_value));
+  const Vec<T> low = splat(min_x<T>()), value = splat(T(g.c.ent_value)),
+               c = splat(T(g.c.col_value));
   for (int64_t k = 0; k < t.blocks; ++k) {
     const Vec<T> lp = max(low, minus<T>(load(t.z + k * t.stride), g.lse));
     const Vec<T> p = exp_bounded(lp);
@@ -165,9 +168,11 @@ PK_HOT void grad_one(const GradRow<T>& g, const TileRow<T>& t, T* d, int64_t d_s
 template <class T, bool plain>
 PK_HOT void grad_two(const GradRow<T>& g, const TileRow<T>& t, T* d, int64_t d_stride) {
   constexpr int L = Lanes<T>::L;
-  const Vec<T> a0 = splat(T(g.c.a0)), fkl = splat(T(g.c.fkl)), ent = splat(T(g.c.ent)), rkl = splat(T(g.c.rkl));
+  const Vec<T> a0 = splat(T(g.c.a0)), fkl = splat(T(g.c.fkl)), ent = splat(T(g.c.ent)),
+               rkl = splat(T(g.c.rkl));
   const Vec<T> ev = splat(T(g.c.ev)), col = splat(T(g.c.col)), low = splat(min_x<T>()), zero{};
-  const Vec<T> h = splat(T(g.c.ent_value)), kl = splat(T(g.c.rkl_value)), mean = splat(T(g.c.ev_value));
+  const Vec<T> h = splat(T(g.c.ent_value)), kl = splat(T(g.c.rkl_value)),
+               mean = splat(T(g.c.ev_value));
   const Vec<T> c = splat(T(g.c.col_value));
   const bool reverse = g.c.rkl != 0, advantage = g.c.ev != 0;
   for (int64_t k = 0; k < t.blocks; ++k) {
@@ -181,7 +186,8 @@ PK_HOT void grad_two(const GradRow<T>& g, const TileRow<T>& t, T* d, int64_t d_s
     Vec<T> inner = fma(col, p - c, fma(ent, lpc + h, a0));
     if (reverse) inner = fma(rkl, (lp - lr) - kl, inner);
     if (advantage) {
-      const Vec<T> a = t.za ? minus<T>(load(t.za + k * t.ref_stride), g.aux_lse) - lr : load(t.adv + k * L);
+      const Vec<T> a =
+          t.za ? minus<T>(load(t.za + k * t.ref_stride), g.aux_lse) - lr : load(t.adv + k * L);
       inner = fma(ev, a - mean, inner);
     }
     store(d + k * d_stride, fma(fkl, p - r, p == zero ? zero : p * inner));
@@ -235,9 +241,10 @@ PK_INLINE bool has_special(const GradCoef& c) {
   return c.alpha != 0 || c.renyi != 0 || c.mix != 0 || c.jsd != 0 || c.tv != 0 || c.bkl != 0;
 }
 
-// dL/dx of one tile row, written over t.z's own storage (`dst`, same stride). `scratch` holds a row.
-// target: index of y within the tile, or negative. softcap and temperature give the slope where it is
-// not constant (softcap 0: already in the coefficients); its constant factor is in them either way.
+// dL/dx of one tile row, written over t.z's own storage (`dst`, same stride). `scratch` holds a
+// row. target: index of y within the tile, or negative. softcap and temperature give the slope
+// where it is not constant (softcap 0: already in the coefficients); its constant factor is in them
+// either way.
 template <class T>
 inline void grad_row(const GradRow<T>& g, const TileRow<T>& t, T* dst, T* scratch, int64_t target,
                      double softcap, double temperature) {
@@ -247,10 +254,14 @@ inline void grad_row(const GradRow<T>& g, const TileRow<T>& t, T* dst, T* scratc
   T* d = apart ? scratch : dst;
   const int64_t stride = apart ? L : t.stride;
   if (t.zr == nullptr && t.adv == nullptr) {
-    if (c.ent != 0 && c.col != 0) grad_one<T, true, true>(g, t, d, stride);
-    else if (c.ent != 0) grad_one<T, true, false>(g, t, d, stride);
-    else if (c.col != 0) grad_one<T, false, true>(g, t, d, stride);
-    else grad_one<T, false, false>(g, t, d, stride);
+    if (c.ent != 0 && c.col != 0)
+      grad_one<T, true, true>(g, t, d, stride);
+    else if (c.ent != 0)
+      grad_one<T, true, false>(g, t, d, stride);
+    else if (c.col != 0)
+      grad_one<T, false, true>(g, t, d, stride);
+    else
+      grad_one<T, false, false>(g, t, d, stride);
   } else if (c.ent == 0 && c.rkl == 0 && c.ev == 0 && c.col == 0) {
     grad_two<T, true>(g, t, d, stride);
   } else {

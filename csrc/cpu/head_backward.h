@@ -8,8 +8,8 @@
 namespace prefkern {
 namespace PK_ISA {
 
-// Rows between two phases: the depth of one dW product. 256 are 1 % faster alone, but each phase ends in a
-// barrier, and a barrier on a busy machine can cost a scheduler's time slice.
+// Rows between two phases: the depth of one dW product. 256 are 1 % faster alone, but each phase
+// ends in a barrier, and a barrier on a busy machine can cost a scheduler's time slice.
 constexpr int64_t kBlockRows = 512;
 constexpr int64_t kBlockBytes = 2 << 20;
 constexpr int64_t kWeightSlice = 96;  // head rows of one unit of phase B
@@ -28,20 +28,21 @@ struct HeadBackward {
   int64_t columns = 0, block_rows = kBlockRows, scored = 0, depth = 0;
   bool recompute = false, dense_adv = false;
   Dtype working;
-  W* head = nullptr;       // [d blocks][words of columns][L]: right factor of dH
-  W* left[3] = {};         // per thread: hidden rows of a unit (pairs, and the other models)
-  W* right = nullptr;      // [d blocks][words of block rows][L]: right factor of dW
-  T* z[3] = {};            // per thread: logits of a unit
-  W* dz_left = nullptr;    // per thread: dL/dx of a unit, pairs along the vocabulary
-  W* dz = nullptr;         // [column blocks][words of block rows][L]: left factor of dW
-  T* line = nullptr;       // per thread: a row of terms
-  T* adv = nullptr;        // dense: shared; sparse: per thread
-  T* d_weight = nullptr;   // [columns][D] where the head's dtype is not the compute type
-  T* d_bias = nullptr;     // [columns]
+  W* head = nullptr;      // [d blocks][words of columns][L]: right factor of dH
+  W* left[3] = {};        // per thread: hidden rows of a unit (pairs, and the other models)
+  W* right = nullptr;     // [d blocks][words of block rows][L]: right factor of dW
+  T* z[3] = {};           // per thread: logits of a unit
+  W* dz_left = nullptr;   // per thread: dL/dx of a unit, pairs along the vocabulary
+  W* dz = nullptr;        // [column blocks][words of block rows][L]: left factor of dW
+  T* line = nullptr;      // per thread: a row of terms
+  T* adv = nullptr;       // dense: shared; sparse: per thread
+  T* d_weight = nullptr;  // [columns][D] where the head's dtype is not the compute type
+  T* d_bias = nullptr;    // [columns]
   int64_t* rows = nullptr;
-  T* d_hidden = nullptr;   // [N, D], or [scored, D] where hidden is 16-bit
+  T* d_hidden = nullptr;  // [N, D], or [scored, D] where hidden is 16-bit
   bool d_hidden_wide = false;
-  int64_t head_stride = 0, unit_stride = 0, left_size[3] = {}, z_size = 0, dzl_size = 0, line_size = 0;
+  int64_t head_stride = 0, unit_stride = 0, left_size[3] = {}, z_size = 0, dzl_size = 0,
+          line_size = 0;
   int64_t right_stride = 0, dz_stride = 0;
 
   explicit HeadBackward(const HeadCall& c) : call(c), working(c.policy.hidden_type) {
@@ -56,11 +57,13 @@ struct HeadBackward {
 
   bool place() {
     const bool same_weight = dtype_bytes(call.policy.weight_type) == int64_t(sizeof(T));
-    int64_t deepest = depth, tiles = (call.d_hidden != nullptr) + (call.d_weight != nullptr && !same_weight) + recompute;
+    int64_t deepest = depth, tiles = (call.d_hidden != nullptr) +
+                                     (call.d_weight != nullptr && !same_weight) + recompute;
     for (int i = 1; i < models; ++i) {
       const Head &a = *model[i].head, &p = call.policy;
       deepest = a.depth > deepest ? a.depth : deepest;
-      model[i].own_weight = !(a.weight == p.weight && a.weight_type == p.weight_type && a.depth == p.depth);
+      model[i].own_weight =
+          !(a.weight == p.weight && a.weight_type == p.weight_type && a.depth == p.depth);
       tiles += recompute && model[i].own_weight;
     }
     columns = tile_columns<C>(deepest, call.vocab, tiles < 1 ? 1 : tiles, kTileBytes);
@@ -105,10 +108,12 @@ struct HeadBackward {
 
   bool run() {
     const int64_t wt = dtype_bytes(call.policy.weight_type);
-    if (call.d_hidden != nullptr) std::memset(call.d_hidden, 0, size_t(call.rows * depth * dtype_bytes(working)));
+    if (call.d_hidden != nullptr)
+      std::memset(call.d_hidden, 0, size_t(call.rows * depth * dtype_bytes(working)));
     if (scored == 0) {
       if (call.d_weight != nullptr) std::memset(call.d_weight, 0, size_t(call.vocab * depth * wt));
-      if (call.d_bias != nullptr) std::memset(call.d_bias, 0, size_t(call.vocab * dtype_bytes(call.policy.bias_type)));
+      if (call.d_bias != nullptr)
+        std::memset(call.d_bias, 0, size_t(call.vocab * dtype_bytes(call.policy.bias_type)));
       return true;
     }
     if (!place()) return false;
@@ -116,7 +121,8 @@ struct HeadBackward {
     for (int64_t v0 = 0; v0 < call.vocab; v0 += columns) tile(v0);
     if (d_hidden_wide) {
       int64_t at = 0, base = 0;
-      while (const int64_t n = next_rows(call.targets, call.rows, call.ignore, at, rows, block_rows)) {
+      while (const int64_t n =
+                 next_rows(call.targets, call.rows, call.ignore, at, rows, block_rows)) {
         parallel(call.pool, n, [&](int64_t i, int) {
           write_row(call.d_hidden, working, rows[i] * depth, d_hidden + (base + i) * depth, depth);
         });
@@ -137,8 +143,8 @@ struct HeadBackward {
       const int64_t end = 2 * L * (unit + 1) < width ? 2 * L * (unit + 1) : width;
       for (int64_t v = 2 * L * unit; v < end; v += C::pair) {
         const int64_t row[2] = {v0 + v, v0 + v + 1};
-        pack_right<C>(head, head_stride, v / C::pair, call.policy.weight, call.policy.weight_type, row,
-                      end - v < C::pair ? 1 : C::pair, depth);
+        pack_right<C>(head, head_stride, v / C::pair, call.policy.weight, call.policy.weight_type,
+                      row, end - v < C::pair ? 1 : C::pair, depth);
       }
     });
     if (dense_adv) {
@@ -146,26 +152,33 @@ struct HeadBackward {
       for (int64_t i = width; i < blocks * L; ++i) adv[i] = T(0);
     }
     int64_t at = 0, base = 0;
-    while (const int64_t n = next_rows(call.targets, call.rows, call.ignore, at, rows, block_rows)) {
+    while (const int64_t n =
+               next_rows(call.targets, call.rows, call.ignore, at, rows, block_rows)) {
       parallel(call.pool, (n + kUnitRows - 1) / kUnitRows, [&](int64_t unit, int thread) {
         const int64_t first = unit * kUnitRows;
-        unit_rows(base, first, n - first < kUnitRows ? n - first : kUnitRows, thread, v0, width, blocks);
+        unit_rows(base, first, n - first < kUnitRows ? n - first : kUnitRows, thread, v0, width,
+                  blocks);
       });
-      if (call.d_weight != nullptr || call.d_bias != nullptr) weight_block(n, v0, width, blocks, base == 0);
+      if (call.d_weight != nullptr || call.d_bias != nullptr)
+        weight_block(n, v0, width, blocks, base == 0);
       base += n;
     }
     if (d_weight != nullptr) {
       parallel(call.pool, width, [&](int64_t v, int) {
-        write_row(call.d_weight, call.policy.weight_type, (v0 + v) * depth, d_weight + v * depth, depth);
+        write_row(call.d_weight, call.policy.weight_type, (v0 + v) * depth, d_weight + v * depth,
+                  depth);
       });
     }
     if (d_bias != nullptr) write_row(call.d_bias, call.policy.bias_type, v0, d_bias, width);
   }
 
-  int64_t cache_at(int which, int64_t i, int64_t v0) const { return (which * call.cache_rows + i) * call.vocab + v0; }
+  int64_t cache_at(int which, int64_t i, int64_t v0) const {
+    return (which * call.cache_rows + i) * call.vocab + v0;
+  }
 
   // Phase A for rows [first, first + n) of a block whose first row is the base-th scored one.
-  void unit_rows(int64_t base, int64_t first, int64_t n, int thread, int64_t v0, int64_t width, int64_t blocks) {
+  void unit_rows(int64_t base, int64_t first, int64_t n, int thread, int64_t v0, int64_t width,
+                 int64_t blocks) {
     const int64_t room = call.cache_rows - base - first, kept = room < 0 ? 0 : room > n ? n : room;
     const int64_t groups = (n + C::MR - 1) / C::MR;
     // Fresh hidden rows: once per tile as dW's right factor, and as the logits' left factor.
@@ -174,12 +187,14 @@ struct HeadBackward {
         pack_right<C>(right, right_stride, (first + r) / C::pair, call.policy.hidden, working,
                       rows + first + r, n - r < C::pair ? 1 : C::pair, depth);
       }
-      for (int64_t r = n; !kPairs && r < groups * C::MR; ++r) zero_left<C>(right, right_stride, first + r, depth);
+      for (int64_t r = n; !kPairs && r < groups * C::MR; ++r)
+        zero_left<C>(right, right_stride, first + r, depth);
     }
     T* zt[3] = {};
     int64_t stride[3];
     for (int i = 0; i < models; ++i) {
-      const bool shared = !kPairs && i == 0;  // the policy's logits become dW's left factor in place
+      const bool shared =
+          !kPairs && i == 0;  // the policy's logits become dW's left factor in place
       zt[i] = shared ? reinterpret_cast<T*>(dz) + first * L : z[i] + thread * z_size;
       stride[i] = shared ? dz_stride : unit_stride;
       const Head& h = *model[i].head;
@@ -190,8 +205,11 @@ struct HeadBackward {
         if (!shared) {
           W* mine = left[i] + thread * left_size[i];
           for (int64_t r = 0; r < groups * C::MR; ++r) {
-            if (r < n) pack_left<C>(mine, unit_stride, r, h.hidden, h.hidden_type, rows[first + r] * h.depth, h.depth);
-            else zero_left<C>(mine, unit_stride, r, h.depth);
+            if (r < n)
+              pack_left<C>(mine, unit_stride, r, h.hidden, h.hidden_type, rows[first + r] * h.depth,
+                           h.depth);
+            else
+              zero_left<C>(mine, unit_stride, r, h.depth);
           }
           packed = mine, packed_stride = unit_stride;
         }
@@ -200,7 +218,8 @@ struct HeadBackward {
       for (int64_t r = 0; r < n; ++r) {
         T* row = zt[i] + r * L;
         if (r < have) {
-          plain_to_tile(row, stride[i], blocks, call.cache, working, cache_at(i, base + first + r, v0), width, call.vocab);
+          plain_to_tile(row, stride[i], blocks, call.cache, working,
+                        cache_at(i, base + first + r, v0), width, call.vocab);
         } else if (is_short(working)) {
           round_row(row, stride[i], row, stride[i], blocks, working);
         }
@@ -208,8 +227,14 @@ struct HeadBackward {
       }
     }
     for (int64_t r = 0; r < n; ++r) {
-      const TileRow<T> t{zt[0] + r * L, zt[1] ? zt[1] + r * L : nullptr, zt[2] ? zt[2] + r * L : nullptr,
-                         nullptr, stride[0], unit_stride, blocks, v0};
+      const TileRow<T> t{zt[0] + r * L,
+                         zt[1] ? zt[1] + r * L : nullptr,
+                         zt[2] ? zt[2] + r * L : nullptr,
+                         nullptr,
+                         stride[0],
+                         unit_stride,
+                         blocks,
+                         v0};
       gradient(t, zt[0] + r * L, rows[first + r], thread, width);
     }
     W* factor = reinterpret_cast<W*>(zt[0]);
@@ -226,7 +251,8 @@ struct HeadBackward {
       for (int i = 0; i < count; ++i) {
         to[i] = d_hidden + (d_hidden_wide ? base + first + g + i : rows[first + g + i]) * depth;
       }
-      add_rows<C>(factor + g * L, factor_stride, head, head_stride, words<C>(width), to, count, depth, false);
+      add_rows<C>(factor + g * L, factor_stride, head, head_stride, words<C>(width), to, count,
+                  depth, false);
     }
   }
 
@@ -236,15 +262,20 @@ struct HeadBackward {
     const T* out = static_cast<const T*>(call.out);
     const T* saved = static_cast<const T*>(call.saved);
     const int* slot = call.plan.slot;
-    const auto kept = [&](SavedRow k) { return k < call.saved_rows ? double(saved[k * call.rows + row]) : 0.0; };
-    GradRow<T> g{grad_coefficients(call.plan, [&](StatKind k) { return double(up[slot[k] * call.rows + row]); },
-                                   [&](StatKind k) { return double(out[slot[k] * call.rows + row]); }, kept),
-                 Split<T>(kept(kSavedLse)), Split<T>(kept(kSavedRefLse)), Split<T>(kept(kSavedAuxLse))};
+    const auto kept = [&](SavedRow k) {
+      return k < call.saved_rows ? double(saved[k * call.rows + row]) : 0.0;
+    };
+    GradRow<T> g{grad_coefficients(
+                     call.plan, [&](StatKind k) { return double(up[slot[k] * call.rows + row]); },
+                     [&](StatKind k) { return double(out[slot[k] * call.rows + row]); }, kept),
+                 Split<T>(kept(kSavedLse)), Split<T>(kept(kSavedRefLse)),
+                 Split<T>(kept(kSavedAuxLse))};
     scale_coefficients(g.c, h.scale / h.temperature);
     if (dense_adv) t.adv = adv;
     if (call.values_index != nullptr) t.adv = sparse_advantage(row, thread, t.start, t.blocks);
     const int64_t y = call.targets[row] - t.start;
-    grad_row(g, t, dst, line + thread * line_size, y >= 0 && y < width ? y : -1, h.softcap, h.temperature);
+    grad_row(g, t, dst, line + thread * line_size, y >= 0 && y < width ? y : -1, h.softcap,
+             h.temperature);
   }
   const T* sparse_advantage(int64_t row, int thread, int64_t v0, int64_t blocks) const {
     T* a = adv + thread * columns;
@@ -256,8 +287,8 @@ struct HeadBackward {
     return a;
   }
 
-  // fp32 gradients of a unit, rounded to bf16 and paired along the vocabulary (for dH, into `by_column`)
-  // and along the rows (for dW, into dz).
+  // fp32 gradients of a unit, rounded to bf16 and paired along the vocabulary (for dH, into
+  // `by_column`) and along the rows (for dW, into dz).
   void to_pairs(const T* g, W* by_column, int64_t first, int64_t n, int64_t blocks) const {
     if constexpr (kPairs) {
       for (int64_t r = 0; r < n; ++r) {
@@ -294,8 +325,9 @@ struct HeadBackward {
           T* to[C::MR] = {};
           const int count = int(v_end - v < C::MR ? v_end - v : C::MR);
           for (int i = 0; i < count; ++i) to[i] = base + (v + i) * depth;
-          product_add<C, nr.value, true>(dz + v / L * dz_stride + v % L, 0, right + (first + j) * right_stride,
-                                         right_stride, rows_words, to, count, (first + j) * L, depth, fresh);
+          product_add<C, nr.value, true>(dz + v / L * dz_stride + v % L, 0,
+                                         right + (first + j) * right_stride, right_stride,
+                                         rows_words, to, count, (first + j) * L, depth, fresh);
         }
       });
     });
@@ -329,7 +361,8 @@ void frozen_backward(const HeadCall& call) {
         const int64_t m = d - at < 256 ? d - at : 256;
         for (int64_t i = 0; i < m; ++i) sum[i] = T(0);
         for (int s = 0; s < call.frozen_count && scored; ++s) {
-          const T c = static_cast<const T*>(call.d_out)[call.plan.slot[call.frozen_kind[s]] * call.rows + n];
+          const T c = static_cast<const T*>(
+              call.d_out)[call.plan.slot[call.frozen_kind[s]] * call.rows + n];
           const T* row = static_cast<const T*>(call.frozen) + (s * call.rows + n) * d + at;
           for (int64_t i = 0; i < m; ++i) sum[i] += c * row[i];
         }

@@ -1,5 +1,5 @@
-// Forward over a head (linear_logps, linear_divergence): vocabulary tiles outside, row units inside,
-// so that a weight tile is packed once for thousands of rows.
+// Forward over a head (linear_logps, linear_divergence): vocabulary tiles outside, row units
+// inside, so that a weight tile is packed once for thousands of rows.
 #pragma once
 
 #include "cpu/frozen.h"
@@ -46,10 +46,12 @@ struct HeadForward {
 
   bool place() {
     int64_t deepest = 0, tiles = 1;
-    for (int i = 0; i < models; ++i) deepest = model[i].head->depth > deepest ? model[i].head->depth : deepest;
+    for (int i = 0; i < models; ++i)
+      deepest = model[i].head->depth > deepest ? model[i].head->depth : deepest;
     for (int i = 1; i < models; ++i) {
       const Head &a = *model[i].head, &p = call.policy;
-      model[i].own_weight = !(a.weight == p.weight && a.weight_type == p.weight_type && a.depth == p.depth);
+      model[i].own_weight =
+          !(a.weight == p.weight && a.weight_type == p.weight_type && a.depth == p.depth);
       tiles += model[i].own_weight;
     }
     frozen.plan(call);
@@ -111,7 +113,8 @@ struct HeadForward {
     sweep(false);
     for (int64_t i = 0; i < count; ++i) finish(i);
     if (call.frozen != nullptr) {
-      parallel(call.pool, count, [&](int64_t i, int) { frozen.finish(call, sums[i], i, rows[i], out_of(i)); });
+      parallel(call.pool, count,
+               [&](int64_t i, int) { frozen.finish(call, sums[i], i, rows[i], out_of(i)); });
     }
     if (!needs_second_sweep(call.plan)) return;
     sweep(true);
@@ -144,8 +147,8 @@ struct HeadForward {
     }
   }
 
-  void unit_rows(int64_t first, int64_t n, int thread, int64_t v0, int64_t width, int64_t blocks, int used,
-                 bool second, bool reuse) {
+  void unit_rows(int64_t first, int64_t n, int thread, int64_t v0, int64_t width, int64_t blocks,
+                 int used, bool second, bool reuse) {
     T* zt[3] = {};
     const int64_t kept = !reuse ? 0 : clip(call.cache_rows - base - first, n);
     const int64_t groups = (n + C::MR - 1) / C::MR;
@@ -156,8 +159,8 @@ struct HeadForward {
         W* h = hidden[i] + thread * hidden_size[i];
         for (int64_t r = 0; r < groups * C::MR; ++r) {
           if (r < n) {
-            pack_left<C>(h, hidden_stride, r, head.hidden, head.hidden_type, rows[first + r] * head.depth,
-                         head.depth);
+            pack_left<C>(h, hidden_stride, r, head.hidden, head.hidden_type,
+                         rows[first + r] * head.depth, head.depth);
           } else {
             zero_left<C>(h, hidden_stride, r, head.depth);
           }
@@ -165,25 +168,33 @@ struct HeadForward {
         model[i].logits(h, hidden_stride, groups, blocks, zt[i], z_stride);
       }
       for (int64_t r = 0; r < kept; ++r) {
-        plain_to_tile(zt[i] + r * L, z_stride, blocks, call.cache, head.hidden_type, cache_at(i, first + r, v0), width);
+        plain_to_tile(zt[i] + r * L, z_stride, blocks, call.cache, head.hidden_type,
+                      cache_at(i, first + r, v0), width);
       }
     }
     const auto tile_row = [&](int64_t r) {
-      return TileRow<T>{zt[0] + r * L, used > 1 ? zt[1] + r * L : nullptr, used > 2 ? zt[2] + r * L : nullptr,
+      return TileRow<T>{zt[0] + r * L,
+                        used > 1 ? zt[1] + r * L : nullptr,
+                        used > 2 ? zt[2] + r * L : nullptr,
                         call.values != nullptr && call.values_index == nullptr ? adv : nullptr,
-                        z_stride, z_stride, blocks, v0};
+                        z_stride,
+                        z_stride,
+                        blocks,
+                        v0};
     };
     RowTop<T> top[kUnitRows];
     for (int64_t r = 0; r < n; ++r) {
       const bool keep = !second && base + first + r < call.cache_rows;
       for (int i = 0; i < used && i < 2 && keep; ++i) {
-        tile_to_plain(call.cache, call.policy.hidden_type, cache_at(i, first + r, v0), zt[i] + r * L, z_stride, width);
+        tile_to_plain(call.cache, call.policy.hidden_type, cache_at(i, first + r, v0),
+                      zt[i] + r * L, z_stride, width);
       }
       const TileRow<T> view = rounds ? rounded_row(tile_row(r), thread, width, used) : tile_row(r);
       for (int i = 0; i < used; ++i) model[i].shape(zt[i] + r * L, z_stride, blocks, width);
       RowSums& s = sums[first + r];
       if (second) {
-        fold_second(s, call.plan, tile_row(r), lse_value(s.pol), lse_value(s.ref), rounds ? view.zr : nullptr);
+        fold_second(s, call.plan, tile_row(r), lse_value(s.pol), lse_value(s.ref),
+                    rounds ? view.zr : nullptr);
         continue;
       }
       if (rounds) fold_normalisers(s, view);
@@ -200,7 +211,8 @@ struct HeadForward {
       at_target(s, t, rows[first + r], width);
     }
     if (!second && frozen.sums > 0) {
-      frozen.add(call, sums + first, first, n, thread, zt[0], used > 1 ? zt[1] : nullptr, z_stride, blocks, width);
+      frozen.add(call, sums + first, first, n, thread, zt[0], used > 1 ? zt[1] : nullptr, z_stride,
+                 blocks, width);
     }
   }
 
@@ -222,7 +234,8 @@ struct HeadForward {
     return (which * call.cache_rows + base + i) * call.vocab + v0;
   }
   TopHeap<T> heap(int64_t i) const {
-    const int64_t k = int64_t(call.plan.param[kBkl]) < call.vocab ? int64_t(call.plan.param[kBkl]) : call.vocab;
+    const int64_t k =
+        int64_t(call.plan.param[kBkl]) < call.vocab ? int64_t(call.plan.param[kBkl]) : call.vocab;
     return {heap_value + i * k, heap_index + i * k, heap_size + i, int32_t(k)};
   }
 
@@ -233,13 +246,15 @@ struct HeadForward {
       if (t.zr != nullptr) s.ref_zy = double(t.zr[y / L * t.stride + y % L]);
     }
     if (call.values_index != nullptr) {
-      fold_sparse(s, t, call.values_index, call.values, call.values_type, row * call.values_k, call.values_k);
+      fold_sparse(s, t, call.values_index, call.values, call.values_type, row * call.values_k,
+                  call.values_k);
     }
   }
 
   auto put_at(int64_t i) const {
     return [this, i](StatKind k, double v) {
-      if (call.plan.slot[k] >= 0) static_cast<T*>(call.out)[call.plan.slot[k] * call.rows + rows[i]] = T(v);
+      if (call.plan.slot[k] >= 0)
+        static_cast<T*>(call.out)[call.plan.slot[k] * call.rows + rows[i]] = T(v);
     };
   }
   auto out_of(int64_t i) const {
@@ -254,7 +269,9 @@ struct HeadForward {
   void finish(int64_t i) {
     RowSums& s = sums[i];
     finish_first(s, call.plan, call.has_aux, call.targets[rows[i]], put_at(i));
-    const auto kept = [&](const OnlineLse& a, const OnlineLse& rounded) { return lse_value(rounds ? rounded : a); };
+    const auto kept = [&](const OnlineLse& a, const OnlineLse& rounded) {
+      return lse_value(rounds ? rounded : a);
+    };
     save(i, kSavedLse, kept(s.pol, s.pol_rounded));
     if (call.saved_rows == 1) return;
     save(i, kSavedRefLse, kept(s.ref, s.ref_rounded));

@@ -23,9 +23,9 @@ Pool torch_pool() {
 }
 
 StatPlan parse_plan(const std::string& stats) {
-  static const char* const kNames[kStatCount] = {"logp", "lse", "zy", "ent", "col", "top1", "zmean",
-                                                 "ref_logp", "ref_lse", "fkl", "rkl", "jsd", "alpha",
-                                                 "renyi", "tv", "bkl", "mix", "ev"};
+  static const char* const kNames[kStatCount] = {
+      "logp", "lse", "zy",  "ent",   "col",   "top1", "zmean", "ref_logp", "ref_lse",
+      "fkl",  "rkl", "jsd", "alpha", "renyi", "tv",   "bkl",   "mix",      "ev"};
   StatPlan plan;
   size_t at = 0;
   while (at <= stats.size()) {
@@ -39,10 +39,12 @@ StatPlan parse_plan(const std::string& stats) {
     STD_TORCH_CHECK(kind < kStatCount && plan.slot[kind] < 0,
                     "stats must be distinct statistic names joined by commas, got '", item, "'.");
     plan.slot[kind] = plan.count++;
-    if (colon != std::string::npos) plan.param[kind] = std::strtod(item.c_str() + colon + 1, nullptr);
+    if (colon != std::string::npos)
+      plan.param[kind] = std::strtod(item.c_str() + colon + 1, nullptr);
     at = end + 1;
   }
-  STD_TORCH_CHECK(!plan.has(kBkl) || plan.param[kBkl] >= 1.0, "bkl needs a top set of at least 1, as in 'bkl:50'.");
+  STD_TORCH_CHECK(!plan.has(kBkl) || plan.param[kBkl] >= 1.0,
+                  "bkl needs a top set of at least 1, as in 'bkl:50'.");
   return plan;
 }
 
@@ -52,15 +54,18 @@ Tensor empty_stats(const Tensor& like, std::initializer_list<int64_t> sizes) {
 }
 
 void check_done(bool done) {
-  STD_TORCH_CHECK(done, "prefkern could not get working memory (16 MiB or less); free some memory.");
+  STD_TORCH_CHECK(done,
+                  "prefkern could not get working memory (16 MiB or less); free some memory.");
 }
 
 void check_same_dtype(const Tensor& t, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of hidden; cast it first.");
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name,
+                  " must have the dtype of hidden; cast it first.");
 }
 
-Head make_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bias, int64_t vocab, double scale,
-               std::optional<double> softcap, double temperature, const char* prefix) {
+Head make_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bias, int64_t vocab,
+               double scale, std::optional<double> softcap, double temperature,
+               const char* prefix) {
   const std::string p = prefix;
   Head head;
   head.depth = hidden.dim() == 2 ? hidden.size(1) : -1;
@@ -85,7 +90,8 @@ Head make_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bias
 
 namespace {
 
-void fill(HeadCall& call, const Tensor& hidden, const Tensor& targets, const std::string& stats, int models) {
+void fill(HeadCall& call, const Tensor& hidden, const Tensor& targets, const std::string& stats,
+          int models) {
   call.rows = hidden.size(0);
   check_targets(targets, call.rows, call.vocab, call.ignore);
   call.targets = static_cast<const int64_t*>(targets.const_data_ptr());
@@ -104,8 +110,8 @@ void fill(HeadCall& call, const Tensor& hidden, const Tensor& targets, const std
 
 }  // namespace
 
-Four run_forward(HeadCall& call, const Tensor& hidden, const Tensor& targets, const std::string& stats,
-                 int64_t cache_rows, bool frozen, int models) {
+Four run_forward(HeadCall& call, const Tensor& hidden, const Tensor& targets,
+                 const std::string& stats, int64_t cache_rows, bool frozen, int models) {
   fill(call, hidden, targets, stats, models);
   Tensor out = empty_stats(hidden, {call.plan.count, call.rows});
   Tensor saved = empty_stats(hidden, {call.saved_rows, call.rows});
@@ -120,8 +126,9 @@ Four run_forward(HeadCall& call, const Tensor& hidden, const Tensor& targets, co
   if (frozen) {
     for (int i = 0; i < call.frozen_count; ++i) {
       const StatKind k = call.frozen_kind[i];
-      STD_TORCH_CHECK(k == kLogp || k == kLse || k == kZy || k == kEnt || k == kFkl || k == kRkl,
-                      "frozen rows exist for logp, lse, zy, ent, fkl and rkl only; pass frozen=False.");
+      STD_TORCH_CHECK(
+          k == kLogp || k == kLse || k == kZy || k == kEnt || k == kFkl || k == kRkl,
+          "frozen rows exist for logp, lse, zy, ent, fkl and rkl only; pass frozen=False.");
     }
     call.frozen = call.frozen_count > 0 && rows.numel() > 0 ? rows.mutable_data_ptr() : nullptr;
   }
@@ -130,8 +137,8 @@ Four run_forward(HeadCall& call, const Tensor& hidden, const Tensor& targets, co
 }
 
 Three run_backward(HeadCall& call, const Kept& kept, const Tensor& hidden, const Tensor& weight,
-                   const OptTensor& bias, const Tensor& targets, const std::string& stats, bool need_hidden,
-                   bool need_weight, bool need_bias, int models) {
+                   const OptTensor& bias, const Tensor& targets, const std::string& stats,
+                   bool need_hidden, bool need_weight, bool need_bias, int models) {
   fill(call, hidden, targets, stats, models);
   const int64_t n = call.rows;
   check_shape(kept.d_out, "d_out", {call.plan.count, n});
@@ -149,12 +156,15 @@ Three run_backward(HeadCall& call, const Kept& kept, const Tensor& hidden, const
   call.saved = const_cast<void*>(kept.saved.const_data_ptr());
   call.cache = const_cast<void*>(kept.cache.const_data_ptr());
   call.cache_rows = kept.cache.dim() == models + 1 ? kept.cache.size(models - 1) : 0;
-  Tensor d_hidden = need_hidden ? torch::stable::empty_like(hidden) : torch::stable::new_empty(hidden, {0});
+  Tensor d_hidden =
+      need_hidden ? torch::stable::empty_like(hidden) : torch::stable::new_empty(hidden, {0});
   const bool frozen = kept.rows.dim() == 3;
   need_weight = need_weight && !frozen;
   need_bias = need_bias && !frozen && bias.has_value();
-  Tensor d_weight = need_weight ? torch::stable::empty_like(weight) : torch::stable::new_empty(weight, {0});
-  Tensor d_bias = need_bias ? torch::stable::empty_like(*bias) : torch::stable::new_empty(hidden, {0});
+  Tensor d_weight =
+      need_weight ? torch::stable::empty_like(weight) : torch::stable::new_empty(weight, {0});
+  Tensor d_bias =
+      need_bias ? torch::stable::empty_like(*bias) : torch::stable::new_empty(hidden, {0});
   call.d_hidden = need_hidden ? d_hidden.mutable_data_ptr() : nullptr;
   call.d_weight = need_weight ? d_weight.mutable_data_ptr() : nullptr;
   call.d_bias = need_bias ? d_bias.mutable_data_ptr() : nullptr;
@@ -162,7 +172,8 @@ Three run_backward(HeadCall& call, const Kept& kept, const Tensor& hidden, const
     check_shape(kept.rows, "rows", {call.frozen_count, n, call.policy.depth});
     if (!need_hidden || n == 0 || call.policy.depth == 0) return {d_hidden, d_weight, d_bias};
     // Statistics without a gradient leave no rows: any non-null address will do for an empty list.
-    call.frozen = const_cast<void*>(call.frozen_count > 0 ? kept.rows.const_data_ptr() : kept.out.const_data_ptr());
+    call.frozen = const_cast<void*>(call.frozen_count > 0 ? kept.rows.const_data_ptr()
+                                                          : kept.out.const_data_ptr());
   }
   if (need_hidden || need_weight || need_bias) check_done(kernels().head_backward(call));
   return {d_hidden, d_weight, d_bias};

@@ -9,9 +9,9 @@
 
 namespace prefkern {
 
-#define PK_DECLARE(isa)                \
-  namespace isa {                      \
-  extern const Kernels table;          \
+#define PK_DECLARE(isa)       \
+  namespace isa {             \
+  extern const Kernels table; \
   }
 PK_DECLARE(baseline)
 #if defined(PREFKERN_ISA_AVX2)
@@ -65,9 +65,9 @@ const Kernels& kernels() {
     if (!named || std::strcmp(asked, k->name) == 0) return *k;
     choices.emplace_back(k->name);
   }
-  throw std::runtime_error("PREFKERN_CPU_ISA must name kernels that this CPU and this build have (" +
-                           join(choices) + "), got '" + (named ? asked : "") +
-                           "'; unset it to take the best.");
+  throw std::runtime_error(
+      "PREFKERN_CPU_ISA must name kernels that this CPU and this build have (" + join(choices) +
+      "), got '" + (named ? asked : "") + "'; unset it to take the best.");
 }
 
 }  // namespace prefkern

@@ -66,7 +66,18 @@ struct LogitsCall {
   Pool pool;
 };
 
-enum class ListFamily { pair, hinge, plackett_luce, softmax, pro, nca, rank_hinge, anchor, set_contrast, approx_ndcg };
+enum class ListFamily {
+  pair,
+  hinge,
+  plackett_luce,
+  softmax,
+  pro,
+  nca,
+  rank_hinge,
+  anchor,
+  set_contrast,
+  approx_ndcg
+};
 enum class PairWeights { none, labeldiff, lambda };
 enum class Ties { strict, stable, breslow };
 enum class Target { softmax, sum, none };
@@ -74,7 +85,8 @@ enum class Target { softmax, sum, none };
 // Options of the ranking families; names and meaning are those of prefkern/list_options.py.
 struct ListOptions {
   PairWeights weights = PairWeights::none;
-  bool linear_gain = false, dcg2 = false, normalize = false, rank_by_score = true, tie_average = false;
+  bool linear_gain = false, dcg2 = false, normalize = false, rank_by_score = true,
+       tie_average = false;
   bool scale_by_list_size = false, mean_pairs = false, item_gain = false, base2 = false;
   int64_t topn = 0;
   bool product = false, per_item = false, inner_mean = false;

@@ -16,25 +16,34 @@ namespace PK_ISA {
 template <template <class> class Driver>
 bool run_head(const HeadCall& call) {
   switch (call.policy.hidden_type) {
-    case Dtype::f64: return Driver<Plain<double>>(call).run();
+    case Dtype::f64:
+      return Driver<Plain<double>>(call).run();
 #if defined(__AVX512BF16__)
-    case Dtype::bf16: return Driver<Bf16>(call).run();
+    case Dtype::bf16:
+      return Driver<Bf16>(call).run();
 #endif
-    default: return Driver<Plain<float>>(call).run();
+    default:
+      return Driver<Plain<float>>(call).run();
   }
 }
-inline bool head_forward(const HeadCall& call) { return run_head<HeadForward>(call); }
+inline bool head_forward(const HeadCall& call) {
+  return run_head<HeadForward>(call);
+}
 inline bool head_backward(const HeadCall& call) {
   if (call.frozen == nullptr) return run_head<HeadBackward>(call);
-  if (call.policy.hidden_type == Dtype::f64) frozen_backward<double>(call);
-  else frozen_backward<float>(call);
+  if (call.policy.hidden_type == Dtype::f64)
+    frozen_backward<double>(call);
+  else
+    frozen_backward<float>(call);
   return true;
 }
 inline bool logits_forward(const LogitsCall& call) {
-  return call.type == Dtype::f64 ? LogitsRows<double>(call).forward() : LogitsRows<float>(call).forward();
+  return call.type == Dtype::f64 ? LogitsRows<double>(call).forward()
+                                 : LogitsRows<float>(call).forward();
 }
 inline bool logits_backward(const LogitsCall& call) {
-  return call.type == Dtype::f64 ? LogitsRows<double>(call).backward() : LogitsRows<float>(call).backward();
+  return call.type == Dtype::f64 ? LogitsRows<double>(call).backward()
+                                 : LogitsRows<float>(call).backward();
 }
 
 inline double seconds() {
@@ -43,7 +52,8 @@ inline double seconds() {
   return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
 }
 
-// Nanoseconds per logit on tiles that stay in L2: the fold reads one, the gradient reads it and writes another.
+// Nanoseconds per logit on tiles that stay in L2: the fold reads one, the gradient reads it and
+// writes another.
 inline EpilogueTimes bench_epilogue(int64_t rows, int64_t cols, int64_t repeats) {
   constexpr int L = Lanes<float>::L;
   cols = round_up(cols, L);
@@ -52,7 +62,8 @@ inline EpilogueTimes bench_epilogue(int64_t rows, int64_t cols, int64_t repeats)
   float *z = nullptr, *work = nullptr, *line = nullptr;
   RowSums* s = nullptr;
   const auto layout = [&](Arena& a) {
-    z = a.take<float>(size), work = a.take<float>(size), line = a.take<float>(cols), s = a.take<RowSums>(rows);
+    z = a.take<float>(size), work = a.take<float>(size), line = a.take<float>(cols),
+    s = a.take<RowSums>(rows);
   };
   if (!memory.place(layout)) return {};
   uint32_t state = 1;
@@ -102,7 +113,7 @@ inline EpilogueTimes bench_epilogue(int64_t rows, int64_t cols, int64_t repeats)
 }
 
 extern const Kernels table;
-const Kernels table = {PK_NAME,        &head_forward,    &head_backward,
+const Kernels table = {PK_NAME,         &head_forward,    &head_backward,
                        &logits_forward, &logits_backward, &list_rank,
                        &error_forward,  &error_backward,  &bench_epilogue};
 

@@ -10,9 +10,10 @@ namespace PK_ISA {
 struct ListChoices : ListGroup {
   explicit ListChoices(const ListGroup& g) : ListGroup(g) {}
 
-  // What each stage adds, LSE(members) - own, once own = exp(own - top) and rest, the sum of the other
-  // members' exponentials, are known: log(own + rest) + (top - own score). The greatest member is off
-  // first, so small differences keep their digits; its own 1 stays out of the logarithm.
+  // What each stage adds, LSE(members) - own, once own = exp(own - top) and rest, the sum of the
+  // other members' exponentials, are known: log(own + rest) + (top - own score). The greatest
+  // member is off first, so small differences keep their digits; its own 1 stays out of the
+  // logarithm.
   void note(int64_t i, double own, double rest, double offset) const {
     t.log_of[i] = own == 1.0 ? rest : own + rest - 1.0;
     t.above[i] = offset;
@@ -157,7 +158,8 @@ struct ListChoices : ListGroup {
     vd loss{};
     each(0, [&](int64_t v, vl, vl inside) {
       const vd s = load(t.score + v), q = load(t.gain + v) / splat(total);
-      const vd e = exp_negative(-magnitude(s)), r = splat(1.0) / (splat(1.0) + e), soft = log1p_unit(e);
+      const vd e = exp_negative(-magnitude(s)), r = splat(1.0) / (splat(1.0) + e),
+               soft = log1p_unit(e);
       const vd up = s > vd{} ? r : e * r, down = s > vd{} ? e * r : r;  // sigmoid(s), sigmoid(-s)
       const vd value = q * (soft + (s < vd{} ? -s : vd{})) + share * (soft + (s > vd{} ? s : vd{}));
       loss += inside ? value : vd{};

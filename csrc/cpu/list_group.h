@@ -9,11 +9,12 @@ namespace PK_ISA {
 
 // Working memory of one group, one number per item; `size` is the largest group in whole vectors.
 struct ListScratch {
-  double *score, *label;            // as stored, masked items left out
-  double *s, *y, *u;                // in label order: score, label, derivative
-  double *place, *gain;             // of lambda weights: discount or rank; 2^label
-  double *line, *above, *log_of;    // one row; running maxima; arguments of the logarithms
-  int64_t *item, *origin, *slot, *end;  // index of an item; the same in label order; its rank; end of its tied block
+  double *score, *label;          // as stored, masked items left out
+  double *s, *y, *u;              // in label order: score, label, derivative
+  double *place, *gain;           // of lambda weights: discount or rank; 2^label
+  double *line, *above, *log_of;  // one row; running maxima; arguments of the logarithms
+  int64_t *item, *origin, *slot,
+      *end;  // index of an item; the same in label order; its rank; end of its tied block
   void layout(Arena& a, int64_t size) {
     double** const numbers[] = {&score, &label, &s, &y, &u, &place, &gain, &line, &above, &log_of};
     int64_t** const indices[] = {&item, &origin, &slot, &end};
@@ -42,7 +43,8 @@ struct ListGroup {
   int64_t count = 0;
   int64_t stages = 0;  // plackett_luce
 
-  // body(v, lanes, inside) over the whole vectors that hold items [begin, count); `inside` marks them.
+  // body(v, lanes, inside) over the whole vectors that hold items [begin, count); `inside` marks
+  // them.
   template <class Body>
   PK_INLINE void each(int64_t begin, const Body& body) const {
     const vl last = vl{} + count, first = vl{} + begin;

@@ -23,7 +23,8 @@ struct ListPairs : ListGroup {
         t.end[i] = i + 1 < count && t.y[i + 1] == t.y[i] ? t.end[i + 1] : i + 1;
       }
     } else {
-      for (int64_t i = 0; i < count; ++i) t.place[i] = o.dcg2 ? double(i + 1) : call.discount[i + 1];
+      for (int64_t i = 0; i < count; ++i)
+        t.place[i] = o.dcg2 ? double(i + 1) : call.discount[i + 1];
     }
     for (int64_t i = count; i % L != 0; ++i) t.place[i] = 0.0;
     if (!o.tie_average) return;
@@ -130,9 +131,7 @@ struct ListPairs : ListGroup {
       slope = active ? splat(1.0) : vd{};
     }
   };
-  PK_HOT double pair_plain() const {
-    return fold_pairs(Logistic{}, One{});
-  }
+  PK_HOT double pair_plain() const { return fold_pairs(Logistic{}, One{}); }
   PK_HOT double pair_weighted() const {
     PairWeight weight{*this, call.options.weights};
     if (weight.kind == PairWeights::lambda) {
@@ -142,9 +141,7 @@ struct ListPairs : ListGroup {
     }
     return fold_pairs(Logistic{}, weight);
   }
-  PK_HOT double hinge() const {
-    return fold_pairs(Hinge{call.options.margin}, One{});
-  }
+  PK_HOT double hinge() const { return fold_pairs(Hinge{call.options.margin}, One{}); }
 };
 
 }  // namespace PK_ISA

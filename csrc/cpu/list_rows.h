@@ -1,9 +1,9 @@
 // Ranking losses of ragged groups: value and derivative of each group in one pass, fp64 inside.
 //
-// Items of a group are put in label order first (by counting, no comparison sort), so that "labelled
-// below item i" is a suffix of the group, and row i visits that suffix in whole vectors. Row i owns
-// its part of the loss; derivatives are summed in the group's own memory. A group is worked on by one
-// thread in a fixed order: the same bits for any number of threads.
+// Items of a group are put in label order first (by counting, no comparison sort), so that
+// "labelled below item i" is a suffix of the group, and row i visits that suffix in whole vectors.
+// Row i owns its part of the loss; derivatives are summed in the group's own memory. A group is
+// worked on by one thread in a fixed order: the same bits for any number of threads.
 #pragma once
 
 #include "cpu/list_choices.h"
@@ -23,20 +23,31 @@ PK_INLINE bool keeps_order(ListFamily f) {
 // Loss; derivatives in u, of the items origin (or item, where nothing was sorted).
 inline double list_loss(const ListGroup& g) {
   switch (g.call.family) {
-    case ListFamily::softmax: return ListChoices(g).softmax();
-    case ListFamily::nca: return ListChoices(g).nca();
-    case ListFamily::set_contrast: return set_contrast(g);
-    default: break;
+    case ListFamily::softmax:
+      return ListChoices(g).softmax();
+    case ListFamily::nca:
+      return ListChoices(g).nca();
+    case ListFamily::set_contrast:
+      return set_contrast(g);
+    default:
+      break;
   }
   g.sort();
   switch (g.call.family) {
-    case ListFamily::hinge: return ListPairs(g).hinge();
-    case ListFamily::plackett_luce: return ListChoices(g).plackett_luce();
-    case ListFamily::pro: return ListChoices(g).pro();
-    case ListFamily::rank_hinge: return rank_hinge(g);
-    case ListFamily::anchor: return anchor(g);
-    case ListFamily::approx_ndcg: return approx_ndcg(g);
-    default: break;
+    case ListFamily::hinge:
+      return ListPairs(g).hinge();
+    case ListFamily::plackett_luce:
+      return ListChoices(g).plackett_luce();
+    case ListFamily::pro:
+      return ListChoices(g).pro();
+    case ListFamily::rank_hinge:
+      return rank_hinge(g);
+    case ListFamily::anchor:
+      return anchor(g);
+    case ListFamily::approx_ndcg:
+      return approx_ndcg(g);
+    default:
+      break;
   }
   const ListPairs pairs(g);
   return g.call.options.weights == PairWeights::none ? pairs.pair_plain() : pairs.pair_weighted();
@@ -94,10 +105,13 @@ inline bool list_rank(const ListCall& call) {
   };
   if (!memory.place(layout)) return false;
   parallel(call.pool, units, [&](int64_t unit, int thread) {
-    const int64_t last = (unit + 1) * kListUnit < call.groups ? (unit + 1) * kListUnit : call.groups;
+    const int64_t last =
+        (unit + 1) * kListUnit < call.groups ? (unit + 1) * kListUnit : call.groups;
     for (int64_t g = unit * kListUnit; g < last; ++g) {
-      if (call.type == Dtype::f64) list_group<double>(call, scratch[thread], g);
-      else list_group<float>(call, scratch[thread], g);
+      if (call.type == Dtype::f64)
+        list_group<double>(call, scratch[thread], g);
+      else
+        list_group<float>(call, scratch[thread], g);
     }
   });
   return true;

@@ -7,7 +7,8 @@
 namespace prefkern {
 namespace PK_ISA {
 
-// l = sum_{y_i > y_j} max(0, c_ij - gap), or c_ij max(0, -gap); c_ij = scale (j - i) in label order.
+// l = sum_{y_i > y_j} max(0, c_ij - gap), or c_ij max(0, -gap); c_ij = scale (j - i) in label
+// order.
 PK_HOT inline double rank_hinge(const ListGroup& g) {
   const ListScratch& t = g.t;
   const ListOptions& o = g.call.options;
@@ -31,7 +32,8 @@ PK_HOT inline double rank_hinge(const ListGroup& g) {
   return sum_of(loss);
 }
 
-// l = 1/(K-1) sum_i mu_i [softplus(-s_i) + c_i sum_{j from end[i]} softplus(s_j)], mu held constant.
+// l = 1/(K-1) sum_i mu_i [softplus(-s_i) + c_i sum_{j from end[i]} softplus(s_j)], mu held
+// constant.
 PK_HOT inline double anchor(const ListGroup& g) {
   const ListScratch& t = g.t;
   const int64_t k = g.count;
@@ -45,13 +47,15 @@ PK_HOT inline double anchor(const ListGroup& g) {
   for (int64_t i = 0; i < round_up(k, g.L); ++i) mu[i] = push[i] = 0.0;
   for (int64_t i = 0; i + 1 < k; ++i) {
     mu[i] = (high > low ? (t.s[i] - low) / (high - low) : 1.0) / double(k - 1);
-    if (t.end[i] < k) push[t.end[i]] += g.call.options.inner_mean ? mu[i] / double(k - t.end[i]) : mu[i];
+    if (t.end[i] < k)
+      push[t.end[i]] += g.call.options.inner_mean ? mu[i] / double(k - t.end[i]) : mu[i];
   }
   for (int64_t i = 1; i < k; ++i) push[i] += push[i - 1];  // what each item weighs as a lower one
   vd loss{};
   g.each(0, [&](int64_t v, vl, vl inside) {
     const vd s = load(t.s + v), m = load(mu + v), p = load(push + v);
-    const vd e = exp_negative(-magnitude(s)), r = splat(1.0) / (splat(1.0) + e), soft = log1p_unit(e);
+    const vd e = exp_negative(-magnitude(s)), r = splat(1.0) / (splat(1.0) + e),
+             soft = log1p_unit(e);
     const vd up = s > vd{} ? r : e * r, down = s > vd{} ? e * r : r;  // sigmoid(s), sigmoid(-s)
     const vd value = m * (soft + (s < vd{} ? -s : vd{})) + p * (soft + (s > vd{} ? s : vd{}));
     loss += inside ? value : vd{};

@@ -8,8 +8,8 @@
 namespace prefkern {
 namespace {
 
-LogitsCall make_call(const Tensor& logits, const Tensor& targets, const OptTensor& ref_logits, double temperature,
-                     int64_t ignore_index, const std::string& stats) {
+LogitsCall make_call(const Tensor& logits, const Tensor& targets, const OptTensor& ref_logits,
+                     double temperature, int64_t ignore_index, const std::string& stats) {
   LogitsCall call;
   check_shape(logits, "logits", {-1, -1});
   call.rows = logits.size(0);
@@ -25,7 +25,8 @@ LogitsCall make_call(const Tensor& logits, const Tensor& targets, const OptTenso
   bool two = false;
   for (int k = kRefLogp; k < kStatCount; ++k) two = two || call.plan.slot[k] >= 0;
   STD_TORCH_CHECK(!call.plan.has(kEv), "logits_logps has no 'ev'; use linear_divergence.");
-  STD_TORCH_CHECK(!two || ref_logits.has_value(), "these statistics compare two models: pass ref_logits.");
+  STD_TORCH_CHECK(!two || ref_logits.has_value(),
+                  "these statistics compare two models: pass ref_logits.");
   if (ref_logits.has_value()) {
     check_shape(*ref_logits, "ref_logits", {call.rows, call.vocab});
     check_same_dtype(*ref_logits, "ref_logits", logits);
@@ -38,8 +39,9 @@ LogitsCall make_call(const Tensor& logits, const Tensor& targets, const OptTenso
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> logits_logps_fwd(const Tensor& logits, const Tensor& targets, const OptTensor& ref_logits,
-                                            double temperature, int64_t ignore_index, const std::string& stats) {
+std::tuple<Tensor, Tensor> logits_logps_fwd(const Tensor& logits, const Tensor& targets,
+                                            const OptTensor& ref_logits, double temperature,
+                                            int64_t ignore_index, const std::string& stats) {
   LogitsCall call = make_call(logits, targets, ref_logits, temperature, ignore_index, stats);
   Tensor out = empty_stats(logits, {call.plan.count, call.rows});
   Tensor saved = empty_stats(logits, {kSavedRows, call.rows});
@@ -49,9 +51,9 @@ std::tuple<Tensor, Tensor> logits_logps_fwd(const Tensor& logits, const Tensor& 
   return {out, saved};
 }
 
-Tensor logits_logps_bwd(const Tensor& d_out, const Tensor& logits, const Tensor& targets, const OptTensor& ref_logits,
-                        const Tensor& out, const Tensor& saved, double temperature, int64_t ignore_index,
-                        const std::string& stats) {
+Tensor logits_logps_bwd(const Tensor& d_out, const Tensor& logits, const Tensor& targets,
+                        const OptTensor& ref_logits, const Tensor& out, const Tensor& saved,
+                        double temperature, int64_t ignore_index, const std::string& stats) {
   LogitsCall call = make_call(logits, targets, ref_logits, temperature, ignore_index, stats);
   check_shape(d_out, "d_out", {call.plan.count, call.rows});
   check_shape(out, "out", {call.plan.count, call.rows});

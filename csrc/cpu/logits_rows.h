@@ -58,11 +58,16 @@ struct LogitsRows {
   template <class Body>
   void each_row(const Body& body) const {
     parallel(call.pool, (call.rows + kLogitsUnit - 1) / kLogitsUnit, [&](int64_t unit, int thread) {
-      for (int64_t r = kLogitsUnit * unit; r < kLogitsUnit * (unit + 1) && r < call.rows; ++r) body(r, thread);
+      for (int64_t r = kLogitsUnit * unit; r < kLogitsUnit * (unit + 1) && r < call.rows; ++r)
+        body(r, thread);
     });
   }
-  T* out_at(int slot, int64_t row) const { return static_cast<T*>(call.out) + slot * call.rows + row; }
-  T* saved_at(int k, int64_t row) const { return static_cast<T*>(call.saved) + k * call.rows + row; }
+  T* out_at(int slot, int64_t row) const {
+    return static_cast<T*>(call.out) + slot * call.rows + row;
+  }
+  T* saved_at(int k, int64_t row) const {
+    return static_cast<T*>(call.saved) + k * call.rows + row;
+  }
 
   bool forward() {
     if (!place()) return false;
@@ -72,7 +77,8 @@ struct LogitsRows {
       const int64_t y = call.targets[row];
       if (y == call.ignore) return;
       RowSums s;
-      TopHeap<T> heap{heap_value + thread * top, heap_index + thread * top, heap_size + thread, top};
+      TopHeap<T> heap{heap_value + thread * top, heap_index + thread * top, heap_size + thread,
+                      top};
       heap_size[thread] = 0;
       for (int64_t v0 = 0; v0 < call.vocab; v0 += kLogitsChunk) {
         const TileRow<T> t = chunk(row, thread, v0);
@@ -100,7 +106,8 @@ struct LogitsRows {
         *saved_at(kSavedTopIndex, row) = T(s.top_index);
       }
       for (int64_t v0 = 0; v0 < call.vocab; v0 += kLogitsChunk) {
-        fold_second(s, call.plan, chunk(row, thread, v0), lse, ref_lse, static_cast<const T*>(nullptr));
+        fold_second(s, call.plan, chunk(row, thread, v0), lse, ref_lse,
+                    static_cast<const T*>(nullptr));
       }
       finish_second(s, call.plan, put);
       *saved_at(kSavedKlMix, row) = T(s.kl_pol);
@@ -121,23 +128,28 @@ struct LogitsRows {
         std::memset(d, 0, size_t(call.vocab * bytes));
         return;
       }
-      const auto up = [&](StatKind k) { return double(static_cast<const T*>(call.d_out)[call.plan.slot[k] * call.rows + row]); };
+      const auto up = [&](StatKind k) {
+        return double(static_cast<const T*>(call.d_out)[call.plan.slot[k] * call.rows + row]);
+      };
       const auto out = [&](StatKind k) { return double(*out_at(call.plan.slot[k], row)); };
       const auto saved = [&](SavedRow k) { return double(*saved_at(k, row)); };
-      GradRow<T> g{grad_coefficients(call.plan, up, out, saved), Split<T>(saved(kSavedLse) + saved(kLowLse)),
-                   Split<T>(saved(kSavedRefLse)), Split<T>(0.0)};
+      GradRow<T> g{grad_coefficients(call.plan, up, out, saved),
+                   Split<T>(saved(kSavedLse) + saved(kLowLse)), Split<T>(saved(kSavedRefLse)),
+                   Split<T>(0.0)};
       scale_coefficients(g.c, 1.0 / call.temperature);
       for (int64_t v0 = 0; v0 < call.vocab; v0 += kLogitsChunk) {
         const int64_t width = call.vocab - v0 < kLogitsChunk ? call.vocab - v0 : kLogitsChunk;
         const TileRow<T> t = chunk(row, thread, v0);
         T* dst = z + thread * kLogitsChunk;
-        grad_row(g, t, dst, line + thread * kLogitsChunk, y >= v0 && y < v0 + width ? y - v0 : -1, 0.0, 1.0);
+        grad_row(g, t, dst, line + thread * kLogitsChunk, y >= v0 && y < v0 + width ? y - v0 : -1,
+                 0.0, 1.0);
         tile_to_plain(d, call.type, v0, dst, L, width);
       }
     });
     return true;
   }
-  // Low part of lse, in the row that only a third head uses: logits of any size keep exact gradients.
+  // Low part of lse, in the row that only a third head uses: logits of any size keep exact
+  // gradients.
   static constexpr SavedRow kLowLse = kSavedAuxLse;
 };
 

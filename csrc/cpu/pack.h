@@ -10,7 +10,8 @@ constexpr int64_t kPackChunk = 256;  // words of a row converted at a time
 
 // dst[0 .. round_up(words(n), L)) = the words of src[start .. start + n), zero beyond.
 template <class C>
-PK_INLINE void read_words(typename C::W* dst, const void* src, Dtype type, int64_t start, int64_t n) {
+PK_INLINE void read_words(typename C::W* dst, const void* src, Dtype type, int64_t start,
+                          int64_t n) {
   const int64_t padded = round_up(words<C>(n), C::L);
   if constexpr (C::pair == 2) {
     uint16_t* d = reinterpret_cast<uint16_t*>(dst);
@@ -71,7 +72,8 @@ PK_INLINE void pair_words(float* dst, vf low, vf high) {
   std::memcpy(dst, &v, sizeof v);
 #else
   uint16_t* d = reinterpret_cast<uint16_t*>(dst);
-  for (int i = 0; i < Lanes<float>::L; ++i) d[i] = to_bf16(low[i]), d[Lanes<float>::L + i] = to_bf16(high[i]);
+  for (int i = 0; i < Lanes<float>::L; ++i)
+    d[i] = to_bf16(low[i]), d[Lanes<float>::L + i] = to_bf16(high[i]);
 #endif
 }
 // Two vectors -> L bf16 pairs across them: (a[0], b[0]), (a[1], b[1]), ...

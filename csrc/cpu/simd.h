@@ -1,7 +1,8 @@
 // One vector type per element type and instruction set, and the few operations the kernels need.
 //
-// Included by kernels_<isa>.cpp inside a namespace named after the instruction set; nothing here may
-// have external linkage outside it. Operators (+, *, <, ?:) are those of the compiler's vector types.
+// Included by kernels_<isa>.cpp inside a namespace named after the instruction set; nothing here
+// may have external linkage outside it. Operators (+, *, <, ?:) are those of the compiler's vector
+// types.
 #pragma once
 
 // GCC 12 takes the deliberately undefined operand inside its own AVX-512 intrinsics for a mistake.
@@ -62,8 +63,12 @@ template <class T>
 PK_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
-PK_INLINE vf splat(float x) { return x - vf{}; }
-PK_INLINE vd splat(double x) { return x - vd{}; }
+PK_INLINE vf splat(float x) {
+  return x - vf{};
+}
+PK_INLINE vd splat(double x) {
+  return x - vd{};
+}
 
 PK_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
@@ -94,9 +99,13 @@ PK_INLINE vf max(vf a, vf b) {
   return a > b ? a : b;
 #endif
 }
-PK_INLINE vd max(vd a, vd b) { return a > b ? a : b; }
+PK_INLINE vd max(vd a, vd b) {
+  return a > b ? a : b;
+}
 template <class V>
-PK_INLINE V min_second(V a, V b) { return a < b ? a : b; }  // second argument where either is NaN
+PK_INLINE V min_second(V a, V b) {
+  return a < b ? a : b;
+}  // second argument where either is NaN
 
 // Sum and largest of the lanes, by halves: always the same order.
 template <class V, class Op>
@@ -126,10 +135,10 @@ PK_INLINE T max_lanes(Vec<T> v) {
   return fold_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// e^x for -104 <= x <= 88.7, our own fits. With FMA: x log2(e) = n + f, |f| <= 0.5, degree-5 polynomial of
-// 2^f (9.2e-8 relative). Relative error at most 1.6e-7 + 1.4e-8 |x| (the second term is log2(e) rounded to
-// fp32, one instruction instead of two), i.e. 3 ulp at -10 and 12 at -87; below -87.3 a rightly scaled
-// denormal, 0 at -104. NaN stays NaN.
+// e^x for -104 <= x <= 88.7, our own fits. With FMA: x log2(e) = n + f, |f| <= 0.5, degree-5
+// polynomial of 2^f (9.2e-8 relative). Relative error at most 1.6e-7 + 1.4e-8 |x| (the second term
+// is log2(e) rounded to fp32, one instruction instead of two), i.e. 3 ulp at -10 and 12 at -87;
+// below -87.3 a rightly scaled denormal, 0 at -104. NaN stays NaN.
 #if defined(__FMA__) || defined(__AVX512F__)
 PK_INLINE vf exp2_poly(vf f) {
   vf p = fma(splat(0x1.5bb92ap-10f), f, splat(0x1.3ceb6cp-7f));
@@ -139,8 +148,8 @@ PK_INLINE vf exp2_poly(vf f) {
   return fma(p, f, splat(1.0f));
 }
 #else
-// Without FMA: x = n ln 2 + r with ln 2 split so that n times its first part is exact (n has at most
-// 8 bits), and a degree-5 polynomial of e^r, |r| <= 0.347.
+// Without FMA: x = n ln 2 + r with ln 2 split so that n times its first part is exact (n has at
+// most 8 bits), and a degree-5 polynomial of e^r, |r| <= 0.347.
 PK_INLINE vf exp_poly(vf r) {
   vf p = fma(splat(0x1.0fa64ap-7f), r, splat(0x1.573ceap-5f));
   p = fma(p, r, splat(0x1.555a78p-3f));
@@ -167,8 +176,12 @@ PK_INLINE vf exp_bounded(vf x) {
   return p * (vf)((half << 23) + one) * (vf)(((whole - half) << 23) + one);
 #endif
 }
-PK_INLINE vf exp(vf x) { return exp_bounded(max(splat(-104.0f), x)); }  // also for -inf: 0
-PK_INLINE vf exp_full(vf x) { return exp(min_second(splat(128.0f), x)); }  // +inf from 88.8 on
+PK_INLINE vf exp(vf x) {
+  return exp_bounded(max(splat(-104.0f), x));
+}  // also for -inf: 0
+PK_INLINE vf exp_full(vf x) {
+  return exp(min_second(splat(128.0f), x));
+}  // +inf from 88.8 on
 
 // log(1 + y) for y > -1: exponent and mantissa of u = 1 + y, then the atanh series of the mantissa,
 // with y itself instead of u - 1 where the exponent is 0 (no rounding of small y). Within 2 ulp for
@@ -202,12 +215,13 @@ PK_INLINE vf tanh(vf x) {
   return a < splat(0.625f) ? near : (x < 0 ? -far : far);
 }
 
-#define PK_LANEWISE(name, call)                                  \
-  PK_INLINE vd name(vd x) {                                      \
+#define PK_LANEWISE(name, call)                                   \
+  PK_INLINE vd name(vd x) {                                       \
     for (int i = 0; i < Lanes<double>::L; ++i) x[i] = call(x[i]); \
-    return x;                                                    \
+    return x;                                                     \
   }
-PK_LANEWISE(exp_bounded, __builtin_exp)  // fp64 serves gradient checks; the C library is fast enough
+PK_LANEWISE(exp_bounded,
+            __builtin_exp)  // fp64 serves gradient checks; the C library is fast enough
 PK_LANEWISE(exp, __builtin_exp)
 PK_LANEWISE(exp_full, __builtin_exp)
 PK_LANEWISE(log1p, __builtin_log1p)

@@ -11,7 +11,8 @@
 namespace prefkern {
 namespace PK_ISA {
 
-// One allocation per call, laid out by running the same function twice: first to count, then to place.
+// One allocation per call, laid out by running the same function twice: first to count, then to
+// place.
 struct Arena {
   char* base = nullptr;
   size_t used = 0;
@@ -57,21 +58,25 @@ void parallel(const Pool& pool, int64_t units, const Body& body) {
     for (int64_t i = 0; i < units; ++i) body(i, 0);
     return;
   }
-  pool.run(threads, [](void* arg, int thread) {
-    Job& j = *static_cast<Job*>(arg);
-    for (;;) {
-      const int64_t i = __atomic_fetch_add(&j.next, 1, __ATOMIC_RELAXED);
-      if (i >= j.units) return;
-      (*j.body)(i, thread);
-    }
-  }, &job);
+  pool.run(
+      threads,
+      [](void* arg, int thread) {
+        Job& j = *static_cast<Job*>(arg);
+        for (;;) {
+          const int64_t i = __atomic_fetch_add(&j.next, 1, __ATOMIC_RELAXED);
+          if (i >= j.units) return;
+          (*j.body)(i, thread);
+        }
+      },
+      &job);
 }
 
-// Rows of a unit of work. Two register groups on AVX-512: the weight tile is streamed once for both.
+// Rows of a unit of work. Two register groups on AVX-512: the weight tile is streamed once for
+// both.
 constexpr int64_t kUnitRows = 16;
-// Packed weight tile. 96 columns are a multiple of every register width and of a bf16 pair block. The
-// products do not care between 96 and 768 columns (114-116 of 118 GFLOP/s at D = 512, streaming from L2
-// or L3 alike); the epilogue likes long rows, whose fixed cost is about 15 ns.
+// Packed weight tile. 96 columns are a multiple of every register width and of a bf16 pair block.
+// The products do not care between 96 and 768 columns (114-116 of 118 GFLOP/s at D = 512, streaming
+// from L2 or L3 alike); the epilogue likes long rows, whose fixed cost is about 15 ns.
 constexpr int64_t kTileUnit = 96, kTileMax = 768, kTileBytes = 1536 << 10;
 // Everything but rows, gradients and the cache stays below 16 MiB.
 constexpr int64_t kWorkBytes = 15 << 20;
@@ -88,8 +93,8 @@ int64_t tile_columns(int64_t depth, int64_t vocab, int64_t tiles, int64_t bytes)
 }
 
 // The next scored rows from `at` on; returns how many were found and moves `at` past them.
-inline int64_t next_rows(const int64_t* targets, int64_t n, int64_t ignore, int64_t& at, int64_t* rows,
-                         int64_t most) {
+inline int64_t next_rows(const int64_t* targets, int64_t n, int64_t ignore, int64_t& at,
+                         int64_t* rows, int64_t most) {
   int64_t count = 0;
   for (; at < n && count < most; ++at) {
     if (targets[at] != ignore) rows[count++] = at;
@@ -97,9 +102,11 @@ inline int64_t next_rows(const int64_t* targets, int64_t n, int64_t ignore, int6
   return count;
 }
 
-// z = softcap tanh(scale (x + bias) / softcap) / temperature over one tile row; -inf beyond `width`.
+// z = softcap tanh(scale (x + bias) / softcap) / temperature over one tile row; -inf beyond
+// `width`.
 template <class T>
-inline void shape_row(T* z, int64_t stride, int64_t blocks, int64_t width, const T* bias, const Head& head) {
+inline void shape_row(T* z, int64_t stride, int64_t blocks, int64_t width, const T* bias,
+                      const Head& head) {
   constexpr int L = Lanes<T>::L;
   const bool cap = head.softcap != 0.0;
   const T factor = T(cap ? head.scale / head.softcap : head.scale / head.temperature);
@@ -116,19 +123,24 @@ inline void shape_row(T* z, int64_t stride, int64_t blocks, int64_t width, const
   for (int64_t v = width; v < blocks * L; ++v) z[v / L * stride + v % L] = T(-pk_inf());
 }
 
-// What a backward reads is the product rounded to hidden's dtype, kept or recomputed, then shaped: a cap
-// applied to rounded logits keeps its slope, a rounded cap would lose it.
+// What a backward reads is the product rounded to hidden's dtype, kept or recomputed, then shaped:
+// a cap applied to rounded logits keeps its slope, a rounded cap would lose it.
 template <class T>
-inline void round_row(T* dst, int64_t dst_stride, const T* x, int64_t stride, int64_t blocks, Dtype type) {
-  for (int64_t k = 0; k < blocks; ++k) store(dst + k * dst_stride, round_to(load(x + k * stride), type));
+inline void round_row(T* dst, int64_t dst_stride, const T* x, int64_t stride, int64_t blocks,
+                      Dtype type) {
+  for (int64_t k = 0; k < blocks; ++k)
+    store(dst + k * dst_stride, round_to(load(x + k * stride), type));
 }
-PK_INLINE bool is_short(Dtype type) { return type == Dtype::bf16 || type == Dtype::f16; }
+PK_INLINE bool is_short(Dtype type) {
+  return type == Dtype::bf16 || type == Dtype::f16;
+}
 
-// Tile row <-> plain memory of any dtype. Whole blocks of fp32 and bf16 move as vectors: kept logits go
-// past the caches (they come back only after the whole forward), and `ahead` elements further, where the
-// next row's part of the tile lies, is asked for while this one is read.
+// Tile row <-> plain memory of any dtype. Whole blocks of fp32 and bf16 move as vectors: kept
+// logits go past the caches (they come back only after the whole forward), and `ahead` elements
+// further, where the next row's part of the tile lies, is asked for while this one is read.
 template <class T>
-inline void tile_to_plain(void* dst, Dtype type, int64_t at, const T* z, int64_t stride, int64_t width) {
+inline void tile_to_plain(void* dst, Dtype type, int64_t at, const T* z, int64_t stride,
+                          int64_t width) {
   constexpr int L = Lanes<T>::L;
   int64_t v = 0;
 #if defined(__AVX512F__)
@@ -137,20 +149,23 @@ inline void tile_to_plain(void* dst, Dtype type, int64_t at, const T* z, int64_t
       uint16_t* d = static_cast<uint16_t*>(dst) + at;
       for (; v + L <= width; v += L, z += stride) {
         const vi bits = (vi)round_to(load(z), type) >> 16;
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(d + v), _mm512_cvtepi32_epi16((__m512i)bits));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(d + v),
+                            _mm512_cvtepi32_epi16((__m512i)bits));
       }
-    } else if (type == Dtype::f32 && (reinterpret_cast<uintptr_t>(static_cast<float*>(dst) + at) & 63) == 0) {
+    } else if (type == Dtype::f32 &&
+               (reinterpret_cast<uintptr_t>(static_cast<float*>(dst) + at) & 63) == 0) {
       float* d = static_cast<float*>(dst) + at;
       for (; v + L <= width; v += L, z += stride) _mm512_stream_ps(d + v, load(z));
       _mm_sfence();
     }
   }
 #endif
-  for (; v < width; v += L, z += stride) write_row(dst, type, at + v, z, width - v < L ? width - v : L);
+  for (; v < width; v += L, z += stride)
+    write_row(dst, type, at + v, z, width - v < L ? width - v : L);
 }
 template <class T>
-inline void plain_to_tile(T* z, int64_t stride, int64_t blocks, const void* src, Dtype type, int64_t at,
-                          int64_t width, int64_t ahead = 0) {
+inline void plain_to_tile(T* z, int64_t stride, int64_t blocks, const void* src, Dtype type,
+                          int64_t at, int64_t width, int64_t ahead = 0) {
   constexpr int L = Lanes<T>::L;
   int64_t v = 0;
   if constexpr (sizeof(T) == 4) {
@@ -169,7 +184,8 @@ inline void plain_to_tile(T* z, int64_t stride, int64_t blocks, const void* src,
       }
     }
   }
-  for (; v < width; v += L) read_row(z + v / L * stride, src, type, at + v, width - v < L ? width - v : L);
+  for (; v < width; v += L)
+    read_row(z + v / L * stride, src, type, at + v, width - v < L ? width - v : L);
   for (v = width; v < blocks * L; ++v) z[v / L * stride + v % L] = T(-pk_inf());
 }
 
@@ -191,18 +207,19 @@ struct ModelTile {
     constexpr int L = C::L;
     const int64_t v = v0 + block * L;
     if (own_weight && with_weight) {
-      pack_weight_block<C>(weight + block * weight_stride, head->weight, head->weight_type, v, vocab,
-                           head->depth);
+      pack_weight_block<C>(weight + block * weight_stride, head->weight, head->weight_type, v,
+                           vocab, head->depth);
     }
     for (int64_t i = v; head->bias != nullptr && i < v + L; ++i) {
-      bias[i - v0] = i < vocab ? element<typename C::T>(head->bias, head->bias_type, i) : typename C::T(0);
+      bias[i - v0] =
+          i < vocab ? element<typename C::T>(head->bias, head->bias_type, i) : typename C::T(0);
     }
   }
   // Logits of packed rows, unshaped. Only the blocks that exist are computed.
   void logits(const typename C::W* hidden, int64_t hidden_stride, int64_t groups, int64_t blocks,
               typename C::T* z, int64_t z_stride) const {
-    logits_tile<C>(hidden, hidden_stride, weight, weight_stride, words<C>(head->depth), groups, blocks, z,
-                   z_stride);
+    logits_tile<C>(hidden, hidden_stride, weight, weight_stride, words<C>(head->depth), groups,
+                   blocks, z, z_stride);
   }
   void shape(typename C::T* z, int64_t stride, int64_t blocks, int64_t width) const {
     shape_row(z, stride, blocks, width, head->bias != nullptr ? bias : nullptr, *head);

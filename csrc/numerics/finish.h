@@ -6,8 +6,8 @@
 
 namespace prefkern {
 
-// log S_a = log sum_v r^a p^(1-a). The maxima cancel, so that only sums of order 1 are left; 0 exactly
-// where the models are equal, since then every part of each difference is the same number.
+// log S_a = log sum_v r^a p^(1-a). The maxima cancel, so that only sums of order 1 are left; 0
+// exactly where the models are equal, since then every part of each difference is the same number.
 PK_HD double log_overlap(const RowSums& s, int which, double a) {
   const double log_s = pk_log(s.pol.sum);
   return (lse_value(s.blend[which]) - log_s) - a * (pk_log(s.ref.sum) - log_s);
@@ -15,7 +15,8 @@ PK_HD double log_overlap(const RowSums& s, int which, double a) {
 
 // Writes the requested statistics of one row: put(kind, value).
 template <class Put>
-PK_HD void finish_first(const RowSums& s, const StatPlan& plan, bool third, int64_t y, const Put& put) {
+PK_HD void finish_first(const RowSums& s, const StatPlan& plan, bool third, int64_t y,
+                        const Put& put) {
   const double log_s = pk_log(s.pol.sum), lse = safe_max(s.pol.max) + log_s;
   // zy - max first: both are logits of the row, so their difference is exact where it matters.
   const double logp = (s.zy - safe_max(s.pol.max)) - log_s;
@@ -44,7 +45,8 @@ PK_HD void finish_first(const RowSums& s, const StatPlan& plan, bool third, int6
   if (plan.has(kMix)) {
     const double b = plan.param[kMix];
     const double x = s.zy - safe_max(s.pol.max), xr = s.ref_zy - safe_max(s.ref.max);
-    // A target without probability in either model has none in the blend (and -inf - -inf is no number).
+    // A target without probability in either model has none in the blend (and -inf - -inf is no
+    // number).
     const bool none = x == -pk_inf() || xr == -pk_inf();
     const double u = b == 0.0 ? x : b == 1.0 ? xr : none ? -pk_inf() : x + b * (xr - x);
     put(kMix, (u - safe_max(s.blend[2].max)) - pk_log(s.blend[2].sum) + bad + (ref_lse - ref_lse));

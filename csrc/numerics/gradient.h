@@ -1,7 +1,8 @@
-// The unified logit gradient of one row. Every statistic's part is written as a difference that vanishes
-// where its gradient does (p - r, lp + ent, p - C, ...), so that a small gradient is not what is left of
-// large terms:
-//   dL/dz_v = e 1[v=y] + p (a0 - ent (lp + H) + rkl (lp - lr - KL) + ev (A - E[A]) + col (p - C)) + fkl (p - r) + ...
+// The unified logit gradient of one row. Every statistic's part is written as a difference that
+// vanishes where its gradient does (p - r, lp + ent, p - C, ...), so that a small gradient is not
+// what is left of large terms:
+//   dL/dz_v = e 1[v=y] + p (a0 - ent (lp + H) + rkl (lp - lr - KL) + ev (A - E[A]) + col (p - C)) +
+//   fkl (p - r) + ...
 #pragma once
 
 #include "numerics/finish.h"
@@ -10,28 +11,47 @@ namespace prefkern {
 
 struct GradCoef {
   double e = 0, a0 = 0, fkl = 0;
-  double ent = 0, ent_value = 0, rkl = 0, rkl_value = 0, ev = 0, ev_value = 0, col = 0, col_value = 0;
-  double alpha = 0, alpha_a = 0;                   // alpha (e^(lp + alpha_a (lr - lp)) - p)
-  double renyi = 0, renyi_a = 0, renyi_shift = 0;  // renyi (e^(lp + renyi_a (lr - lp) - renyi_shift) - p)
-  double mix = 0, mix_b = 0, mix_lse = 0;          // mix (e^(z + mix_b (zr - z) - mix_lse) - p)
-  double jsd = 0, jsd_b = 0, jsd_kl = 0;           // jsd p (lp - lmix - jsd_kl)
-  double tv = 0, tv_mean = 0;                      // tv p (sign(p-r) - tv_mean)
-  double bkl = 0, bkl_ratio = 0, top_value = 0;    // bkl (p - r inside the top set, p - p ratio outside)
+  double ent = 0, ent_value = 0, rkl = 0, rkl_value = 0, ev = 0, ev_value = 0, col = 0,
+         col_value = 0;
+  double alpha = 0, alpha_a = 0;  // alpha (e^(lp + alpha_a (lr - lp)) - p)
+  double renyi = 0, renyi_a = 0,
+         renyi_shift = 0;                  // renyi (e^(lp + renyi_a (lr - lp) - renyi_shift) - p)
+  double mix = 0, mix_b = 0, mix_lse = 0;  // mix (e^(z + mix_b (zr - z) - mix_lse) - p)
+  double jsd = 0, jsd_b = 0, jsd_kl = 0;   // jsd p (lp - lmix - jsd_kl)
+  double tv = 0, tv_mean = 0;              // tv p (sign(p-r) - tv_mean)
+  double bkl = 0, bkl_ratio = 0,
+         top_value = 0;  // bkl (p - r inside the top set, p - p ratio outside)
   int64_t top_index = -1;
 };
 
 // c(kind): upstream number of a statistic; out(kind): its value; saved(row): what the forward kept.
 template <class Up, class Out, class Saved>
-PK_HD GradCoef grad_coefficients(const StatPlan& plan, const Up& c, const Out& out, const Saved& saved) {
+PK_HD GradCoef grad_coefficients(const StatPlan& plan, const Up& c, const Out& out,
+                                 const Saved& saved) {
   GradCoef g;
-  if (plan.has(kLogp)) { g.e += c(kLogp); g.a0 -= c(kLogp); }
+  if (plan.has(kLogp)) {
+    g.e += c(kLogp);
+    g.a0 -= c(kLogp);
+  }
   if (plan.has(kLse)) g.a0 += c(kLse);
   if (plan.has(kZy)) g.e += c(kZy);
-  if (plan.has(kEnt)) { g.ent = -c(kEnt); g.ent_value = out(kEnt); }
-  if (plan.has(kCol)) { g.col_value = pk_exp(out(kCol)); g.col = 2.0 * c(kCol) / g.col_value; }
+  if (plan.has(kEnt)) {
+    g.ent = -c(kEnt);
+    g.ent_value = out(kEnt);
+  }
+  if (plan.has(kCol)) {
+    g.col_value = pk_exp(out(kCol));
+    g.col = 2.0 * c(kCol) / g.col_value;
+  }
   if (plan.has(kFkl)) g.fkl = c(kFkl);
-  if (plan.has(kRkl)) { g.rkl = c(kRkl); g.rkl_value = out(kRkl); }
-  if (plan.has(kEv)) { g.ev = c(kEv); g.ev_value = out(kEv); }
+  if (plan.has(kRkl)) {
+    g.rkl = c(kRkl);
+    g.rkl_value = out(kRkl);
+  }
+  if (plan.has(kEv)) {
+    g.ev = c(kEv);
+    g.ev_value = out(kEv);
+  }
   if (plan.has(kAlpha)) {
     const double a = plan.param[kAlpha];
     g.a0 -= c(kAlpha) * (1.0 - a) * out(kAlpha);  // (S_a - 1) / a
@@ -57,7 +77,10 @@ PK_HD GradCoef grad_coefficients(const StatPlan& plan, const Up& c, const Out& o
     g.jsd_b = plan.param[kJsd];
     g.jsd_kl = saved(kSavedKlMix);
   }
-  if (plan.has(kTv)) { g.tv = 0.5 * c(kTv); g.tv_mean = saved(kSavedTvMean); }
+  if (plan.has(kTv)) {
+    g.tv = 0.5 * c(kTv);
+    g.tv_mean = saved(kSavedTvMean);
+  }
   if (plan.has(kBkl)) {
     g.bkl = c(kBkl);
     const double rest = saved(kSavedRestPol);
@@ -78,7 +101,8 @@ PK_HD T blend_exp(T x, T y, T a, T shift) {
 // One entry in scalar form (CUDA, tests); the CPU kernels evaluate the same terms on vectors.
 // zr, lr, adv may be anything where the plan has no statistic that reads them.
 template <class T>
-PK_HD T logit_gradient(const GradCoef& g, T z, T zr, T lp, T lr, T adv, bool is_target, bool in_top) {
+PK_HD T logit_gradient(const GradCoef& g, T z, T zr, T lp, T lr, T adv, bool is_target,
+                       bool in_top) {
   const T p = pk_exp(lp), r = pk_exp(lr);
   T inner = T(g.a0);
   if (g.ent != 0) inner += T(g.ent) * (lp + T(g.ent_value));

@@ -14,21 +14,45 @@
 namespace prefkern {
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
-PK_HD double pk_exp(double x) { return ::exp(x); }
-PK_HD double pk_log(double x) { return ::log(x); }
-PK_HD double pk_expm1(double x) { return ::expm1(x); }
-PK_HD float pk_exp(float x) { return ::expf(x); }
-PK_HD float pk_log(float x) { return ::logf(x); }
+PK_HD double pk_exp(double x) {
+  return ::exp(x);
+}
+PK_HD double pk_log(double x) {
+  return ::log(x);
+}
+PK_HD double pk_expm1(double x) {
+  return ::expm1(x);
+}
+PK_HD float pk_exp(float x) {
+  return ::expf(x);
+}
+PK_HD float pk_log(float x) {
+  return ::logf(x);
+}
 #else
-PK_HD double pk_exp(double x) { return __builtin_exp(x); }
-PK_HD double pk_log(double x) { return __builtin_log(x); }
-PK_HD double pk_expm1(double x) { return __builtin_expm1(x); }
-PK_HD float pk_exp(float x) { return __builtin_expf(x); }
-PK_HD float pk_log(float x) { return __builtin_logf(x); }
+PK_HD double pk_exp(double x) {
+  return __builtin_exp(x);
+}
+PK_HD double pk_log(double x) {
+  return __builtin_log(x);
+}
+PK_HD double pk_expm1(double x) {
+  return __builtin_expm1(x);
+}
+PK_HD float pk_exp(float x) {
+  return __builtin_expf(x);
+}
+PK_HD float pk_log(float x) {
+  return __builtin_logf(x);
+}
 #endif
 
-PK_HD double pk_inf() { return __builtin_huge_val(); }
-PK_HD double pk_nan() { return __builtin_nan(""); }
+PK_HD double pk_inf() {
+  return __builtin_huge_val();
+}
+PK_HD double pk_nan() {
+  return __builtin_nan("");
+}
 
 // 0 * anything = 0: entries without probability never contribute, whatever their log is.
 template <class T>

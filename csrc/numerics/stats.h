@@ -6,8 +6,24 @@
 namespace prefkern {
 
 enum StatKind : int {
-  kLogp, kLse, kZy, kEnt, kCol, kTop1, kZmean,  // one model
-  kRefLogp, kRefLse, kFkl, kRkl, kJsd, kAlpha, kRenyi, kTv, kBkl, kMix, kEv,  // two models
+  kLogp,
+  kLse,
+  kZy,
+  kEnt,
+  kCol,
+  kTop1,
+  kZmean,  // one model
+  kRefLogp,
+  kRefLse,
+  kFkl,
+  kRkl,
+  kJsd,
+  kAlpha,
+  kRenyi,
+  kTv,
+  kBkl,
+  kMix,
+  kEv,  // two models
   kStatCount
 };
 
@@ -20,7 +36,9 @@ struct StatPlan {
 };
 
 // Statistics whose value needs both normalisers before the sweep, hence a second one.
-PK_HD bool needs_second_sweep(const StatPlan& p) { return p.has(kJsd) || p.has(kTv) || p.has(kBkl); }
+PK_HD bool needs_second_sweep(const StatPlan& p) {
+  return p.has(kJsd) || p.has(kTv) || p.has(kBkl);
+}
 
 PK_HD bool has_gradient(StatKind k) {
   return k != kTop1 && k != kZmean && k != kRefLogp && k != kRefLse;
@@ -28,7 +46,9 @@ PK_HD bool has_gradient(StatKind k) {
 
 // Rows of `saved` that the forward hands to the backward. One-model calls keep kSavedLse alone.
 enum SavedRow : int {
-  kSavedLse, kSavedRefLse, kSavedAuxLse,
+  kSavedLse,
+  kSavedRefLse,
+  kSavedAuxLse,
   kSavedKlMix,     // KL(policy || b r + (1-b) p)
   kSavedTvMean,    // sum_v p_v sign(p_v - r_v)
   kSavedRestRef,   // reference mass outside the top set

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Bytes kept by default, per device type. 256 MiB on CPU holds the fp32 logits of 2,048 tokens of a
-# 32,000-entry vocabulary; 1 GiB on a GPU holds 3,500 bf16 tokens of a 152k vocabulary.
-DEFAULT_BUDGET = {"cpu": 256 << 20, "cuda": 1 << 30}
+# Bytes kept by default, per device type. 512 MiB on a CPU holds the fp32 logits of two models for
+# 2,048 tokens of a 32,000-entry vocabulary; 1 GiB on a GPU holds 3,500 bf16 tokens of a 152k one.
+DEFAULT_BUDGET = {"cpu": 512 << 20, "cuda": 1 << 30}
 _FALLBACK_BUDGET = 256 << 20
 
 

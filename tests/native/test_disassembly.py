@@ -90,7 +90,9 @@ HOT = [
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx512bf16"])
-@pytest.mark.parametrize(("name", "least"), HOT, ids=[name.split("<prefkern")[0] for name, _ in HOT])
+@pytest.mark.parametrize(
+    ("name", "least"), HOT, ids=[name.split("<prefkern")[0] for name, _ in HOT]
+)
 def test_hot_loops_are_zmm_fma_without_calls(isa, name, least):
     found = bodies(isa, name.format(isa=isa))
     assert found, f"no function {name} for {isa}: renamed, or inlined where it cannot be found"
