@@ -6,7 +6,7 @@ Custom ops carry plain values only, so the options cross them as one canonical s
 from __future__ import annotations
 
 import difflib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class ListOptions(NamedTuple):
@@ -81,8 +81,9 @@ def pack(family: str, options: dict[str, object]) -> str:
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {tuple(FAMILIES)}, got {family!r}.")
+    given: dict[str, Any] = options
     texts = []
-    for name, value in sorted(options.items()):
+    for name, value in sorted(given.items()):
         if name not in FAMILIES[family]:
             near = difflib.get_close_matches(name, FAMILIES[family], n=3) or FAMILIES[family]
             raise ValueError(
@@ -93,7 +94,7 @@ def pack(family: str, options: dict[str, object]) -> str:
         _check(name, value, default)
         if value != default:
             texts.append(f"{name}={int(value) if isinstance(default, bool) else value}")
-    found = ListOptions(**options)
+    found = ListOptions(**given)
     if found.form == "dcg2" and (found.topn or found.tie_rank != "position" or found.normalize):
         raise ValueError(
             "form='dcg2' takes no topn, no normalize and tie_rank='position' (it reads rank "
@@ -105,7 +106,7 @@ def pack(family: str, options: dict[str, object]) -> str:
 
 def unpack(text: str) -> ListOptions:
     """The inverse of `pack`."""
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     for item in filter(None, text.split(";")):
         name, _, raw = item.partition("=")
         default = ListOptions._field_defaults[name]

@@ -39,7 +39,7 @@ def pair_metrics(
             "rewards/accuracies": (reward_w > reward_l).double().mean(),
         }
     if chosen.fkl is not None:
-        kl_w, kl_l = chosen.fkl.detach(), rejected.fkl.detach()
+        kl_w, kl_l = chosen.fkl.detach(), rejected.require("fkl").detach()
         found |= {
             "kl/chosen": kl_w.mean(),
             "kl/rejected": kl_l.mean(),
@@ -49,10 +49,9 @@ def pair_metrics(
     found |= _per_token("logits/rejected", rejected.zmean, rejected.length)
     found |= _per_token("mean_token_accuracy", chosen.top1, chosen.length)
     if chosen.ent is not None:
-        both = torch.stack((chosen.ent.sum(), rejected.ent.sum())).detach()
-        found |= _per_token(
-            "entropy", both, torch.stack((chosen.length.sum(), rejected.length.sum()))
-        )
+        both = torch.stack((chosen.ent.sum(), rejected.require("ent").sum())).detach()
+        lengths = (chosen.require("length").sum(), rejected.require("length").sum())
+        found |= _per_token("entropy", both, torch.stack(lengths))
     return found
 
 
@@ -76,13 +75,13 @@ def unpaired_metrics(seq: SeqStats, labels: Tensor, rewards: Rewards) -> dict[st
         if seq.fkl is not None:
             found[f"kl/{side}"] = mean(seq.fkl)
         if seq.zmean is not None:
-            found |= _per_token(f"logits/{side}", seq.zmean * mask, seq.length * mask)
+            found |= _per_token(f"logits/{side}", seq.zmean * mask, seq.require("length") * mask)
     if rewards is not None:
         both = (counts["chosen"] * counts["rejected"] > 0).double()
         found["rewards/margins"] = (found["rewards/chosen"] - found["rewards/rejected"]) * both
     if seq.top1 is not None:
         mask = labels.to(torch.float64)
-        found |= _per_token("mean_token_accuracy", seq.top1 * mask, seq.length * mask)
+        found |= _per_token("mean_token_accuracy", seq.top1 * mask, seq.require("length") * mask)
     found |= _per_token("entropy", seq.ent, seq.length)
     return found
 
@@ -100,10 +99,11 @@ def sequence_metrics(seq: SeqStats, rewards: Rewards) -> dict[str, Tensor]:
     return found
 
 
-def _per_token(name: str, total: Tensor | None, count: Tensor) -> dict[str, Tensor]:
+def _per_token(name: str, total: Tensor | None, count: Tensor | None) -> dict[str, Tensor]:
     """Mean over scored tokens; left out where the statistic was not computed."""
     if total is None:
         return {}
+    assert count is not None
     return {name: total.detach().sum() / count.sum().clamp(min=1)}
 
 

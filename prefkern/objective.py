@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ def preference_loss(
         if metrics and i == 0:
             found |= term_metrics(term, seq, batch)
     out_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return total.to(out_dtype), found if metrics else {}
+    return cast(Tensor, total).to(out_dtype), found if metrics else {}
 
 
 class PreferenceLoss(nn.Module):
@@ -242,7 +242,7 @@ def _reference_source(
         checks.check_constant(name, given[name])
     source = present[0].removeprefix(_REF_PREFIX) if present else None
     if present and source != "hidden":
-        _check_finite(present[0], given[present[0]], targets, ignore_index)
+        _check_finite(present[0], cast(Tensor, given[present[0]]), targets, ignore_index)
     full = [s for s in wanted if s.partition(":")[0] not in (*ONE_MODEL_STATS, "ref_logp")]
     names = ", ".join(t.record.name for t in terms)
     if full == ["ev"] and source is None and "ref_logp" not in wanted and given_advantage:
@@ -325,20 +325,22 @@ def _token_stats(
     if "ref_logp" not in wanted or source == "seq_logp":
         return tokens
     if source == "hidden":
-        ref_options = {k: op_options.get(_REF_PREFIX + k, v) for k, v in policy_options.items()}
+        given = {k: op_options.get(_REF_PREFIX + k) for k in (*policy_options, "bias")}
+        ref_options = {k: v if given[k] is None else given[k] for k, v in policy_options.items()}
         same_head = ref_weight is None
-        head_weight = weight if same_head else ref_weight
+        head_weight = weight if ref_weight is None else ref_weight
+        assert ref_hidden is not None
         checks.check_constant("ref_weight", ref_weight)
-        ref_options["bias"] = op_options.get(
-            "ref_bias", policy_options.get("bias") if same_head else None
-        )
+        shared_bias = policy_options.get("bias") if same_head else None
+        ref_options["bias"] = shared_bias if given["bias"] is None else given["bias"]
         with torch.no_grad():
             ref_logp = linear_logps(ref_hidden, head_weight, targets, **ref_options).logp
-    elif ref_logp.numel() != targets.numel():
+    elif ref_logp is not None and ref_logp.numel() != targets.numel():
         raise ValueError(
             f"ref_logp must have the shape of targets {list(targets.shape)}, got "
             f"{checks.shape_text(ref_logp)}; for sums per sequence use ref_seq_logp."
         )
     scored = targets != op_options["ignore_index"]
+    assert ref_logp is not None
     ref_logp = ref_logp.reshape(targets.shape)
     return tokens._replace(ref_logp=torch.where(scored, ref_logp, torch.zeros_like(ref_logp)))

@@ -121,8 +121,8 @@ def combine_weights(
     found = {}
     for name in fields:
         key = "logp" if name == "ref_logp" else name
-        parts = [w if isinstance(w, Tensor) else w.get(key) for w in sources]
-        parts = [w for w in parts if w is not None]
+        given = [w if isinstance(w, Tensor) else w.get(key) for w in sources]
+        parts = [w for w in given if w is not None]
         if parts:
             ids = tuple(map(id, parts))
             if ids not in made:

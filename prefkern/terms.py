@@ -5,7 +5,7 @@ Shapes: N tokens, S sequences, P pairs, G groups.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def weight_stage(term: Term, batch: Batch) -> TokenWeights | None:
             batch.scored.float(), batch.cu_seqlens, backend=batch.backend
         ).long()
         split = segments.split_rows(SeqStats(length=length), rows, batch.layout, term.record.rows)
-        shortest = torch.stack([seq.length for seq in split]).amin(0)  # [P]
+        shortest = torch.stack([seq.require("length") for seq in split]).amin(0)  # [P]
         return (
             shortest.repeat_interleave(rows) if batch.layout == "pairs" else shortest.repeat(rows)
         )
@@ -104,8 +104,8 @@ def weight_stage(term: Term, batch: Batch) -> TokenWeights | None:
     makers = {
         "cu_seqlens": lambda: batch.cu_seqlens,
         "scored": lambda: batch.scored,
-        "ref_logp": lambda: batch.tokens.ref_logp.reshape(-1).detach(),
-        "logp": lambda: batch.tokens.logp.reshape(-1).detach(),
+        "ref_logp": lambda: cast(Tensor, batch.tokens.ref_logp).reshape(-1).detach(),
+        "logp": lambda: cast(Tensor, batch.tokens.logp).reshape(-1).detach(),
         "sign": lambda: segments.spread(1 - 2 * role.clamp(max=1), batch.cu_seqlens, n),
         "public_length": public_length,
     }
@@ -171,6 +171,7 @@ def _likelihood(
 ) -> Tensor:
     """Negative log-likelihood of the rows a loss names, with its own denominator."""
     spec = term.record.supervised
+    assert spec is not None
     row = _split(term, seq, batch)[term.record.rows.index(spec.rows)]
     if spec.mode == "token":
         return -row.require("logp").sum() / num_items.get(
@@ -219,7 +220,8 @@ def _groups(record: Loss, batch: Batch) -> Tensor:
 def term_metrics(term: Term, seq: SeqStats, batch: Batch) -> dict[str, Tensor]:
     """What trainers log for the first loss of the objective."""
     record, call = term.record, term.call
-    rewards = None if record.rewards is None else lambda s: record.rewards(s, **call.hyper)
+    fn = record.rewards
+    rewards = None if fn is None else lambda s: fn(s, **call.hyper)
     seq = SeqStats(*(None if f is None else f.detach() for f in seq))
     if record.family == "pairwise":
         chosen, rejected = _split(term, seq, batch)[:2]

@@ -9,6 +9,8 @@ token counts (its target is not ignored); weights are exactly 0 elsewhere.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -132,6 +134,7 @@ def sparsepo(
         )
     if kl_direction not in KL_FIELD:
         raise ValueError(f"kl_direction must be one of {tuple(KL_FIELD)}, got {kl_direction!r}.")
+    l1: tuple[tuple[Tensor | None, float], ...]
     if not rw_kl_independent:
         if reward_mask is None or kl_mask is not None:
             raise ValueError(
@@ -247,7 +250,7 @@ class SparseMask(nn.Module):
             raise ValueError(
                 f"num_layers and hidden_size must be >= 1, got {num_layers} and {hidden_size}."
             )
-        factory = {"dtype": dtype, "device": device}
+        factory: dict[str, Any] = {"dtype": dtype, "device": device}
         self.norm_mask = nn.LayerNorm(hidden_size, eps=layer_norm_eps, **factory)
         self.layer_mask_weight = nn.Parameter(torch.empty(num_layers, hidden_size, **factory))
         self.layer_mask_bias = nn.Parameter(torch.empty(num_layers, **factory))
@@ -312,11 +315,10 @@ class SparseMasks(nn.Module):
                 "mask_on_kl True, or use independent masks."
             )
         self.rw_kl_independent = rw_kl_independent
-        self.reward_mask = (
-            SparseMask(num_layers, hidden_size, **options) if mask_on_reward else None
-        )
+        shared: dict[str, Any] = options
+        self.reward_mask = SparseMask(num_layers, hidden_size, **shared) if mask_on_reward else None
         own_kl = rw_kl_independent and mask_on_kl
-        self.kl_mask = SparseMask(num_layers, hidden_size, **options) if own_kl else None
+        self.kl_mask = SparseMask(num_layers, hidden_size, **shared) if own_kl else None
 
     def forward(
         self,

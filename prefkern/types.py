@@ -96,7 +96,8 @@ class SeqStats(NamedTuple):
         """Log-ratio per scored token; 0 for an empty sequence."""
         return self.logratio / self.require("length").clamp(min=1)
 
-    def index(self, rows: Tensor | slice) -> SeqStats:
+    # the public method hides tuple.index
+    def index(self, rows: Tensor | slice) -> SeqStats:  # type: ignore[override]
         """The same record for the chosen sequences (a slice or an index tensor)."""
         return SeqStats(*(None if f is None else f[rows] for f in self))
 

@@ -337,3 +337,18 @@ def test_item_weights():
 def test_a_diffusion_loss_is_refused_before_any_work():
     with pytest.raises(ValueError, match="prediction errors"):
         Inputs().call(loss="diff_dpo")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_reference_options_default_to_the_policys_on_both_roads(shared):
+    """dpo reads the reference by linear_logps, tdpo2 (alpha = 0 is dpo) by linear_divergence."""
+    x = Inputs()
+    bias = torch.linspace(-1, 1, V, dtype=torch.float64)
+    ref = {"ref_hidden": x.ref_hidden} if shared else x.ref
+    for options in (
+        {"softcap": 2.0, "scale": 1.3, "bias": bias},
+        {"softcap": 2.0, "ref_softcap": None, "ref_scale": None, "ref_bias": None, "bias": bias},
+        {"softcap": 2.0, "ref_softcap": 3.0, "ref_scale": 0.7, "ref_bias": 2 * bias},
+    ):
+        dpo = x.call(loss="dpo", **ref, **options)[0]
+        torch.testing.assert_close(dpo, x.call(loss="tdpo2", alpha=0.0, **ref, **options)[0])

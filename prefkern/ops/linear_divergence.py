@@ -189,6 +189,7 @@ def _check_ev(
             "aux_hidden and aux_weight must be given together, got only one; pass both or none."
         )
     if aux_hidden is not None:
+        assert aux_weight is not None
         checks.check_head(aux_hidden, aux_weight, targets, None, prefix="aux_")
         if aux_weight.shape[0] != weight.shape[0]:
             raise ValueError(

@@ -5,6 +5,8 @@ Shapes: N tokens, V vocabulary, D hidden size, n requested statistics.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -197,7 +199,7 @@ def head_gradients_like(
     return (
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if need_weight else weight.new_empty(0),
-        torch.empty_like(bias) if need_bias else hidden.new_empty(0),
+        torch.empty_like(cast(Tensor, bias)) if need_bias else hidden.new_empty(0),
     )
 
 

@@ -53,7 +53,7 @@ def logits_logps(
         raise ValueError(f"logits must have at least one column, got {checks.shape_text(logits)}.")
     checks.check_same_device("targets", targets, "logits", logits)
     checks.check_logit_options(1.0, None, temperature)
-    allowed = ONE_MODEL_STATS
+    allowed: tuple[str, ...] = ONE_MODEL_STATS
     if ref_logits is not None:
         allowed += tuple(s for s in TWO_MODEL_STATS if s != "ev")
         checks.check_float("ref_logits", ref_logits)
@@ -119,14 +119,16 @@ def selective_log_softmax(
     if row_mask is not None:
         labels = labels.masked_fill(~row_mask.reshape(-1, 1), ignore)
     if not several:
-        found = logits_logps(flat, labels[:, 0], temperature=temperature, ignore_index=ignore)
-        return found.logp.reshape(index.shape).to(logits.dtype)
+        logp = logits_logps(flat, labels[:, 0], temperature=temperature, ignore_index=ignore).logp
+        assert logp is not None
+        return logp.reshape(index.shape).to(logits.dtype)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         checks.check_target_range(labels, flat.shape[1], ignore)
     # K entries share one normaliser: gather the K logits, subtract the row's lse once.
     lse = logits_logps(
         flat, labels[:, 0], temperature=temperature, ignore_index=ignore, stats=("lse",)
     ).lse
+    assert lse is not None
     chosen = flat.gather(-1, labels.clamp(min=0)).to(lse.dtype) / temperature
     result = (chosen - lse[:, None]).reshape(index.shape)
     if row_mask is not None:

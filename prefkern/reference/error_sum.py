@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,8 @@ def error_sum_fwd(
 ) -> Tensor:  # [n, B, num_segments] fp64
     """Sums of each statistic over the elements of a segment; see prefkern.ops.error_sum."""
     p, t = pred.double(), target.double()
-    q = None if ref is None else ref.double()
+    # read by ref_err and dot alone, which come with a reference
+    q = cast(Tensor, None if ref is None else ref.double())
     rows = []
     for name, param in parse(stats):
         if name == "err":
@@ -50,6 +53,7 @@ def error_sum_bwd(
         if name == "err":
             slope = 2 * (p - t)
         elif name == "dot":
+            assert ref is not None
             slope = t - ref.double()
         else:
             slope = (p - t) / torch.sqrt((p - t) ** 2 + param**2)

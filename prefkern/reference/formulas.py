@@ -8,7 +8,7 @@ An entry with logit -inf has p = 0, and 0 times anything is 0 in every sum.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -56,10 +56,19 @@ def split(stat: str) -> tuple[str, float | None]:
     return name, float(param) if param else None
 
 
+def _operands(stat: str, s: Inputs) -> tuple[str, float, Model, Model]:
+    """(name, parameter, policy, reference); the formulas that read a parameter or a reference are
+    asked for only where it is there, so both are typed as present."""
+    name, param = split(stat)
+    return name, cast(float, param), s.policy, cast(Model, s.ref)
+
+
 def advantage(s: Inputs) -> Tensor:
     """A [M, V] of the statistic ev: given values, sparse values, or log r_aux - log r."""
     if s.aux is not None:
+        assert s.ref is not None
         return s.aux.logprob - s.ref.logprob
+    assert s.values is not None
     if s.values_index is None:
         return s.values.to(s.policy.z.dtype).expand_as(s.policy.z)
     dense = torch.zeros_like(s.policy.z)
@@ -93,7 +102,11 @@ def top_set(k: int, s: Inputs) -> Tensor:
 
     Picked from logits as the backward reads them, so that forward and backward agree on the set.
     """
-    z = s.ref.z if s.top_logits is None else s.top_logits
+    if s.top_logits is None:
+        assert s.ref is not None
+        z = s.ref.z
+    else:
+        z = s.top_logits
     order = torch.sort(z, dim=-1, descending=True, stable=True).indices[:, : min(k, z.shape[-1])]
     return torch.zeros_like(z, dtype=torch.bool).scatter(-1, order, True)
 
@@ -105,8 +118,8 @@ def log_rest(top: Tensor, m: Model) -> Tensor:
 
 def value(stat: str, s: Inputs) -> Tensor:
     """One statistic [M]."""
-    name, x = split(stat)
-    p, r, y = s.policy, s.ref, s.y
+    name, x, p, r = _operands(stat, s)
+    y = s.y
     match name:
         case "logp":
             return pick(p.z, y) - p.lse
@@ -159,8 +172,7 @@ def value(stat: str, s: Inputs) -> Tensor:
 def logit_gradient(stat: str, c: Tensor, s: Inputs, out: Tensor) -> Tensor | None:
     """c * d stat / dz [M, V] for upstream numbers c [M] and the statistic's value out [M]; None for
     statistics without a gradient."""
-    name, x = split(stat)
-    p, r = s.policy, s.ref
+    name, x, p, r = _operands(stat, s)
     c, out = c[:, None], out[:, None]
     onehot = torch.zeros_like(p.z).scatter_(-1, s.y[:, None], 1.0)
     match name:

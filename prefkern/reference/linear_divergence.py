@@ -44,6 +44,7 @@ def linear_divergence_fwd(
     z, zr = shape_logits(x, bias, *options), shape_logits(xr, ref_bias, *ref_options)
     policy, ref, aux = formulas.model(z), formulas.model(zr), None
     if aux_hidden is not None:
+        assert aux_weight is not None
         za = shape_logits(
             product(scored.take(aux_hidden), aux_weight, exact=True), None, *ref_options
         )
@@ -111,6 +112,7 @@ def linear_divergence_bwd(
     z, zr = shape_logits(x, bias, *options), shape_logits(xr, ref_bias, *ref_options)
     policy, ref, aux = formulas.model(z), formulas.model(zr), None
     if aux_hidden is not None:
+        assert aux_weight is not None
         xa = rounded(product(scored.take(aux_hidden), aux_weight, exact=True), dtype)
         aux = formulas.model(shape_logits(xa, None, *ref_options))
     values, values_index = _values(scored, values, values_index)
@@ -128,4 +130,5 @@ def _values(
     """Sparse values [N, k] of the scored rows; a [V] vector as it is."""
     if values_index is None:
         return values, None
+    assert values is not None
     return scored.take(values), scored.take(values_index)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def frozen_rows(
     ones = torch.ones_like(s.policy.lse)
     head = weight.to(out.dtype)
     rows = [
-        (formulas.logit_gradient(stat, ones, s, out[i]) * slope) @ head
+        (cast(Tensor, formulas.logit_gradient(stat, ones, s, out[i])) * slope) @ head
         for i, stat in enumerate(stats)
         if formulas.split(stat)[0] not in NO_GRADIENT
     ]
@@ -140,5 +142,6 @@ def head_gradients(
     if need_weight:
         d_weight = (dx.T @ h.to(acc)).to(weight.dtype)
     if need_bias:
+        assert bias is not None
         d_bias = dx.sum(0).to(bias.dtype)
     return d_hidden, d_weight, d_bias

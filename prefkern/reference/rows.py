@@ -11,7 +11,7 @@ from torch import Tensor
 class Scored(NamedTuple):
     """Rows to compute: `index` [M] picks them; `mask` [M] says which of them count (None: all)."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # the field hides tuple.index
     mask: Tensor | None
 
     def take(self, x: Tensor) -> Tensor:

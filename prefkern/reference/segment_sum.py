@@ -35,6 +35,7 @@ def segment_sum_bwd(
     if need_values:
         d_values = (d if weights is None else d * weights.double()).to(values.dtype)
     if need_weights:
+        assert weights is not None
         full = torch.where(d == 0, 0.0, d * values.double())
         d_weights = (full.sum(0) if weights.dim() == 1 else full).to(weights.dtype)
     return d_values, d_weights

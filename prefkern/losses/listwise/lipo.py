@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ...ops.list_rank import list_rank
@@ -66,7 +68,10 @@ def lipo(
     """
     core.positive("beta", beta)
     core.choice("variant", variant, ("lambda", "pair", "labeldiff", "hinge"))
-    shared = {"pair_reduction": pair_reduction, "scale_by_list_size": scale_by_list_size}
+    shared: dict[str, Any] = {
+        "pair_reduction": pair_reduction,
+        "scale_by_list_size": scale_by_list_size,
+    }
     if variant == "hinge":
         return list_rank(
             beta * scores,

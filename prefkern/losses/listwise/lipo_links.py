@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ... import surrogates
@@ -219,7 +221,7 @@ def softmax(
         ValueError: beta or alpha <= 0, an unknown target, negative labels with "sum", shapes.
     """
     core.positive("beta", beta)
-    options = {"alpha": alpha} if target == "softmax" else {}
+    options: dict[str, Any] = {"alpha": alpha} if target == "softmax" else {}
     return list_rank(
         beta * scores, labels, cu_groups, family="softmax", target=target, backend=backend,
         **options,

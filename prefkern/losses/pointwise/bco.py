@@ -16,7 +16,7 @@ class BcoState(NamedTuple):
     """Mean of all rewards seen so far and their number; belongs in the checkpoint."""
 
     mean: float = 0.0
-    count: int = 0
+    count: int = 0  # type: ignore[assignment]  # the public field name hides tuple.count
 
 
 def bco(
