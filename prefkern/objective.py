@@ -325,14 +325,18 @@ def _token_stats(
     if "ref_logp" not in wanted or source == "seq_logp":
         return tokens
     if source == "hidden":
-        given = {k: op_options.get(_REF_PREFIX + k) for k in (*policy_options, "bias")}
-        ref_options = {k: v if given[k] is None else given[k] for k, v in policy_options.items()}
+        own_options = {
+            name: value
+            for name in ("scale", "softcap", "temperature", "bias")
+            if (value := op_options.get(_REF_PREFIX + name)) is not None
+        }
         same_head = ref_weight is None
         head_weight = weight if ref_weight is None else ref_weight
         assert ref_hidden is not None
         checks.check_constant("ref_weight", ref_weight)
-        shared_bias = policy_options.get("bias") if same_head else None
-        ref_options["bias"] = shared_bias if given["bias"] is None else given["bias"]
+        if not same_head:  # a bias belongs to its head
+            policy_options.pop("bias", None)
+        ref_options: dict[str, Any] = {**policy_options, **own_options}
         with torch.no_grad():
             ref_logp = linear_logps(ref_hidden, head_weight, targets, **ref_options).logp
     elif ref_logp is not None and ref_logp.numel() != targets.numel():
