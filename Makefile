@@ -78,7 +78,7 @@ demo: setup
 
 bench:
 	$(call timed,$(BENCH_VENV))
-	$(BENCH_VENV)/bin/prefkern bench
+	$(BENCH_VENV)/bin/prefkern bench $(BENCH_ARGS)
 
 lint-setup: setup
 	@$(call PIP,$(VENV)) install --quiet -r requirements/lint.txt
