@@ -46,6 +46,13 @@ def unsupported(name: str, problem: Problem) -> list[str]:
     return load_backend(name).unsupported(problem)
 
 
+def held_back(name: str, problem: Problem) -> list[str]:
+    """Reasons why automatic choice leaves out a backend that can serve `problem`: kernels that no
+    recorded run has seen, an interpreter. An explicit choice still gets it."""
+    module = load_backend(name)
+    return module.held_back(problem) if hasattr(module, "held_back") else []
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, op calls with backend='auto' use `name` ('auto' restores automatic choice).
@@ -78,7 +85,7 @@ def select_backend(problem: Problem, backend: str = "auto") -> str:
             raise ValueError(_refusal(problem, f"backend {backend!r} (asked for by {asked_by})"))
         return backend
     for name in PRIORITY:
-        reasons = unsupported(name, problem)
+        reasons = unsupported(name, problem) or held_back(name, problem)
         if not reasons:
             return name
         key = (problem.op, name, reasons[0])
@@ -92,7 +99,9 @@ def _refusal(problem: Problem, who: str) -> str:
     lines = [f"{who} cannot serve {problem}. Backends:"]
     for name in PRIORITY:
         reasons = unsupported(name, problem)
-        lines.append(f"  {name}: {'; '.join(reasons) if reasons else 'can serve it'}")
+        if not reasons:
+            reasons = ["can serve it", *held_back(name, problem)]
+        lines.append(f"  {name}: {'; '.join(reasons)}")
     lines.append(
         "Choose one that can, or backend='auto'. `prefkern env` says how to get a missing one."
     )

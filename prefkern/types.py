@@ -223,7 +223,8 @@ class Backend(Protocol):
     """What a backend module offers (documentation only; nobody inherits from it).
 
     Beside `unsupported`, a module has `<op>_fwd` and `<op>_bwd` for every op it serves, with the
-    signatures of the functions in `prefkern.reference`.
+    signatures of the functions in `prefkern.reference`. It may have `held_back(problem)`: reasons
+    why automatic choice passes over it although it can serve the problem.
     """
 
     def unsupported(self, problem: Problem) -> list[str]:

@@ -148,6 +148,23 @@ def test_automatic_choice_passes_over_and_says_so_once(fresh_backend_module, cap
     assert len(lines) == 1 and "is asleep" in lines[0], lines
 
 
+def test_automatic_choice_leaves_out_what_is_held_back(fresh_backend_module, monkeypatch):
+    """A backend that can serve but asks to be named is used only when named, and a refusal of
+    something else still says why it was left out."""
+    served: list[str] = []
+    module = recorder("timid", served)
+    module.held_back = lambda problem: ["no recorded run has seen its kernels"]
+    fresh_backend_module(module, "timid")
+    fresh_backend_module(recorder("works", served), "works")
+    fresh_backend_module(recorder("broken", [], ["is asleep"]), "broken")
+    monkeypatch.setattr(backends, "PRIORITY", ("timid", "works", "broken"))
+    call()
+    call(backend="timid")
+    assert served == ["works", "timid"]
+    with pytest.raises(ValueError, match="timid: can serve it; no recorded run has seen"):
+        call(backend="broken")
+
+
 def test_no_backend_at_all(fresh_backend_module, monkeypatch):
     fresh_backend_module(recorder("broken", [], ["is asleep"]), "broken")
     monkeypatch.setattr(backends, "PRIORITY", ("broken",))
