@@ -29,6 +29,20 @@ def backends_on() -> tuple[str, ...]:
     )
 
 
+def device_of(backend: str) -> str:
+    """Where a backend is tested: cpu tensors if it takes them, else the GPU."""
+    return "cuda" if backends.unsupported(backend, PLAIN_PROBLEM) else "cpu"
+
+
+def gpu_backends() -> tuple[str, ...]:
+    """Backends of their own kernels that can serve this machine's GPU; none without a GPU."""
+    if not torch.cuda.is_available():
+        return ()
+    problem = replace(PLAIN_PROBLEM, device="cuda")
+    names = (n for n in backends.backend_names() if n != "reference")
+    return tuple(n for n in names if not backends.unsupported(n, problem))
+
+
 ONE_MODEL = ("logp", "lse", "zy", "ent", "col", "top1", "zmean")
 TWO_MODEL = (
     "logp",
@@ -135,6 +149,9 @@ class Inputs:
 
     def replace(self, **changes) -> Inputs:
         return replace(self, **changes)
+
+    def to(self, device: str) -> Inputs:
+        return Inputs(**{k: x if x is None else x.to(device) for k, x in vars(self).items()})
 
 
 def make_targets(generator: torch.Generator, n: int, v: int, ignored: str) -> Tensor:

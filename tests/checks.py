@@ -17,6 +17,7 @@ from cases import (
     TWO_MODEL,
     Inputs,
     Options,
+    device_of,
     field_of,
     make_inputs,
     upstream_for,
@@ -53,7 +54,10 @@ def run_op(
     wanted=("hidden", "weight", "bias"),
     **arguments,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Values {stat: [N]} and gradients {name: tensor} of the public op through autograd."""
+    """Values {stat: [N]} and gradients {name: tensor} of the public op through autograd, on the
+    device where the backend is tested, brought back to the CPU."""
+    device = device_of(backend)
+    inputs = inputs.to(device)
     leaf = leaves(inputs, wanted if upstream else ())
     if inputs.ref_hidden is None:
         result = prefkern.linear_logps(
@@ -84,12 +88,13 @@ def run_op(
     values = {s: getattr(result, field_of(s)) for s in stats}
     grads = {}
     if upstream:
-        weighted_sum(values, upstream).backward()
+        weighted_sum(values, {s: u.to(device) for s, u in upstream.items()}).backward()
         for name in wanted:
             if name in leaf:
-                grads[name] = leaf[name].grad
+                grad = leaf[name].grad
+                grads[name] = grad if grad is None else grad.cpu()
                 leaf[name].grad = None
-    return {s: v.detach() for s, v in values.items()}, grads
+    return {s: v.detach().cpu() for s, v in values.items()}, grads
 
 
 def run_baseline(inputs: Inputs, stats, upstream, option: Options = PLAIN):

@@ -1,0 +1,222 @@
+"""The head ops on a GPU: closeness, masked rows, budgets, graphs, compile, sizes past 2^31.
+
+Skipped without a GPU; `python -m benchmarks.device_check` runs this folder. The same kernels run
+on the CPU (interpreter, emulation) in tests/kernels and tests/cuda.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import (
+    BF16,
+    FP16,
+    FP32,
+    OPTIONS,
+    PARTIAL,
+    REGIMES,
+    SMALL,
+    Regime,
+    differentiable,
+    gpu_backends,
+    upstream_for,
+)
+from checks import (
+    assert_same_run,
+    check_closeness,
+    check_masked_rows,
+    inputs_of,
+    run_op,
+    stats_of,
+)
+
+import prefkern
+from prefkern import backends
+from prefkern.types import Problem
+
+BACKENDS = gpu_backends()
+pytestmark = pytest.mark.skipif(not BACKENDS, reason="needs a GPU that prefkern's kernels serve")
+on_gpu = pytest.mark.parametrize("gpu", BACKENDS or ("none",))
+both_ops = pytest.mark.parametrize("op", ("linear_logps", "linear_divergence"))
+dtypes = pytest.mark.parametrize("dtype", (FP32, BF16, FP16), ids=("fp32", "bf16", "fp16"))
+WIDE = Regime("real_vocabulary", N=70, V=32003, D=64)
+
+
+@on_gpu
+@both_ops
+@dtypes
+@pytest.mark.parametrize("regime", (*REGIMES, WIDE), ids=lambda r: r.why)
+def test_closeness(gpu, op, dtype, regime):
+    check_closeness(gpu, inputs_of(op, regime, dtype), stats_of(op))
+
+
+@on_gpu
+@both_ops
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda o: o.why)
+def test_logit_options(gpu, op, dtype, option):
+    inputs = inputs_of(op, SMALL, dtype, option=option)
+    check_closeness(gpu, inputs, stats_of(op), option=option)
+
+
+@on_gpu
+@both_ops
+@dtypes
+def test_frozen_head(gpu, op, dtype):
+    stats = ("logp", "ent") if op == "linear_logps" else ("logp", "ref_logp", "fkl", "rkl")
+    check_closeness(gpu, inputs_of(op, WIDE, dtype), stats, wanted=("hidden",))
+
+
+@on_gpu
+@both_ops
+@pytest.mark.parametrize("poison", (float("nan"), float("inf")), ids=str)
+def test_ignored_rows(gpu, op, poison):
+    check_masked_rows(gpu, inputs_of(op, PARTIAL, FP32), stats_of(op), poison)
+
+
+@on_gpu
+@both_ops
+@dtypes
+def test_the_budget_and_a_second_run_change_no_bit(gpu, op, dtype):
+    inputs, stats = inputs_of(op, WIDE, dtype), stats_of(op)
+    upstream = upstream_for(stats, WIDE.N, dtype)
+    row = 2 * WIDE.V * dtype.itemsize
+    base = run_op(gpu, inputs, stats, upstream, memory_budget=0)
+    for budget in (0, 30 * row, 1 << 30):
+        again = run_op(gpu, inputs, stats, upstream, memory_budget=budget)
+        assert_same_run(again, base, f"budget {budget}")
+
+
+def arguments(op, device="cuda", dtype=BF16):
+    inputs = inputs_of(op, WIDE, dtype).to(device)
+    hidden = inputs.hidden.requires_grad_(True)
+    weight = inputs.weight.requires_grad_(True)
+    scored = int((inputs.targets != -100).sum())
+    return inputs, hidden, weight, scored
+
+
+def forward(op, gpu, inputs, hidden, weight, scored):
+    stats = ("logp", "ent") if op == "linear_logps" else ("logp", "ref_logp", "fkl")
+    options = {"stats": stats, "num_scored": scored, "gpu": gpu}
+    if op == "linear_logps":
+        found = prefkern.linear_logps(hidden, weight, inputs.targets, **options)
+        return found.logp.sum() + found.ent.sum()
+    found = prefkern.linear_divergence(
+        hidden, weight, inputs.targets, inputs.ref_hidden, inputs.ref_weight, **options
+    )
+    return found.logp.sum() + found.fkl.sum()
+
+
+@on_gpu
+@both_ops
+def test_no_synchronisation_when_the_count_is_given(gpu, op):
+    inputs, hidden, weight, scored = arguments(op)
+    forward(op, gpu, inputs, hidden, weight, scored).backward()  # compiles outside
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        forward(op, gpu, inputs, hidden, weight, scored).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+@both_ops
+@pytest.mark.parametrize("counted", (True, False), ids=("num_scored", "masked"))
+def test_a_captured_step_replays_with_new_inputs(gpu, op, counted):
+    inputs, hidden, weight, scored = arguments(op)
+    count = scored if counted else None
+
+    def step():
+        hidden.grad = weight.grad = None
+        loss = forward(op, gpu, inputs, hidden, weight, count)
+        loss.backward()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    captured_hidden, captured_weight = hidden.grad, weight.grad
+    with torch.no_grad():
+        hidden.copy_(hidden.flip(0))
+    graph.replay()
+    got = captured.clone(), captured_hidden.clone(), captured_weight.clone()
+    want = step()
+    torch.testing.assert_close(got[0], want.detach(), rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(got[1], hidden.grad, rtol=2e-2, atol=1e-4)
+    torch.testing.assert_close(got[2], weight.grad, rtol=2e-2, atol=1e-4)
+
+
+@on_gpu
+@both_ops
+def test_compiled_without_a_graph_break(gpu, op):
+    inputs, hidden, weight, scored = arguments(op)
+    eager = forward(op, gpu, inputs, hidden, weight, scored)
+    compiled = torch.compile(forward, fullgraph=True)
+    found = compiled(op, gpu, inputs, hidden, weight, scored)
+    torch.testing.assert_close(found, eager, rtol=1e-6, atol=1e-4)
+    found.backward()
+    assert torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()
+
+
+@on_gpu
+@dtypes
+def test_logits_that_exist(gpu, dtype):
+    problem = Problem("logits_logps", "cuda", dtype)
+    if reasons := backends.unsupported(gpu, problem):
+        pytest.skip("; ".join(reasons))
+    g = torch.Generator("cuda").manual_seed(0)
+    z, zr = (2 * torch.randn(50, 32003, generator=g, device="cuda") for _ in range(2))
+    y = torch.randint(0, 32003, (50,), generator=g, device="cuda")
+    z, zr = z.to(dtype).requires_grad_(True), zr.to(dtype)
+    stats = ("logp", "ent", "fkl", "rkl", "jsd:0.4", "tv")
+    leaf = z.detach().double().requires_grad_(True)
+    found = prefkern.logits_logps(z, y, ref_logits=zr, stats=stats, backend=gpu)
+    want = prefkern.logits_logps(leaf, y, ref_logits=zr.double(), stats=stats, backend="reference")
+    names = [s.partition(":")[0] for s in differentiable(stats)]
+    for name in names:
+        torch.testing.assert_close(
+            getattr(found, name).double(), getattr(want, name), rtol=2e-5, atol=2e-4
+        )
+    sum(getattr(found, n).sum() for n in names).backward()
+    sum(getattr(want, n).sum() for n in names).backward()
+    bound = {FP32: 1e-5, BF16: 1e-2, FP16: 2e-3}[dtype]
+    gap = (z.grad.double() - leaf.grad).norm() / leaf.grad.norm()
+    assert gap < bound, float(gap)
+
+
+@on_gpu
+@pytest.mark.parametrize("which", ("tokens", "head"))
+def test_more_than_2_to_the_31_elements(gpu, which):
+    """N * V, or V * D, past the range of 32-bit offsets; sampled rows against float64."""
+    n, v, d = (20_000, 131_072, 64) if which == "tokens" else (40, 540_000, 4096)
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(n, d, generator=g, device="cuda", dtype=BF16).requires_grad_(True)
+    weight = (torch.randn(v, d, generator=g, device="cuda", dtype=BF16) * (2 / d**0.5)).detach()
+    weight.requires_grad_(True)
+    y = torch.randint(0, v, (n,), generator=g, device="cuda")
+    y[-1] = v - 1
+    found = prefkern.linear_logps(
+        hidden, weight, y, num_scored=n, memory_budget=1 << 40, backend=gpu
+    ).logp
+    found.sum().backward()
+    rows = torch.tensor([0, 1, n // 2, n - 1], device="cuda")
+    z = hidden.detach()[rows].double() @ weight.detach().double().T
+    lp = z.log_softmax(1)
+    torch.testing.assert_close(
+        found.detach()[rows].double(), lp.gather(1, y[rows][:, None])[:, 0], rtol=0, atol=5e-2
+    )
+    dz = -lp.exp()
+    dz[torch.arange(4), y[rows]] += 1
+    want = dz @ weight.detach().double()
+    gap = (hidden.grad[rows].double() - want).norm() / want.norm()
+    assert gap < 2e-2, float(gap)
+    assert torch.isfinite(weight.grad).all()
+    assert bool((weight.grad[-1] != 0).any()), "the last head row got no gradient"
