@@ -123,7 +123,8 @@ def tree_tpo(
         cu_seqlens: `[S+1]` boundaries of the sequences.
         scored: `[N]` bool, tokens that count.
         step_index: `[N]` integers, the step a token belongs to, from 1; 0 for none.
-        cosine: `[N]` cosine in [-1, 1] of the token's step with the same step of the best answer.
+        cosine: `[N]` cosine in [-1, 1] of the token's step with the same step of the best answer,
+            from `step_cosine`.
 
     Returns:
         Constant weights `[N]`; an answer without steps has weights 0.
@@ -144,14 +145,92 @@ def tree_tpo(
         )
     counted = scored & (step_index > 0)
     owner = sequence_of(cu_seqlens, scored)
-    # One key per (sequence, step); the number of steps never exceeds the number of tokens.
-    key = owner * (scored.numel() + 1) + step_index.long().clamp(max=scored.numel())
-    key, order = torch.sort(key)
-    new = torch.ones_like(key)
-    new[1:] = (key[1:] != key[:-1]).long()
-    step = torch.empty_like(order)
-    step[order] = new.cumsum(0) - 1
+    step = _number(_key(owner, step_index))
     size = torch.zeros_like(cosine, dtype=torch.float64).index_add(0, step, counted.double())
     share = torch.where(counted, (1.0 + cosine.double()) / size[step].clamp(min=1), 0.0)
     total = segment_sum(share, cu_seqlens)[owner]  # over a step's tokens it adds up to c_k
     return TokenWeights(torch.where(counted, share / torch.where(total > 0, total, 1.0), 0.0))
+
+
+def step_cosine(
+    states: Tensor,  # [N, D]
+    cu_seqlens: Tensor,  # [S+1]
+    cu_groups: Tensor,  # [G+1]
+    labels: Tensor,  # [S]
+    scored: Tensor,  # [N]
+    step_index: Tensor,  # [N]
+) -> Tensor:  # [N]
+    """Cosine of each step's mean hidden state with the same step of its list's best answer.
+
+    The argument `cosine` of `tree_tpo`; the released code compares with the answer stored first,
+    which is the best where answers are sorted. A step that the best answer does not have gets -1,
+    and so the weight 0, as there.
+
+    Args:
+        states: `[N, D]` hidden states of the last layer. Constant.
+        cu_seqlens: `[S+1]` boundaries of the sequences.
+        cu_groups: `[G+1]` boundaries of the lists, on the sequence axis.
+        labels: `[S]` value of each answer; the first of the highest is the best, NaN is no answer.
+        scored: `[N]` bool, tokens that count.
+        step_index: `[N]` integers, the step a token belongs to, from 1; 0 for none.
+
+    Returns:
+        Constant `[N]` in the dtype of states (fp32 for narrower ones); -1 outside steps.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if states.dim() != 2 or scored.shape != states.shape[:1] or step_index.shape != scored.shape:
+        raise ValueError(
+            f"states must be [N, D], scored and step_index [N], got {list(states.shape)}, "
+            f"{list(scored.shape)} and {list(step_index.shape)}."
+        )
+    if labels.shape != (cu_seqlens.numel() - 1,):
+        raise ValueError(
+            f"labels must be [S] = [{cu_seqlens.numel() - 1}], got {list(labels.shape)}."
+        )
+    states = states.detach()
+    if states.dtype in (torch.float16, torch.bfloat16):
+        states = states.float()
+    counted = scored & (step_index > 0)
+    owner = sequence_of(cu_seqlens, scored)
+    group = sequence_of(cu_groups, labels)
+    size = cu_groups.numel() - 1
+    value = torch.where(labels.isnan(), -torch.inf, labels)
+    top = value.new_full((size,), -torch.inf).scatter_reduce(0, group, value, "amax")
+    item = torch.arange(len(labels), device=labels.device)
+    is_top = (value == top[group]) & ~labels.isnan()
+    best = item.new_full((size,), len(labels)).scatter_reduce(
+        0, group, torch.where(is_top, item, len(labels)), "amin"
+    )
+    # Means over a step's tokens need no division: a cosine does not see lengths.
+    own = _number(_key(owner, step_index))
+    n, width = states.shape
+    total = states.new_zeros(n, width).index_add(0, own, torch.where(counted[:, None], states, 0.0))
+    # The best answer's sum of the same step, under the key (list, step).
+    shared = _number(_key(group[owner], step_index))
+    from_best = counted & (owner == best[group[owner]])
+    wanted = states.new_zeros(n, width).index_add(
+        0, shared, torch.where(from_best[:, None], states, 0.0)
+    )
+    there = torch.zeros_like(step_index, dtype=torch.bool).index_put(
+        (shared[from_best],), torch.ones_like(from_best[from_best])
+    )
+    cosine = torch.nn.functional.cosine_similarity(total[own], wanted[shared], dim=1)
+    return torch.where(counted & there[shared], cosine, -1.0)
+
+
+def _key(owner: Tensor, step_index: Tensor) -> Tensor:  # [N] int64
+    """One key per (owner, step); the number of steps never exceeds the number of tokens."""
+    n = owner.numel()
+    return owner * (n + 1) + step_index.long().clamp(max=n)
+
+
+def _number(key: Tensor) -> Tensor:  # [N] int64
+    """The rank of each token's key among the distinct ones."""
+    key, order = torch.sort(key)
+    new = torch.ones_like(key)
+    new[1:] = (key[1:] != key[:-1]).long()
+    number = torch.empty_like(order)
+    number[order] = new.cumsum(0) - 1
+    return number

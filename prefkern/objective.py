@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from . import checks, losses, segments
 from .ops.linear_divergence import linear_divergence
 from .ops.linear_logps import linear_logps
-from .terms import Batch, Term, filled_here, reduce, term_metrics, weight_stage
+from .terms import (
+    Batch,
+    StateArguments,
+    Term,
+    check_likelihood_targets,
+    filled_here,
+    only_scored,
+    reduce,
+    term_metrics,
+    weight_stage,
+    with_state,
+)  # fmt: skip
 from .types import ONE_MODEL_STATS, Loss, TokenStats
 
 # Keywords of preference_loss that belong to the ops (bias, scale, softcap, memory_budget ...).
@@ -47,6 +58,8 @@ def preference_loss(
     item_weights: Tensor | None = None,  # [P], [G] or [S]
     num_items: Mapping[str, float | Tensor] | None = None,
     metrics: bool = True,
+    likelihood_targets: Tensor | None = None,  # like targets
+    state_arguments: StateArguments | None = None,
     **loss_args: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A preference loss of policy hidden states, without [N, V] logits.
@@ -67,13 +80,23 @@ def preference_loss(
         token_weights: One tensor like `targets` for all statistics or a dict statistic -> tensor;
             multiplies the weights a loss brings along. A weight of 0 does not drop a row.
         item_weights: Constant factor of each pair `[P]`, list `[G]` or sequence `[S]` in the sum of
-            the loss; denominators still count every item. Default None (1).
+            the loss; denominators still count every item. Losses over sequences or tokens take that
+            of their group (`cu_groups` given) or sequence. Default None (1).
         num_items: Denominators "pairs", "groups", "sequences", "tokens" (of likelihood terms) and
             "scored_tokens" (of token means) that replace the batch's own counts (gradient
             accumulation, data parallelism). Default: the batch's counts.
         metrics: Also compute what trainers log. Default True. Their extra statistics are top1 and
             zmean, and the entropy where it adds no product (fp32 or fp64 policy with a trainable
             head, or no gradient wanted).
+        likelihood_targets: Labels of the likelihood terms (ORPO's, `sft`) where those score more
+            than `targets` does, such as the prompt too; equal to `targets` where that counts.
+            Their tokens count as scored for num_scored and in the default denominator. Default
+            None, `targets`.
+        state_arguments: Called for every loss that keeps a state between batches (bco, beta_dpo,
+            lcpo, selfie) with its record, the detached statistics of its rows and its
+            hyper-parameters, before the loss; returns the arguments that the state gives, such as
+            {"delta": state.mean} after `state = record.update(state, *rows, beta=beta)`. Default
+            None: pass them yourself.
         **loss_args: Keywords of `linear_divergence` (bias, scale, softcap, temperature, aux_hidden,
             values, ignore_index, num_scored, memory_budget, backend ...) go to the op; the rest are
             the loss's own (beta, alpha, kl_baseline, aux_logp ...), checked against its signature.
@@ -90,7 +113,7 @@ def preference_loss(
     checks.check_integer_targets("targets", targets)
     cu_seqlens = segments.sequence_boundaries(targets, cu_seqlens)
     flat_args = {k: _flatten(v, targets.shape) for k, v in loss_args.items()}
-    terms = _terms(loss, loss_weights, flat_args)
+    terms = _terms(loss, loss_weights, flat_args, stateful=state_arguments is not None)
     wanted = _statistics(terms, metrics, hidden, weight, op_options)
     source = _reference_source(
         terms, wanted, ref_hidden, ref_logp, ref_seq_logp, token_weights, targets, ignore_index,
@@ -103,17 +126,26 @@ def preference_loss(
             "mask tokens with ignore_index."
         )
 
+    wide = targets if likelihood_targets is None else likelihood_targets
+    check_likelihood_targets(terms, wide, targets, ignore_index)
     tokens = _token_stats(
-        hidden, weight, targets, wanted, source, ref_hidden, ref_weight, ref_logp, op_options
+        hidden, weight, wide, wanted, source, ref_hidden, ref_weight, ref_logp, op_options
     )
     backend = op_options.get("backend", "auto")
+    likelihood = None
+    if likelihood_targets is not None:
+        likelihood = segments.sequence_stats(
+            TokenStats(logp=tokens.logp), wide, cu_seqlens, ignore_index=ignore_index,
+            backend=backend,
+        )  # fmt: skip
+        tokens = only_scored(tokens, targets != ignore_index)
     user = dict(token_weights) if isinstance(token_weights, Mapping) else token_weights
     read = frozenset(
         s.partition(":")[0] for t in terms for s in ("logp", "ref_logp", *t.call.stats)
     )
     batch = Batch(
         tokens, targets, cu_seqlens, layout, cu_groups, labels, ignore_index, backend, user,
-        item_weights, ref_seq_logp, read,
+        item_weights, ref_seq_logp, read, likelihood,
     )  # fmt: skip
 
     total: Tensor | float = 0.0
@@ -121,6 +153,7 @@ def preference_loss(
     for i, term in enumerate(terms):
         stage = weight_stage(term, batch)
         seq = batch.sequences(stage)
+        term = with_state(term, seq, batch, state_arguments)
         value, parts = reduce(term, seq, stage, batch, dict(num_items or {}))
         total = total + term.weight * value
         if len(terms) > 1:
@@ -165,6 +198,7 @@ def _terms(
     args: dict[str, Any],
     *,
     partial: bool = False,
+    stateful: bool = False,
 ) -> list[Term]:
     """Resolves names and binds arguments; each argument must serve at least one loss."""
     names = [loss] if isinstance(loss, (str, Loss)) else list(loss)
@@ -195,7 +229,9 @@ def _terms(
                 f"loss {record.name!r} is of the family 'diffusion' and reads no hidden states; "
                 f"call prefkern.losses.{record.name} on prediction errors (prefkern.error_sum)."
             )
-        supplied = ("label", *filled_here(record))
+        supplied: tuple[str, ...] = ("label", *filled_here(record))
+        if stateful and record.update is not None:  # what its state gives comes later
+            supplied = (*supplied, *record.extra)
         terms.append(Term(record, losses.bind(record, {**fixed, **own}, supplied=supplied), factor))
     return terms
 

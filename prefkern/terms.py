@@ -5,6 +5,7 @@ Shapes: N tokens, S sequences, P pairs, G groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +22,10 @@ class Term(NamedTuple):
     record: Loss
     call: losses.Bound
     weight: float
+
+
+# (record, detached statistics of its rows, hyper-parameters) -> arguments from the loss's state.
+StateArguments = Callable[[Loss, list[SeqStats], Mapping[str, Any]], Mapping[str, Any]]
 
 
 # Denominator of each family, a key of num_items.
@@ -52,6 +57,7 @@ class Batch(NamedTuple):
     item_weights: Tensor | None  # [P], [G] or [S]
     ref_seq_logp: Tensor | None
     loss_stats: frozenset[str]  # names of the statistics that losses read
+    likelihood: SeqStats | None = None  # logp, length over likelihood_targets, where given
 
     @property
     def scored(self) -> Tensor:  # [N] bool
@@ -112,6 +118,16 @@ def weight_stage(term: Term, batch: Batch) -> TokenWeights | None:
     return stage.fn(**{name: makers[name]() for name in stage.given}, **term.call.stage)
 
 
+def with_state(term: Term, seq: SeqStats, batch: Batch, ask: StateArguments | None) -> Term:
+    """The term with the arguments that the state of its loss gives, where it has one."""
+    if term.record.update is None or ask is None:
+        return term
+    rows = _split(term, seq, batch) if term.record.family == "pairwise" else [seq]
+    fixed = [SeqStats(*(None if f is None else f.detach() for f in row)) for row in rows]
+    found = ask(term.record, fixed, term.call.hyper)
+    return term._replace(call=term.call._replace(args={**term.call.args, **found}))
+
+
 def reduce(
     term: Term, seq: SeqStats, stage: TokenWeights | None, batch: Batch, num_items: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -125,23 +141,23 @@ def reduce(
     args = {**call.args, **filled}
     parts: dict[str, Tensor] = {}
     if record.family == "pairwise":
-        values = record.fn(*_split(term, seq, batch), **args)
+        values = record(*_split(term, seq, batch), **args)
     elif record.family == "pointwise":
         if "label" in record.extra:
             args["label"] = _labels(record, batch)
-        values = record.fn(seq, **args)
+        values = record(seq, **args)
     elif record.family == "listwise":
         labels, cu = _labels(record, batch), _groups(record, batch)
-        values = record.fn(getattr(seq, record.score), labels, cu, **args)
+        values = record(getattr(seq, record.score), labels, cu, **args)
     else:  # tokenwise
         flat = TokenStats(*(None if x is None else x.reshape(-1) for x in batch.tokens))
-        values = record.fn(flat, batch.cu_seqlens, **args)
+        values = record(flat, batch.cu_seqlens, **args)
     items = record.items or _ITEMS[record.family]
     count = num_items.get(items)
     if count is None:
         scored = items == "scored_tokens"
         count = batch.scored.sum().clamp(min=1) if scored else values.numel()
-    value = _weighted(values, batch.item_weights).sum() / count
+    value = _weighted(values, batch).sum() / count
     if stage is not None and stage.penalty is not None:
         penalty = stage.penalty.sum() / count
         parts["penalty"] = penalty.detach()
@@ -153,10 +169,19 @@ def reduce(
     return value, parts
 
 
-def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
-    """values [items] times the caller's weight of each; a weight of 0 hides any value."""
+def _weighted(values: Tensor, batch: Batch) -> Tensor:
+    """values [items] times the caller's weight of each; a weight of 0 hides any value.
+
+    A loss over sequences or tokens takes the weight of their group, or of their sequence.
+    """
+    weights, cu = batch.item_weights, batch.cu_groups
     if weights is None:
         return values
+    fits = weights.shape == values.shape
+    if not fits and cu is not None and weights.numel() == cu.numel() - 1:
+        weights = segments.spread(weights, cu, batch.num_sequences)
+    if weights.numel() == batch.num_sequences and values.numel() == batch.targets.numel():
+        weights = segments.spread(weights, batch.cu_seqlens, values.numel())
     if weights.shape != values.shape:
         raise ValueError(
             f"item_weights must be {list(values.shape)}, one per pair, list or sequence, got "
@@ -172,13 +197,47 @@ def _likelihood(
     """Negative log-likelihood of the rows a loss names, with its own denominator."""
     spec = term.record.supervised
     assert spec is not None
-    row = _split(term, seq, batch)[term.record.rows.index(spec.rows)]
+    rows = _split(term, seq if batch.likelihood is None else batch.likelihood, batch)
+    row = rows[term.record.rows.index(spec.rows)]
     if spec.mode == "token":
         return -row.require("logp").sum() / num_items.get(
             "tokens", row.require("length").sum().clamp(min=1)
         )
     per_sequence = row.mean_logp if spec.mode == "seq" else row.require("logp")
     return -per_sequence.sum() / count
+
+
+def check_likelihood_targets(
+    terms: list[Term], wide: Tensor, targets: Tensor, ignore_index: int
+) -> None:
+    """Refuses likelihood targets that no term reads or that leave out what `targets` scores."""
+    if wide is targets:
+        return
+    checks.check_integer_targets("likelihood_targets", wide)
+    if not any(t.record.supervised is not None for t in terms):
+        names = ", ".join(t.record.name for t in terms)
+        raise ValueError(
+            f"likelihood_targets serve likelihood terms, and loss {names} has none; add 'sft'."
+        )
+    if wide.shape != targets.shape:
+        raise ValueError(
+            f"likelihood_targets must have the shape of targets {list(targets.shape)}, got "
+            f"{checks.shape_text(wide)}."
+        )
+    # values are read on the CPU only: elsewhere that would wait for the device
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = (targets != ignore_index) & (wide != targets)
+        if bool(bad.any()):
+            where = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"likelihood_targets must equal targets where those are scored, got "
+                f"{wide[tuple(where)].item()} for {targets[tuple(where)].item()} at {where}."
+            )
+
+
+def only_scored(tokens: TokenStats, scored: Tensor) -> TokenStats:
+    """The statistics of scored tokens, exactly 0 (and without gradient) elsewhere."""
+    return TokenStats(*(None if x is None else torch.where(scored, x, 0.0) for x in tokens))
 
 
 def _fill(name: str, record: Loss, seq: SeqStats, batch: Batch) -> Tensor:

@@ -88,7 +88,8 @@ def ld_dpo(
     position = scored.cumsum(0)  # scored tokens so far, over the whole batch, this one included
     before = torch.cat([position.new_zeros(1), position])[cu_seqlens[:-1].long()]  # [S]
     ordinal = position - before[owner]  # 1 on the first scored token of each sequence
-    weights = torch.where(ordinal <= public_length[owner], 1.0, alpha)
+    one = ordinal.new_ones((), dtype=torch.float64)  # alpha = 0.4 in fp32 is off by 1.5e-8
+    weights = torch.where(ordinal <= public_length[owner], one, alpha)
     return TokenWeights(torch.where(scored, weights, 0.0))
 
 

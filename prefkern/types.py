@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -276,8 +277,9 @@ class Supervised(NamedTuple):
 class Loss:
     """Declaration of a loss: the pure function and what it must be fed.
 
-    A record is called like its function. `stats` are the token statistics the loss reads through
-    SeqStats (or TokenStats); `ref_logp` follows from `needs_reference`.
+    A record is called like its function; a ValueError then names the loss, and the first call of a
+    provisional one warns. `stats` are the token statistics the loss reads through SeqStats (or
+    TokenStats); `ref_logp` follows from `needs_reference`.
     """
 
     fn: Callable[..., Any]
@@ -301,4 +303,27 @@ class Loss:
     reference_weight: str = ""  # hyper-parameter that, at 0, makes the reference superfluous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.fn(*args, **kwargs)
+        self.warn_if_provisional()
+        try:
+            return self.fn(*args, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"loss {self.name!r}: {error}") from error
+
+    @property
+    def provisional(self) -> bool:
+        """True where the formula is not known to be the method's."""
+        return self.status.startswith("provisional")
+
+    def warn_if_provisional(self) -> None:
+        """Once per loss and process; not while tracing, where a warning would end the graph."""
+        if not self.provisional or torch.compiler.is_compiling() or self.name in _warned:
+            return
+        _warned.add(self.name)
+        warnings.warn(
+            f"loss {self.name!r} is {self.status}. Its formula was not checked against "
+            f"{self.source}; do not report its results as that method's.",
+            stacklevel=3,
+        )
+
+
+_warned: set[str] = set()  # names of the provisional losses that have said so

@@ -334,6 +334,23 @@ def test_item_weights():
         x.call(loss="dpo", item_weights=torch.ones(6), **x.ref)
 
 
+@pytest.mark.parametrize("loss", ["entropy_bonus", "kl_penalty"])
+def test_weights_of_groups_reach_sequences_and_tokens(loss):
+    x = Inputs()
+    cu_groups = torch.tensor([0, 2, 4, 6], dtype=torch.int32)
+    ref = x.ref if loss == "kl_penalty" else {}
+    each = []
+    for i in range(3):
+        alone = torch.zeros(3)
+        alone[i] = 1.0
+        each.append(x.call(loss=loss, item_weights=alone, cu_groups=cu_groups, **ref)[0])
+    whole = x.call(loss=loss, **ref)[0]
+    assert sum(each).item() == pytest.approx(whole.item(), rel=1e-6)
+    weights = torch.tensor([2.0, 0.0, 0.5])
+    mixed = x.call(loss=loss, item_weights=weights, cu_groups=cu_groups, **ref)[0]
+    assert mixed.item() == pytest.approx((2 * each[0] + 0.5 * each[2]).item(), rel=1e-6)
+
+
 def test_a_diffusion_loss_is_refused_before_any_work():
     with pytest.raises(ValueError, match="prediction errors"):
         Inputs().call(loss="diff_dpo")

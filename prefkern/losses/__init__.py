@@ -10,11 +10,8 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
-
-import torch
 
 from ..types import Loss
 from . import diffusion, listwise, pairwise, pointwise, tokenwise
@@ -109,7 +106,7 @@ def bind(record: Loss, given: Mapping[str, Any], *, supplied: Iterable[str] = ()
     Warns:
         UserWarning: the first time a provisional loss is bound.
     """
-    _warn_if_provisional(record)
+    record.warn_if_provisional()
     known = arguments(record)
     for name in given:
         if name not in known:
@@ -151,22 +148,6 @@ def bind(record: Loss, given: Mapping[str, Any], *, supplied: Iterable[str] = ()
         stats=record.stats if record.stats_for is None else record.stats_for(**hyper),
         needs_reference=record.needs_reference and not unused,
     )
-
-
-_warned: set[str] = set()
-
-
-def _warn_if_provisional(record: Loss) -> None:
-    """Once per loss and process; not while tracing, where a warning would end the graph."""
-    if not record.status.startswith("provisional") or torch.compiler.is_compiling():
-        return
-    if record.name not in _warned:
-        _warned.add(record.name)
-        warnings.warn(
-            f"loss {record.name!r} is {record.status}. Its formula was not checked against "
-            f"{record.source}; do not report its results as that method's.",
-            stacklevel=3,
-        )
 
 
 def _keywords(fn: Any) -> dict[str, inspect.Parameter]:

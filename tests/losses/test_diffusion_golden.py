@@ -11,6 +11,7 @@ import vectors
 from prefkern import error_sum, losses, use_backend
 from prefkern.losses.diffusion.diffusion_mapo import link
 
+pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
 GOLDEN = vectors.load("list")["diffusion"]
 CASES = GOLDEN["cases"]
 

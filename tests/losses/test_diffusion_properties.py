@@ -9,6 +9,7 @@ import torch
 
 from prefkern import error_sum, losses, preference_loss
 
+pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
 DIFFUSION = sorted(n for n, r in losses.LOSSES.items() if r.family == "diffusion")
 names = pytest.mark.parametrize("name", DIFFUSION)
 # Losses that read several errors per sample, and those whose result is per group.
@@ -163,6 +164,23 @@ def test_bad_numbers_are_refused(name):
 
 
 @names
+def test_an_error_that_is_no_number_stays_in_its_item(name):
+    errors, extra = example(name, 1e-4)
+    want = losses.LOSSES[name](*errors, **extra)
+    clean = torch.autograd.grad(want.sum(), leaves(errors))
+    broken = [e.detach().clone() for e in errors]
+    broken[0][1] = torch.nan
+    broken = [b.requires_grad_(e.requires_grad) for b, e in zip(broken, errors, strict=True)]
+    got = losses.LOSSES[name](*broken, **extra)
+    slopes = torch.autograd.grad(got.sum(), leaves(broken))
+    rows = torch.tensor([3, 4, 5]) if name in GROUPED else torch.tensor([0, 2, 3, 4, 5])
+    assert got[0 if name in GROUPED else 1].isnan()  # never hidden
+    kept = got[1:] if name in GROUPED else got[rows]
+    assert torch.equal(kept, want[1:] if name in GROUPED else want[rows])
+    assert all(torch.equal(a[rows], b[rows]) for a, b in zip(slopes, clean, strict=True))
+
+
+@names
 def test_traces_whole(name):
     errors, extra = example(name, 1e-4)
     torch.compiler.reset()
@@ -175,7 +193,6 @@ def test_traces_whole(name):
 
 
 @names
-@pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
 def test_rewards(name):
     record = losses.LOSSES[name]
     a, b = torch.rand(4), torch.rand(4)
@@ -189,7 +206,6 @@ def test_rewards(name):
     "name",
     [n for n in DIFFUSION if not {"labels", "cu_groups"} & set(losses.LOSSES[n].extra)],
 )
-@pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
 def test_preference_loss_says_where_it_belongs(name):
     extra = {k: torch.zeros(2) for k in losses.required(losses.LOSSES[name])}
     args = (torch.randn(6, 4), torch.randn(9, 4), torch.zeros(6, dtype=torch.long))

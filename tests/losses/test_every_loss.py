@@ -46,6 +46,7 @@ class Batch:
             "slow_rejected_logps": -torch.rand(3, generator=g),
             "judge_logit_gap": torch.randn(3, generator=g),
             "log_target_prob": -torch.rand(S, generator=g) * 9,
+            "source": torch.tensor([1, 0]), "source_weights": torch.tensor([0.3, 0.7]),
             "topk": 2, "pairs": torch.tensor([[0, 1], [0, 2], [4, 3]]),
             "advantages": torch.randn(S, generator=g),
             "preference_levels": torch.tensor([1, 2, 2, 3, 1, 1]),

@@ -119,7 +119,7 @@ def test_oreo_of_one_token_has_no_future():
     policy_slope, value_slope = torch.autograd.grad(loss.sum(), [tokens.logp, value])
     assert policy_slope.item() == pytest.approx(2 * 0.5 * delta)
     assert value_slope.item() == pytest.approx(2 * delta)
-    for options, message in (({"kl": "jsd"}, "kl must be"), ({"level": "step"}, "level must be")):
+    for options, message in (({"kl": "jsd"}, "kl must be"), ({"level": "steps"}, "level must be")):
         with pytest.raises(ValueError, match=message):
             losses.oreo(tokens, cu(0, 1), **options, **given)
 

@@ -60,6 +60,7 @@ def bialign(
     length: Tensor,  # [S]
     lam: float = 1.0,
     mode: str = "margin",
+    tokens_per_group: float | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [G]
     """Distillation KL on the first sequence of each list plus a rank-gap hinge over the list.
@@ -80,6 +81,8 @@ def bialign(
         length: `[S]` scored tokens of each sequence.
         lam: Weight of the ranking term, >= 0, default 1.
         mode: As in `rank_gap_hinge`, default "margin".
+        tokens_per_group: Mean length of the first sequences over a whole step of several
+            micro-batches, default None, the batch's own.
         backend: Of the list_rank op, default "auto".
 
     Returns:
@@ -101,7 +104,7 @@ def bialign(
         return lam * ranking
     kl = torch.where(filled, fkl[first], 0.0)
     tokens = torch.where(filled, length[first], 0.0)
-    return core.per_token(kl, tokens).to(ranking.dtype) + lam * ranking
+    return core.per_token(kl, tokens, tokens_per_group).to(ranking.dtype) + lam * ranking
 
 
 def _rewards(seq: Any, **_: Any) -> Tensor:

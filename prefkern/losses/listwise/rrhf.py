@@ -23,11 +23,13 @@ def rrhf(
     length: Tensor | None = None,  # [S]
     rrhf_weight: float = 1.0,
     sft_weight: float = 1.0,
+    length_penalty: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:  # [G]
     """RRHF: a response must not be likelier per token than a better one; the best is imitated.
 
-    l = rrhf_weight sum_{y_i > y_j} max(0, a_j - a_i) - sft_weight logp_best,  a = mean_logp
+    l = rrhf_weight sum_{y_i > y_j} max(0, a_j - a_i) - sft_weight logp_best,
+    a = logp / length^length_penalty
 
     Yuan et al. 2023 (arXiv 2304.05302). The authors' code divides by the padded length; here a
     response is divided by its own.
@@ -42,15 +44,25 @@ def rrhf(
             no response is empty.
         rrhf_weight: Factor of the ranking term, >= 0, default 1 (the script; 100 in the arguments).
         sft_weight: Factor of the likelihood term, >= 0, default 1.
+        length_penalty: Exponent of the length that divides a response's log-probability, >= 0,
+            default 1 (the mean per token, which `scores` are).
         backend: Of the list_rank op, default "auto".
 
     Returns:
         Unreduced loss `[G]`; the derivative of the ranking term is 0 at its kink.
 
     Raises:
-        ValueError: a negative weight, sft_weight > 0 without logp, shapes that do not fit.
+        ValueError: a negative weight, sft_weight > 0 without logp, length_penalty < 0 or not 1
+            without length, shapes that do not fit.
     """
     core.not_negative("rrhf_weight", rrhf_weight)
+    core.not_negative("length_penalty", length_penalty)
+    if length_penalty != 1.0:
+        if length is None:
+            raise ValueError("length_penalty other than 1 needs length [S], got none; pass it.")
+        # the scores are per token: length^(1 - p) makes them logp / length^p
+        size = core.data("length", length, scores).clamp(min=1.0)
+        scores = scores * size ** (1.0 - length_penalty)
     labels = core.drop_empty(labels, length)
     ranking = list_rank(scores, labels, cu_groups, family="hinge", margin=0.0, backend=backend)
     return rrhf_weight * ranking + _imitation("rrhf", logp, labels, cu_groups, sft_weight, ranking)

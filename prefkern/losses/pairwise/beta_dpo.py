@@ -56,13 +56,26 @@ def beta_dpo(
         raise ValueError(f"ema must be in [0, 1), got {ema}.")
     gap = core.logratio_gap(chosen, rejected)
     kept = core.data("keep", keep, gap)
+    strength = batch_beta(gap, kept, gap_mean, beta=beta, a=a, ema=ema)
+    return torch.where(kept > 0, kept * surrogates.logistic(strength * gap), 0.0)
+
+
+def batch_beta(
+    gap: Tensor,  # [P]
+    kept: Tensor,  # [P]
+    gap_mean: float | Tensor,
+    *,
+    beta: float = 0.1,
+    a: float = 0.6,
+    ema: float = 0.9,
+) -> Tensor:  # []
+    """The one beta of a batch with log-ratio margins `gap`, constant."""
     fixed = gap.detach()
     mean = ema * core.scalar("gap_mean", gap_mean, gap) + (1.0 - ema) * fixed.sum() / max(
         fixed.numel(), 1
     )
     kept_mean = (kept * fixed).sum() / kept.sum().clamp(min=1.0)
-    batch_beta = (beta * (1.0 + a * (kept_mean - mean))).clamp(min=1e-3)
-    return torch.where(kept > 0, kept * surrogates.logistic(batch_beta * gap), 0.0)
+    return (beta * (1.0 + a * (kept_mean - mean))).clamp(min=1e-3)
 
 
 def update(

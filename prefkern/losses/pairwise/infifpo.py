@@ -53,8 +53,8 @@ def infifpo(
         ("source_chosen_mean_logps", chosen, source_chosen_mean_logps, "chosen"),
         ("source_rejected_mean_logps", rejected, source_rejected_mean_logps, "rejected"),
     ):
-        mean = seq.mean_logp
-        pivot = seq.require("ref_logp").detach() / seq.require("length").clamp(min=1)
+        tokens = seq.require("length").clamp(min=1)
+        mean, pivot = seq.require("logp") / tokens, seq.require("ref_logp").detach() / tokens
         if not isinstance(sources, Tensor) or sources.dim() != 2 or len(sources) != len(pivot):
             got = list(sources.shape) if isinstance(sources, Tensor) else type(sources).__name__
             raise ValueError(f"{name} must be [P, M] = [{len(pivot)}, models], got {got}.")
@@ -86,11 +86,12 @@ def fused_reference(
     core.choice("fusion", fusion, ("max_margin", "mean"))
     if sources.shape[1] == 0:
         raise ValueError("a fused reference needs at least one source model, got [P, 0].")
+    sources, pivot = sources.detach(), pivot.detach()
     pick = torch.maximum if side == "chosen" else torch.minimum
-    clipped = pick(sources.detach(), pivot.detach()[:, None])
     if fusion == "mean":
-        return clipped.mean(1)
-    return clipped.amax(1) if side == "chosen" else clipped.amin(1)
+        return pick(sources, pivot[:, None]).mean(1)
+    # the best of the clipped ones is the best one clipped, which needs no second [P, M]
+    return pick(sources.amax(1) if side == "chosen" else sources.amin(1), pivot)
 
 
 def _rewards(seq: SeqStats, *, beta: float, **_: Any) -> Tensor:

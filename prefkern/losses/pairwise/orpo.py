@@ -18,7 +18,8 @@ def orpo(chosen: SeqStats, rejected: SeqStats, *, lam: float = 0.1) -> Tensor:  
     objective: mean l + nll_weight * NLL(chosen) per token of the batch
 
     Hong et al. 2024 (arXiv 2403.07691), eq. 4, 7. x is capped at -1e-6, where the odds are finite.
-    The authors' likelihood term also scores the prompt, which needs targets that do.
+    In TRL, and by default in the authors' code, the likelihood term also scores the prompt:
+    preference_loss(..., likelihood_targets=targets that do).
 
     Args:
         chosen, rejected: Statistics of the two answers, each field `[P]`; needs `length`.

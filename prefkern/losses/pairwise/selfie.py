@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ... import surrogates
 from ...types import Loss, SeqStats
 from .. import core
+
+WINDOW = 50  # batches whose mean margins the threshold looks back on
+
+
+class SelfieState(NamedTuple):
+    """Mean confidence margins of the last batches, at most 50, oldest first."""
+
+    margins: tuple[float, ...] = ()
 
 
 def selfie(
@@ -47,13 +57,47 @@ def selfie(
     if not 0.0 <= alpha <= 0.5:
         raise ValueError(f"alpha must be in [0, 0.5], got {alpha}.")
     margin = beta * core.logratio_gap(chosen, rejected)
-    mixed = core.data("mix_chosen_logps", mix_chosen_logps, margin) - chosen.require("ref_logp")
-    other = core.data("mix_rejected_logps", mix_rejected_logps, margin) - rejected.require(
-        "ref_logp"
-    )
-    mixed = mixed - other
-    q = torch.where(beta * mixed <= threshold, 1.0 - alpha, torch.ones_like(margin))
+    mixed = confidence(chosen, rejected, mix_chosen_logps, mix_rejected_logps, beta)
+    q = torch.where(mixed <= threshold, 1.0 - alpha, torch.ones_like(margin))
     return surrogates.logistic(margin, q, 1.0 - q)
+
+
+def confidence(
+    chosen: SeqStats,
+    rejected: SeqStats,
+    mix_chosen_logps: Tensor,  # [P]
+    mix_rejected_logps: Tensor,  # [P]
+    beta: float,
+) -> Tensor:  # [P]
+    """The mixed model's margin c of each pair, constant."""
+    like = core.difference(chosen.require("ref_logp"), rejected.require("ref_logp"))
+    mixed = core.data("mix_chosen_logps", mix_chosen_logps, like) - chosen.require("ref_logp")
+    other = core.data("mix_rejected_logps", mix_rejected_logps, like) - rejected.require("ref_logp")
+    return beta * (mixed - other)
+
+
+def update(
+    state: SelfieState,
+    chosen: SeqStats,
+    rejected: SeqStats,
+    *,
+    mix_chosen_logps: Tensor,  # [P]
+    mix_rejected_logps: Tensor,  # [P]
+    beta: float = 0.1,
+) -> SelfieState:
+    """The state after this batch: its mean margin joins the window, the oldest leaves it."""
+    margin = confidence(chosen, rejected, mix_chosen_logps, mix_rejected_logps, beta)
+    if margin.numel() == 0:
+        return state
+    return SelfieState((*state.margins, margin.mean().item())[-WINDOW:])
+
+
+def threshold(state: SelfieState, share: float = 0.1) -> float:
+    """The `share` quantile of the window, which `selfie` takes as `threshold`; -inf (no pair is
+    flagged) before the first batch. The authors' window never drops a value, so theirs drifts."""
+    if not state.margins:
+        return float("-inf")
+    return torch.tensor(state.margins, dtype=torch.float64).quantile(share).item()
 
 
 SELFIE = Loss(
@@ -65,4 +109,5 @@ SELFIE = Loss(
     status="loss checked against the authors' code",
     source="arXiv 2406.04412",
     rewards=core.logratio_rewards,
+    update=update,
 )

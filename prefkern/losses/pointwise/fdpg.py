@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,20 @@ from torch.nn.functional import logsigmoid
 from ... import surrogates
 from ...types import Loss, SeqStats
 from .. import core
+
+WINDOW = 1024  # samples whose mean is the baseline, as in the authors' code
+
+
+class FdpgState(NamedTuple):
+    """The latest values of -f', at most WINDOW of them, oldest first."""
+
+    recent: Tensor | None = None  # [<= WINDOW] fp64
+
+    @property
+    def mean(self) -> float | Tensor:  # []
+        """The baseline of the next batch; 0 before the first."""
+        return 0.0 if self.recent is None or not self.recent.numel() else self.recent.mean()
+
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "js", "tv", "chi2", "reverse_chi2")
 
@@ -37,7 +52,8 @@ def fdpg(
         proposal_logp: `[S]` log-probability under the model that drew the answers; None, the
             default, is the policy itself (w = 1).
         divergence: One of the above, default "js".
-        baseline: Moving average of -f' before this batch, a number, default 0; see `advantages`.
+        baseline: Moving average of -f' before this batch, a number or 0-d tensor, default 0:
+            fdpg(..., baseline=state.mean), then state = update(state, seq, ...).
 
     Returns:
         Unreduced loss `[S]`; its value means nothing, its gradient is the point.
@@ -72,6 +88,20 @@ def advantages(logp: Tensor, log_target_prob: Tensor, divergence: str) -> Tensor
     if divergence == "chi2":
         return torch.expm1((-2.0 * logt).clamp(max=cap))
     return -2.0 * torch.expm1(logt.clamp(max=cap))
+
+
+def update(
+    state: FdpgState,
+    seq: SeqStats,
+    *,
+    log_target_prob: Tensor,  # [S]
+    divergence: str = "js",
+) -> FdpgState:
+    """The state after this batch; call it after the loss, whose baseline is the one before."""
+    found = advantages(seq.require("logp"), log_target_prob, divergence).double()
+    if state.recent is not None:
+        found = torch.cat([state.recent.to(found.device), found])
+    return FdpgState(found[-WINDOW:])
 
 
 FDPG = Loss(

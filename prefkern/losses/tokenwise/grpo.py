@@ -32,8 +32,9 @@ def grpo(
     r = exp(logp - old_logp),  k3 = e^-d - 1 + d,  d = logp - ref_logp
 
     The divisor makes the mean over sequences what the name says: "grpo" the sequence's length,
-    "bnpo" the mean length of this batch, "dapo" tokens_per_sequence (all tokens of the step over
-    all its sequences; the batch's own where None), "dr_grpo" max_length.
+    "bnpo" and "dapo" the mean length over the batch or, where tokens_per_sequence gives it, over
+    all micro-batches and ranks of a step ("bnpo" leaves that to the caller; TRL's is local),
+    "dr_grpo" max_length.
 
     Shao et al. 2024 (arXiv 2402.03300); with advantages of several objectives
     (prefkern.advantages.group_advantages) multi-objective GRPO (arXiv 2503.21819).
@@ -48,7 +49,7 @@ def grpo(
         eps: Clip of the ratio, default 0.2.
         beta: Weight of k3, >= 0, default 0.04; 0 reads no reference (TRL's default).
         aggregation: "grpo", "bnpo", "dapo" or "dr_grpo", default "grpo".
-        tokens_per_sequence: Of "dapo", default None.
+        tokens_per_sequence: Mean length for "bnpo" and "dapo", default None, the batch's own.
         max_length: Of "dr_grpo", the longest response there could be.
 
     Returns:
@@ -75,8 +76,7 @@ def grpo(
         if max_length is None:
             raise ValueError("aggregation 'dr_grpo' divides by max_length; pass it.")
         return total / max_length
-    share = None if aggregation == "bnpo" else tokens_per_sequence
-    return core.per_token(total, token.count(scored, cu_seqlens), share)
+    return core.per_token(total, token.count(scored, cu_seqlens), tokens_per_sequence)
 
 
 GRPO = Loss(

@@ -27,6 +27,8 @@ def trpa(
     tr_kl_loss_coef: float = 0.001,
     sqrt_kl: bool = False,
     fallback: bool = True,
+    pairs_per_sequence: float | None = None,
+    tokens_per_sequence: float | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [S]
     """TRPA: logistic loss of every ordered pair of a prompt's rollouts, plus a k3 penalty.
@@ -51,6 +53,9 @@ def trpa(
         tr_kl_loss_coef: Weight of the penalty, >= 0, default 0.001.
         sqrt_kl: Takes sqrt(mean k3 + 0.25) instead, default False.
         fallback: What the code does without pairs; False gives 0 there. Default True.
+        pairs_per_sequence, tokens_per_sequence: Ordered pairs and tokens over a whole step of
+            several micro-batches, divided by its sequences; default None, the batch's own. With
+            sqrt_kl the penalty is a mean over micro-batches all the same.
         backend: Of the list_rank op, default "auto".
 
     Returns:
@@ -74,15 +79,21 @@ def trpa(
     )
     group = sequence_of(cu_groups, g)
     size = torch.zeros_like(rest).index_add(0, group, torch.ones_like(g))
-    # With all scores equal a hinge of margin 1 counts the pairs.
-    pairs = list_rank(torch.zeros_like(g), -level, cu_groups, family="hinge", backend=backend).sum()
-    preference = ((rest + best) / size.clamp(min=1))[group] * g.numel() / pairs.clamp(min=1)
+    if pairs_per_sequence is None:
+        # With all scores equal a hinge of margin 1 counts the pairs.
+        zero = torch.zeros_like(g)
+        pairs = list_rank(zero, -level, cu_groups, family="hinge", backend=backend).sum()
+    else:
+        pairs = g.new_tensor(pairs_per_sequence * g.numel())
+    fewest = torch.where(pairs > 0, pairs, 1.0)  # a share of a step's pairs may be below 1
+    preference = ((rest + best) / size.clamp(min=1))[group] * g.numel() / fewest
     if fallback:
         lone = surrogates.logistic(torch.where(top, g, -g))
         preference = torch.where(pairs > 0, preference, lone)
     old = logp.detach() if old_logp is None else token.given("old_logp", old_logp, logp, scored)
     k3 = surrogates.kl_estimate(logp - old, "k3").clamp(-10.0, 10.0)
-    share = core.per_token(segment_sum(k3, cu_seqlens), token.count(scored, cu_seqlens))
+    length = token.count(scored, cu_seqlens)
+    share = core.per_token(segment_sum(k3, cu_seqlens), length, tokens_per_sequence)
     if sqrt_kl:
         share = (share.mean() + 0.25).sqrt().expand_as(share)
     return preference + tr_kl_loss_coef * share

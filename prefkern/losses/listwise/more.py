@@ -1,0 +1,171 @@
+"""MORE: one reward model for several preference sources, weighted so that no source loses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...min_norm import min_norm_weights
+from ...ops.list_rank import list_rank
+from ...token_weights import sequence_of
+from ...types import Loss
+from .. import core
+
+NORMALIZERS = ("none", "l2", "loss", "loss+")
+
+
+def more(
+    scores: Tensor,  # [S]
+    labels: Tensor,  # [S]
+    cu_groups: Tensor,  # [G+1]
+    *,
+    source: Tensor,  # [G]
+    source_weights: Tensor,  # [n]
+    pair_reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:  # [G]
+    """MORE: Bradley-Terry loss of each preference source times the source's weight of this step.
+
+    l = n lambda_k 1 / |pairs| sum_{y_i > y_j} softplus(-(r_i - r_j)),
+    k = source of the group, n = number of sources in the batch,
+    lambda = argmin over the simplex of |sum_k lambda_k g_k|,  g_k = gradient of source k's loss
+
+    The mean over groups of equally frequent sources is sum_k lambda_k L_k. lambda is a constant,
+    made anew each step by `source_weights` from gradients at the reward head (`head_gradients`).
+
+    Zeng et al. 2023 (arXiv 2312.07401), as in the authors' code, which pools the pairs of the whole
+    batch (the same where every group has as many). Scores come from a reward head; through
+    preference_loss the score is the mean log-probability per token.
+
+    Args:
+        scores: `[S]` reward r of each answer.
+        labels: `[S]` rank or rating, higher is better, ties form no pair; NaN removes an answer.
+        cu_groups: `[G+1]` boundaries of the answers to one prompt.
+        source: `[G]` integers in [0, n), the preference data each group comes from.
+        source_weights: `[n]` lambda, constant, summing to 1 over the sources of the batch.
+        pair_reduction: "mean" or "sum" over the comparisons of a prompt, default "mean".
+        backend: Of the list_rank op, default "auto".
+
+    Returns:
+        Unreduced loss `[G]`; a group without a strict pair gives 0.
+
+    Raises:
+        ValueError: source is not `[G]` integers, source_weights is not `[n]`, shapes that do not
+            fit.
+    """
+    groups = cu_groups.numel() - 1
+    _check_source(source, groups)
+    if not isinstance(source_weights, Tensor) or source_weights.dim() != 1:
+        got = getattr(source_weights, "shape", type(source_weights).__name__)
+        raise ValueError(f"source_weights must be a tensor [n], one per source, got {got}.")
+    loss = list_rank(
+        scores, labels, cu_groups, family="pair", pair_reduction=pair_reduction, backend=backend
+    )
+    weight = source_weights.detach().to(loss.dtype)
+    present = torch.zeros_like(weight).index_fill(0, source.long(), 1.0).sum()
+    return present * weight[source.long()] * loss
+
+
+def head_gradients(
+    features: Tensor,  # [S, D]
+    scores: Tensor,  # [S]
+    labels: Tensor,  # [S]
+    cu_groups: Tensor,  # [G+1]
+    source: Tensor,  # [G]
+    sources: int,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # [n, D], [n]
+    """Gradient of each source's mean loss with respect to a linear reward head, and that loss.
+
+    For r = features w the gradient is sum_s (dL_k / dr_s) features_s: one backward through the
+    scores alone, whatever the model below costs. The authors take the head's gradient for the
+    whole model's as well.
+
+    Args:
+        features: `[S, D]` inputs of the head.
+        scores, labels, cu_groups, source: As in `more`.
+        sources: n.
+        backend: Of the list_rank op, default "auto".
+
+    Returns:
+        (`[n, D]`, `[n]`), without gradient; 0 for a source that is not in the batch.
+    """
+    _check_source(source, cu_groups.numel() - 1)
+    index = source.long()
+    leaf = scores.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = list_rank(
+            leaf, labels, cu_groups, family="pair", pair_reduction="mean", backend=backend
+        )
+        count = torch.zeros(sources, dtype=loss.dtype, device=loss.device)
+        count = count.index_add(0, index, torch.ones_like(loss)).clamp(min=1.0)
+        mean = loss / count[index]
+        (slope,) = torch.autograd.grad(mean.sum(), leaf)
+    owner = index[sequence_of(cu_groups, scores)]
+    rows = (slope[:, None] * features.detach().to(slope.dtype)).to(slope.dtype)
+    gradient = rows.new_zeros(sources, features.shape[1]).index_add(0, owner, rows)
+    return gradient, count.new_zeros(sources).index_add(0, index, mean.detach())
+
+
+def source_weights(
+    gradients: Tensor,  # [n, D]
+    losses: Tensor | None = None,  # [n]
+    *,
+    present: Tensor | None = None,  # [n] bool
+    normalize: str = "none",
+) -> Tensor:  # [n]
+    """lambda of `more`: weights of the shortest convex combination of the sources' gradients.
+
+    Args:
+        gradients: `[n, D]` of the sources' losses. The authors may average them over steps before:
+            (1 - a) old + a new, their default a = 1 keeps the new ones alone.
+        losses: `[n]` value of each source's loss, for normalize "loss" and "loss+".
+        present: `[n]` bool, sources that are in the batch; default None, those whose gradient is
+            not 0. The others get weight 0.
+        normalize: Divisor of each gradient first: "none", "l2" its norm, "loss" (1 + loss) over
+            their sum, "loss+" norm times loss; default "none".
+
+    Returns:
+        `[n]`, >= 0, summing to 1 over the present sources (all 0 where there is none).
+
+    Raises:
+        ValueError: an unknown normalize, losses missing where it needs them, shapes that do not
+            fit, gradients that are not finite.
+    """
+    core.choice("normalize", normalize, NORMALIZERS)
+    if gradients.dim() != 2:
+        raise ValueError(f"gradients must be [n, D], got {list(gradients.shape)}.")
+    g = gradients.detach()
+    norm = torch.linalg.vector_norm(g, dim=1)
+    there = norm > 0 if present is None else core.boolean("present", present, norm)
+    if normalize in ("l2", "loss+"):
+        g = g / torch.where(norm > 0, norm, 1.0)[:, None]
+    if normalize in ("loss", "loss+"):
+        value = core.data("losses", losses, norm)
+        if normalize == "loss":
+            value = 1.0 + value
+            value = value / torch.where(there, value, 0.0).sum()
+        g = g / torch.where(there & (value > 0), value, 1.0)[:, None]
+    found = torch.zeros_like(norm)
+    if bool(there.any()):
+        found[there] = min_norm_weights(g[there])
+    return found
+
+
+def _check_source(source: Tensor, groups: int) -> None:
+    if not isinstance(source, Tensor) or source.is_floating_point() or source.shape != (groups,):
+        got = f"{source.dtype} {list(source.shape)}" if isinstance(source, Tensor) else source
+        raise ValueError(f"source must be integers [G] = [{groups}], one per group, got {got}.")
+
+
+MORE = Loss(
+    more,
+    "more",
+    "listwise",
+    extra=("source", "source_weights"),
+    status="loss executed against the authors' code; paper read in abstract only",
+    source="arXiv 2312.07401",
+    score="mean_logp",
+    rewards=core.mean_logp_rewards,
+)
