@@ -87,13 +87,15 @@ def _configure(verb: str, args: list[str]) -> tuple[Any, Any]:
 
 def _train(args: list[str]) -> int:
     config, command = _configure("train", args)
-    from .train.loop import train_run
+    from .train.loop import train
+    from .train.loop_options import has_rounds
+    from .train.rounds import describe_rounds
     from .train.run import describe, prepare
 
     if command.dry_run:
-        print(describe(prepare(config)))
+        print(describe_rounds(config) if has_rounds(config) else describe(prepare(config)))
         return 0
-    final = train_run(prepare(config))
+    final = train(config)
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps({k: v for k, v in final.items() if k != "log_history"}))
     return 0
@@ -132,6 +134,24 @@ def _precompute(args: list[str]) -> int:
     return 0
 
 
+def _merge(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="prefkern merge",
+        description="One LoRA adapter that is the weighted sum of several on the same base model.",
+    )
+    parser.add_argument("adapters", nargs="+", help="folders of runs with lora_r")
+    parser.add_argument("--output-dir", required=True)
+    parser.add_argument("--weights", nargs="+", type=float, help="one each (default: the mean)")
+    options = parser.parse_args(args)
+    from .train import require_train_extra
+
+    require_train_extra()
+    from .train.speeds import merge_adapters
+
+    print(merge_adapters(options.adapters, options.output_dir, options.weights))
+    return 0
+
+
 # -- the other verbs ----------------------------------------------------------------------------
 
 
@@ -141,9 +161,15 @@ def _losses(args: list[str]) -> int:
     )
     parser.add_argument("name", nargs="?", help="show this loss: formula, arguments, source")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--markdown", action="store_true", help="the page docs/losses.md")
     options = parser.parse_args(args)
     from . import losses
 
+    if options.markdown:
+        from .losses.page import page
+
+        print(page(), end="")
+        return 0
     if options.name is not None:
         record, fixed = losses.resolve(options.name)
         print(inspect.getdoc(record.fn))
@@ -154,6 +180,7 @@ def _losses(args: list[str]) -> int:
             for name, parameter in arguments.items()
         ]
         print("\n" + _table(rows, ("argument", "default")))
+        print(f"\nstatus: {record.status}\nsource: {record.source}")
         return 0
     found: list[dict[str, str]] = []
     for name, record in losses.LOSSES.items():
@@ -249,6 +276,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a causal language model from preferences"),
     "eval": (_eval, "measure a model on held-out preferences"),
     "precompute": (_precompute, "write reference log-probabilities for later runs"),
+    "merge": (_merge, "add up the adapters of several runs"),
     "losses": (_losses, "list the losses, or show one"),
     "plot": (_plot, "draw the curves of finished or running runs"),
     "env": (_env, "what this installation can do, and why not more"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from tiny_models import save_model, write_data
@@ -211,3 +213,53 @@ def test_help_of_every_verb(run):
         if verb != "bench":
             status, out, _ = run(verb, "--help")
             assert status == 0 and verb in out
+
+
+FAMILIES = [  # loss, layout, further flags
+    ("simpo", "pairs", ()),
+    ("soft_label", "pairs", ("--column", "pref_prob=confidence")),
+    ("beta_dpo", "pairs", ("--loss-arg", "rho=0.5")),
+    ("orpo", "pairs", ("--likelihood-prompt",)),
+    ("tdpo2", "pairs", ("--score-prompt",)),
+    ("bco", "unpaired", ()),
+    ("lipo", "lists", ("--loss-arg", "beta=0.5")),
+    ("grpo", "pairs", ("--column", "advantages=gain", "--loss-arg", "aggregation=dapo")),
+]
+
+
+def test_train_by_name_from_every_family(tmp_path):
+    """In a process of its own, as a user starts it; one process for all, which costs its start."""
+    model, files = save_model(tmp_path / "model"), {}
+    for layout in ("pairs", "unpaired", "lists"):
+        path = tmp_path / f"{layout}.jsonl"
+        write_data(path, layout, rows=4)
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        more = {"confidence": 0.7, "chosen_gain": 1.0, "rejected_gain": -0.5}
+        path.write_text("".join(json.dumps(row | more) + "\n" for row in rows))
+        files[layout] = str(path)
+    calls = [
+        ["train", *map(str, flags((model, files[layout]), tmp_path / loss, "--max-steps", 1)),
+         "--loss", loss, *more]
+        for loss, layout, more in FAMILIES
+    ]  # fmt: skip
+    script = "import json, sys; from prefkern.cli import main\n"
+    script += "for call in json.loads(sys.argv[1]): print('status', main(call))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(calls)],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout.count("status 0") == len(calls), done.stdout + done.stderr
+    for loss, _, _ in FAMILIES:
+        log = (tmp_path / loss / "log_history.jsonl").read_text().splitlines()
+        assert json.loads(log[0])["step"] == 1
+
+
+def test_losses_table_says_what_each_loss_needs(run):
+    found = {row["loss"]: row for row in json.loads(run("losses", "--json")[1])["losses"]}
+    for name, row in found.items():
+        assert row["family"] and row["source"] and row["status"], name
+        assert row["reference"] in ("yes", "no")
+    assert found["soft_label"]["needs"] == "pref_prob" and found["simpo"]["reference"] == "no"
+    assert "jsd" in found["gkd"]["statistics"]
+    header = run("losses")[1].splitlines()[0].split()
+    assert header == ["loss", "family", "reference", "statistics", "needs", "source", "status"]

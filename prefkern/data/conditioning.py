@@ -110,10 +110,8 @@ def direction_conditioned(
         used = (column, rewards_column, "scores", "ranks")
         rest = {k: v for k, v in data.items() if k not in used}
         for vector in vectors:
-            weights = " + ".join(
-                f"{name}*{round(100 * v)}" for name, v in zip(objectives, vector, strict=True)
-            )
-            row = conditioned(rest, i, template.format(weights=weights), separator)
+            words = direction_words(vector, objectives, template)
+            row = conditioned(rest, i, words, separator)
             scores = [
                 math.fsum(a * b for a, b in zip(vector, line, strict=True)) for line in rewards
             ]
@@ -168,6 +166,17 @@ def control_prefix(
         out.append(conditioned(data, i, good_prefix, separator))
         out.append(conditioned(swapped(data, i), i, bad_prefix, separator))
     return like(table, out)
+
+
+def direction_words(
+    vector: Sequence[float], objectives: Sequence[str], template: str = DIRECTION_TEMPLATE
+) -> str:
+    """The condition for a unit vector in reward space: 100 times its entries, rounded."""
+    values = _unit(0, vector, objectives)
+    weights = " + ".join(
+        f"{name}*{round(100 * v)}" for name, v in zip(objectives, values, strict=True)
+    )
+    return template.format(weights=weights)
 
 
 def _unit(index: int, vector: Sequence[float], objectives: Sequence[str]) -> list[float]:

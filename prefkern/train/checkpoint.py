@@ -11,8 +11,9 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,16 @@ from torch import Tensor, nn
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "prefkern_state.json"
+
+
+class Part(Protocol):
+    """What changes after a step beside the trained modules; it has files in a checkpoint."""
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> Any: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -153,6 +164,7 @@ def save_checkpoint(
     state: dict[str, Any],  # the loop's own, JSON
     trainer_state: dict[str, Any],  # transformers' trainer_state.json
     keep: int | None,
+    parts: Iterable[Part] = (),
 ) -> Path:
     """Writes `checkpoint-N` atomically and drops the oldest ones beyond `keep`."""
     final = output_dir / f"checkpoint-{state['step']}"
@@ -167,6 +179,8 @@ def save_checkpoint(
     write_json(building / "rng_state.json", rng)
     write_json(building / "trainer_state.json", trainer_state)
     write_json(building / STATE_FILE, state)
+    for part in parts:
+        part.save(building)
     _sync(building)
     if final.exists():  # the same step again, after a resume from an older checkpoint
         shutil.rmtree(final)
@@ -220,6 +234,8 @@ def save_final(output_dir: Path, modules: dict[str, nn.Module], tokenizer: Any) 
     save_weights(building, modules, tokenizer)
     _sync(building)
     for path in sorted(building.iterdir()):
+        if path.is_dir() and (output_dir / path.name).exists():  # a second adapter's folder
+            shutil.rmtree(output_dir / path.name)
         os.replace(path, output_dir / path.name)
     building.rmdir()
 

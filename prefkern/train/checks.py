@@ -8,20 +8,14 @@ import torch
 
 from .. import losses
 from ..integrations import hf, packed_attention
-from ..types import Loss, SeqStats
+from ..types import Loss
 from . import masks as mask_module
 from .config import TrainConfig, nearest
 from .data import Example, collate
+from .states import rule_of
 
-LAYOUT_OF = {
-    "pairwise": "pairs", "tokenwise": "pairs", "pointwise": "unpaired", "listwise": "lists",
-}  # fmt: skip
-# Tensors that the loop hands to a loss, beside fields of the sequence statistics.
-SUPPLIED = frozenset(
-    {"label", "kl_baseline", "reward_mask", "kl_mask", "activations", "hook_type", "aux_logp"}
-    | {"scored"}
-)
-FIELDS = frozenset(SeqStats._fields)
+# Losses over pairs or lists read no other rows; those over sequences or tokens read any.
+LAYOUT_OF = {"pairwise": "pairs", "listwise": "lists"}
 # Packed and alone differ by rounding alone; a leak between sequences costs tenths of a nat.
 PACKING_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
@@ -33,9 +27,17 @@ def check_losses(config: TrainConfig) -> list[Loss]:
         ValueError: an unknown loss, or an argument that none of the losses has.
     """
     records = [losses.resolve(name)[0] for name in config.loss]
+    for record in records:
+        if record.family == "diffusion":
+            raise ValueError(
+                f"loss {record.name!r} compares prediction errors of a diffusion model, which has "
+                f"no language-model head to train here; call prefkern.losses.{record.name} on "
+                "prefkern.error_sum from a loop of your own."
+            )
     known = {name for record in records for name in losses.arguments(record)}
     if any("reward_mask" in losses.required(record) for record in records):
         known |= set(mask_module.OPTIONS)
+    known |= {name for r in records if (rule := rule_of(r)) for name in rule.options}
     for name in config.loss_args:
         if name not in known:
             near = nearest(name, known) or f"; known: {', '.join(sorted(known)) or 'none'}"
@@ -43,24 +45,23 @@ def check_losses(config: TrainConfig) -> list[Loss]:
     return records
 
 
-def check_family(records: list[Loss], layout: str) -> None:
+def layout_of(record: Loss) -> str | None:
+    """The layout of rows a loss trains on; None: any."""
+    return "unpaired" if "label" in record.extra else LAYOUT_OF.get(record.family)
+
+
+def check_family(records: list[Loss], layout: str, *, score_prompt: bool = False) -> None:
     for record in records:
-        if LAYOUT_OF.get(record.family) != layout:
+        wanted = layout_of(record)
+        if wanted not in (None, layout):
             raise ValueError(
-                f"loss {record.name!r} is {record.family} and trains on "
-                f"{LAYOUT_OF.get(record.family)}, but the data are {layout}; choose another "
-                "loss (prefkern losses) or other data."
+                f"loss {record.name!r} is {record.family} and trains on {wanted}, but the data are "
+                f"{layout}; choose another loss (prefkern losses) or other data."
             )
-        if record.update is not None:
+        if score_prompt and "kl_baseline" in record.extra:
             raise ValueError(
-                f"loss {record.name!r} keeps a state between steps: not supported here."
-            )
-        lacking = [n for n in losses.required(record) if n not in SUPPLIED and n not in FIELDS]
-        if lacking or (record.family == "pairwise" and len(record.rows) != 2):
-            what = " and ".join(lacking) or f"the rows {', '.join(record.rows)}"
-            raise ValueError(
-                f"loss {record.name!r} needs {what}, which this trainer does not supply; call "
-                "prefkern.preference_loss from a loop of your own."
+                f"loss {record.name!r} compares prompts with other rows' answers, which "
+                "score_prompt leaves no boundary between; drop score_prompt."
             )
 
 

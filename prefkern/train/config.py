@@ -6,7 +6,6 @@ and transformers where they have one. No torch import: reading a configuration i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -40,6 +39,13 @@ class TrainConfig:
     """What a row is; auto reads it off the columns."""
     max_length: int = 1024
     """Prompt plus completion in tokens; longer rows keep their start."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns under other names: what a loss reads -> column; on the command line --column
+    pref_prob=confidence. Optional tensors of a loss are read only where they are named here."""
+    score_prompt: bool = False
+    """Score the prompt's tokens too, as DOVE does; the column prompt_rejected then matters."""
+    likelihood_prompt: bool = False
+    """Likelihood terms (orpo, cpo, sft, ...) score the prompt too, as ORPO's authors do."""
     append_eos: bool = True
     """End plain-text answers with EOS."""
     list_labels: Literal["scores", "order"] = "scores"
@@ -66,7 +72,17 @@ class TrainConfig:
     precomputed_ref: str | None = None
     """File or folder written by `prefkern precompute`."""
     aux_model: str | None = None
-    """Second frozen model for losses that read one (tgdpo's token rewards)."""
+    """Second frozen model for losses that read one (tgdpo's token rewards): a DPO-trained one."""
+    precomputed_aux: str | None = None
+    """Instead of aux_model: what `prefkern precompute --model AUX` wrote for the same data."""
+    fused_ref: tuple[str, ...] = ()
+    """infifpo: files or folders of `prefkern precompute`, one per source model."""
+    sync_ref_model: bool = False
+    """Move the reference towards the policy while training (TR-DPO)."""
+    ref_model_mixup_alpha: float = 0.6
+    """Share of the policy in the new reference; 1 copies the policy (hard update)."""
+    ref_model_sync_steps: int = 512
+    """Optimizer steps between two syncs of the reference."""
     mask_learning_rate: float | None = None
     """Learning rate of sparsepo's mask module (default: learning_rate)."""
     mask_weight_decay: float = 0.01
@@ -83,6 +99,52 @@ class TrainConfig:
     """Dropout of the adapter (needs disable_dropout=False)."""
     lora_target_modules: tuple[str, ...] = ()
     """Layers to adapt; empty: all linear layers except the head."""
+    slow_learning_rate: float | None = None
+    """Train a second, slow LoRA adapter at this rate beside the one at learning_rate; needs loss
+    dpo_second_reference. They change places when the slow one prefers the chosen answers more."""
+
+    # rounds: runs one after the other, each from the model of the one before
+    num_rounds: int = 1
+    """Number of rounds (each num_train_epochs or max_steps long); with round_data=stages 0 is all
+    stages."""
+    round_data: Literal["same", "stages", "online"] = "same"
+    """What a round trains on: the data set; the rows of its stage (column `stage`, or ranked lists,
+    of which Curry-DPO's stages are made); answers sampled to its prompts when the round starts."""
+    round_reference: Literal["previous", "start"] = "previous"
+    """Reference from the second round on: the model the round starts from, or that of the first."""
+    round_extrapolation: float = 0.0
+    """After each round theta + a (theta - theta of the round before) (Accelerated PO; a = 0.3)."""
+
+    # online rounds
+    judge: str | None = None
+    """Scores sampled answers: module:function or file.py:function, called with (row, answers) and
+    returning one number per answer; or `implicit`, the policy's log-ratio to judge_ref_model."""
+    judge_model: str | None = None
+    """Reward model (sequence classification, one output) instead of judge."""
+    judge_ref_model: str | None = None
+    """The model that judge=implicit compares the policy with: the one it was trained from."""
+    num_generations: int = 2
+    """Answers sampled per prompt and round."""
+    max_new_tokens: int = 128
+    """Longest sampled answer in tokens."""
+    generation_temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    generation_top_p: float = 1.0
+    """Nucleus of the sampling; 1 samples from the whole distribution."""
+    generation_batch_size: int = 16
+    """Prompts that are answered at once."""
+    generation_mixture: float = 0.0
+    """Share b of the reference in the logits sampled from: (1-b) z + b z_ref (IPO-MD)."""
+    keep_unfinished: bool = False
+    """Also train on answers that max_new_tokens cut off; an end is appended to them."""
+    prompts_per_round: int | None = None
+    """Prompts sampled from per round, in the order of the data; default: all in every round."""
+    online_pairs: Literal["all", "best_vs_rest", "adjacent", "best_vs_worst"] = "best_vs_worst"
+    """Which answers to a prompt form pairs."""
+    soft_judge: bool = False
+    """ipo_md: the gap of two scores is a log-odds, and its probability the loss's target."""
+    target_beta: float = 0.1
+    """fdpg: the target is the reference times exp(score / target_beta)."""
 
     # batches
     per_device_train_batch_size: int = 8
@@ -178,11 +240,16 @@ class TrainConfig:
             raise ValueError(
                 f"lora_dropout={self.lora_dropout} needs disable_dropout=False (default: True)."
             )
+        if bad := [k for k, v in self.columns.items() if not (isinstance(v, str) and v)]:
+            raise ValueError(f"columns: {', '.join(map(str, bad))} must name a column.")
         if self.precomputed_ref and self.reference != "auto":
             raise ValueError(
                 f"precomputed_ref replaces the reference model; it cannot go with reference="
                 f"{self.reference}; leave reference=auto."
             )
+        from .loop_options import check
+
+        check(self)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -208,6 +275,15 @@ _LOWEST = {
     "save_steps": 0,
     "save_total_limit": 1,
     "memory_budget": 0,
+    "num_rounds": 0,
+    "ref_model_sync_steps": 1,
+    "round_extrapolation": 0.0,
+    "slow_learning_rate": 0.0,
+    "num_generations": 1,
+    "max_new_tokens": 1,
+    "generation_temperature": 0.0,
+    "generation_batch_size": 1,
+    "prompts_per_round": 1,
 }
 
 # Options that do not change the sequence of weights: a resumed run may set them differently.
@@ -292,23 +368,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `key: value` lines, got {type(values).__name__}.")
     return values
-
-
-def parse_loss_args(pairs: typing.Iterable[str]) -> dict[str, Any]:
-    """('alpha=0.5', 'normalize=sum') -> {'alpha': 0.5, 'normalize': 'sum'}, values read as YAML."""
-    import yaml
-
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, sign, text = pair.partition("=")
-        if not sign or not name:
-            raise ValueError(f"--loss-arg must be written name=value, got {pair!r}.")
-        value = yaml.safe_load(text)
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):  # 1e-3 is a string in YAML 1.1
-                value = float(value)
-        found[name.replace("-", "_")] = value
-    return found
 
 
 def check_same_run(saved: dict[str, Any], config: TrainConfig) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .data import Example, collate, length_baseline
+from .inputs import step_arguments
 from .logs import Meter
 from .reference import Reference, baseline_from
 from .run import Run
@@ -23,11 +24,13 @@ def evaluate(run: Run, examples: list[Example], reference: Reference) -> dict[st
     step.eval()
     for indices, real in deal(chunks, run.rank, run.world):
         chosen = [examples[i] for i in indices]
-        batch = collate(chosen, packed=run.packed, pad_id=run.pad_id).to(run.device)
+        batch = collate(chosen, **run.collate_options).to(run.device)
         rows = reference.rows(batch, indices)
         if run.needs.kl_baseline:
             rows.loss_args["kl_baseline"] = kl_baseline(run, reference, chosen, real)
-        loss, metrics = step(batch, rows, count_items(chosen))
+        rows.loss_args |= step_arguments(run.records, run.config.loss_args, chosen)
+        items = run.count_items(chosen)
+        loss, metrics = step(batch, rows, items)
         if real:
             meter.add("loss", loss, float(len(chosen)))
             meter.add_all(metrics, chosen)
@@ -47,19 +50,6 @@ def deal(chunk: list[list[int]], rank: int, world: int) -> Iterator[tuple[list[i
     for start in range(0, len(chunk), world):
         has = start + rank < len(chunk)
         yield (chunk[start + rank], True) if has else (chunk[0], False)
-
-
-def count_items(examples: list[Example]) -> dict[str, int]:
-    """Denominators of one step, over all its micro-batches and processes."""
-    return {
-        "pairs": len(examples),
-        "groups": len(examples),
-        "sequences": sum(len(e.sequences) for e in examples),
-        # of the answers that likelihood terms score
-        "tokens": sum(e.sequences[0].length for e in examples),
-        # of the losses that are means over tokens
-        "scored_tokens": sum(s.length for e in examples for s in e.sequences),
-    }
 
 
 def kl_baseline(

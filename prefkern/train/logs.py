@@ -32,11 +32,13 @@ class Meter:
         chosen = rejected = float(len(examples))
         scored = float(sum(s.length for s in sequences))
         accuracy_over = float(sum(e.sequences[0].length for e in examples))
-        if len(examples[0].sequences) == 1:  # unpaired: a side counts its own rows
+        if "logps/mean" in metrics:  # neither pairs nor labels: means over all sequences
+            accuracy_over = scored
+        elif len(examples[0].sequences) == 1:  # unpaired: a side counts its own rows
             good = [bool(e.labels and e.labels[0] > 0) for e in examples]
             chosen, rejected = float(sum(good)), float(len(good) - sum(good))
             accuracy_over = float(sum(s.length for s, g in zip(sequences, good, strict=True) if g))
-        elif len(examples[0].sequences) > 2:
+        elif examples[0].labels is not None:  # lists
             accuracy_over = scored
         for name, value in metrics.items():
             if name == "entropy":

@@ -19,20 +19,27 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoint as ckpt
+from . import states
 from .config import TrainConfig, check_same_run
 from .data import collate, fingerprint, plan_batches
-from .evaluate import count_items, deal, evaluate, kl_baseline
+from .evaluate import deal, evaluate, kl_baseline
+from .inputs import step_arguments
 from .logs import History, Meter, performance, postfix, total_flos, trainer_state
+from .loop_options import has_rounds
 from .run import Run, prepare
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Runs a configuration to its end; returns the last row of the log and `log_history`."""
+    if has_rounds(config):
+        from .rounds import train_rounds  # which runs this loop once per round
+
+        return train_rounds(config)
     return train_run(prepare(config))
 
 
-def train_run(run: Run) -> dict[str, Any]:
-    """The loop itself, over a prepared run."""
+def train_run(run: Run, *, final_run: bool = True) -> dict[str, Any]:
+    """The loop itself, over a prepared run; `final_run`: no other follows in this process."""
     config, device, main = run.config, run.device, run.accelerator.is_main_process
     output_dir = Path(config.output_dir)
     run.say(f"data: {run.report}")
@@ -42,7 +49,8 @@ def train_run(run: Run) -> dict[str, Any]:
     state: dict[str, Any] = {
         "step": 0, "epoch": 0, "step_in_epoch": 0, "passes": 0.0,  # passes: epochs done, for logs
         "tokens": 0, "groups": 0, "loss_sum": 0.0, "window": {},
-        "config": config.as_dict(), "data": fingerprint(run.examples), "packed": run.packed,
+        "config": config.as_dict(), "packed": run.packed,
+        "data": fingerprint(run.examples, values=True),
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
     torch.manual_seed(config.seed + run.rank)  # ranks start equal but differ in their dropout
@@ -76,12 +84,13 @@ def train_run(run: Run) -> dict[str, Any]:
 
     def save() -> None:
         meter.consolidate(main)
+        memory = {"window": meter.state(), "losses": run.step.states.as_dict()}
         rng = gather_objects(run, ckpt.rng_state(device))
         if main:
             ckpt.save_checkpoint(
                 output_dir, modules=modules, tokenizer=run.tokenizer, optimizer=optimizer,
-                scheduler=scheduler, rng=rng, state=state | {"window": meter.state()},
-                trainer_state=hf_state(), keep=config.save_total_limit,
+                scheduler=scheduler, rng=rng, state=state | memory,
+                trainer_state=hf_state(), keep=config.save_total_limit, parts=run.parts,
             )  # fmt: skip
         run.accelerator.wait_for_everyone()
 
@@ -96,19 +105,22 @@ def train_run(run: Run) -> dict[str, Any]:
         while state["step_in_epoch"] < len(chunks) and state["step"] < total_steps:
             chunk = chunks[state["step_in_epoch"]]
             groups = [run.examples[i] for indices in chunk for i in indices]
-            num_items = count_items(groups)
+            num_items = run.count_items(groups)
+            shares = step_arguments(run.records, config.loss_args, groups)
+            run.step.states.progress = state["step"] / total_steps
             mine = list(deal(chunk, run.rank, run.world))
             step_loss = torch.zeros((), dtype=torch.float64, device=device)
             for number, (indices, real) in enumerate(mine):
                 examples = [run.examples[i] for i in indices]
-                batch = collate(examples, packed=run.packed, pad_id=run.pad_id).to(device)
+                batch = collate(examples, **run.collate_options).to(device)
                 reference = run.reference.rows(batch, indices)
+                reference.loss_args |= shares
                 if run.needs.kl_baseline:
                     baseline = kl_baseline(run, run.reference, examples, real)
                     reference.loss_args["kl_baseline"] = baseline
                 last = number == len(mine) - 1
                 with nullcontext() if run.world == 1 or last else wrapped.no_sync():
-                    loss, metrics = wrapped(batch, reference, num_items)
+                    loss, metrics = wrapped(batch, reference, num_items, real=real)
                     # DDP averages over ranks. A filler batch keeps a rank in step and counts 0.
                     (loss * (run.world if real else 0.0)).backward()
                 if real:
@@ -122,6 +134,8 @@ def train_run(run: Run) -> dict[str, Any]:
 
             meter.add("loss", step_loss * run.world)
             state["step"] += 1
+            for part in run.parts:
+                part.after_step(state["step"], optimizer)
             state["step_in_epoch"] += 1
             state["groups"] += len(groups)
             state["tokens"] += sum(example.num_tokens for example in groups)
@@ -172,13 +186,19 @@ def train_run(run: Run) -> dict[str, Any]:
     history.add(final)
     if main:
         ckpt.save_final(output_dir, modules, run.tokenizer)
+        if run.step.states.rules:
+            ckpt.write_json(output_dir / states.FILE, run.step.states.as_dict())
         ckpt.write_json(output_dir / "trainer_state.json", hf_state())
         if config.plots:
             from ..plots import plot_history
 
             plot_history(history.rows, output_dir)
     run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
+    if final_run:
+        run.accelerator.end_training()  # which also ends the process group
+    else:
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
     return {**final, "log_history": history.rows}
 
 
@@ -209,6 +229,9 @@ def restore(
         world=run.world,
         device=run.device,
     )
+    for part in run.parts:
+        part.load(checkpoint)
+    run.step.states.load(saved["losses"])
     rows = ckpt.read_json(checkpoint / "trainer_state.json")["log_history"]
     return saved | {"config": state["config"]}, rows
 
@@ -260,10 +283,17 @@ def make_optimizer(
             "weight_decay": config.mask_weight_decay,
             "lr": config.learning_rate if mask_rate is None else mask_rate,
         },
+        "slow": {
+            "params": [],
+            "weight_decay": config.weight_decay,
+            "lr": config.slow_learning_rate,
+        },
     }
     for name, parameter in step.named_parameters():
         if parameter.requires_grad:
             kind = "decay" if name in decayed else "no_decay"
+            if config.slow_learning_rate is not None and ".slow." in name:
+                kind = "slow"
             groups["masks" if name.startswith("masks.") else kind]["params"].append(parameter)
     optimizer = torch.optim.AdamW(
         [group for group in groups.values() if group["params"]],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import tyro
@@ -19,6 +21,8 @@ class Command:
     options: tyro.conf.OmitArgPrefixes[c.TrainConfig]
     loss_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A hyper-parameter of the loss as name=value; may be given several times."""
+    column: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What a loss reads and the column it stands in, as name=column; may be given several times."""
     dry_run: bool = False
     """train: print the resolved configuration, the model's head and the data counts, and stop."""
     json: bool = False
@@ -48,9 +52,9 @@ def parse(verb: str, args: list[str]) -> tuple[c.TrainConfig, Command]:
     }
     blank = dict.fromkeys(absent, "")
     defaults = c.from_mapping(values | blank, origin=found.config or "configuration")
-    from_file = defaults.loss_args
-    # dictionaries are no flags: --loss-arg name=value stands for them
-    defaults = dataclasses.replace(defaults, loss_args={}, **absent)
+    from_file, columns = defaults.loss_args, defaults.columns
+    # dictionaries are no flags: --loss-arg name=value and --column name=column stand for them
+    defaults = dataclasses.replace(defaults, loss_args={}, columns={}, **absent)
     parsed, unknown = tyro.cli(
         Command,
         args=args,
@@ -62,9 +66,38 @@ def parse(verb: str, args: list[str]) -> tuple[c.TrainConfig, Command]:
     )
     if unknown:
         names = [f.name for f in dataclasses.fields(c.TrainConfig)]
-        names += ["loss_arg", "dry_run", "json", "debug", "config"]
+        names += ["loss_arg", "column", "dry_run", "json", "debug", "config"]
         name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
         near = c.nearest(name, names).replace("_", "-")
         raise ValueError(f"unknown option {unknown[0]}{near}.")
-    loss_args = from_file | c.parse_loss_args(parsed.loss_arg)
-    return dataclasses.replace(parsed.options, loss_args=loss_args), parsed
+    loss_args = from_file | parse_loss_args(parsed.loss_arg)
+    columns = columns | parse_columns(parsed.column)
+    return dataclasses.replace(parsed.options, loss_args=loss_args, columns=columns), parsed
+
+
+def parse_loss_args(pairs: Iterable[str]) -> dict[str, Any]:
+    """('alpha=0.5', 'normalize=sum') -> {'alpha': 0.5, 'normalize': 'sum'}, values read as YAML."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not sign or not name:
+            raise ValueError(f"--loss-arg must be written name=value, got {pair!r}.")
+        value = yaml.safe_load(text)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):  # 1e-3 is a string in YAML 1.1
+                value = float(value)
+        found[name.replace("-", "_")] = value
+    return found
+
+
+def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
+    """('eta=reliability',) -> {'eta': 'reliability'}."""
+    found = {}
+    for pair in pairs:
+        name, sign, column = pair.partition("=")
+        if not (sign and name and column):
+            raise ValueError(f"--column must be written name=column, got {pair!r}.")
+        found[name.replace("-", "_")] = column
+    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..integrations import hf
-from . import checks, models, reference_cache
+from . import checks, fuse, models, reference_cache
 from .config import TrainConfig
 from .run import load_data, make_accelerator
 
@@ -46,5 +46,7 @@ def precompute(config: TrainConfig) -> list[Path]:
             progress=steps,
         )
         key = reference_cache.cache_key(examples, model, config)
-        paths.append(reference_cache.write(Path(config.output_dir), logp, cu_seqlens, key))
+        about = {"rows": fuse.rows_key(examples)}
+        folder = Path(config.output_dir)
+        paths.append(reference_cache.write(folder, logp, cu_seqlens, key, about))
     return paths

@@ -6,6 +6,7 @@ columns of the data. Shapes: [B, T] as the batch has it, n scored rows, L layers
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Indices
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -35,9 +36,13 @@ class Needs:
     activations: bool  # mapo's hook activations
     aux: bool  # log-probabilities under a second frozen model
     kl_baseline: bool  # kto's mismatched completions
+    teacher: bool = False  # the reference is a teacher: another model than the policy's start
+    aux_head: bool = False  # the second frozen model's whole distribution (adpa's advantage)
 
     @classmethod
-    def of(cls, names: tuple[str, ...], loss_args: dict[str, Any]) -> Needs:
+    def of(
+        cls, names: tuple[str, ...], loss_args: dict[str, Any], columns: Collection[str] = ()
+    ) -> Needs:
         records, calls = [], []
         for name in names:
             record, fixed = losses.resolve(name)
@@ -47,14 +52,20 @@ class Needs:
             calls.append(losses.bind(record, given, supplied=losses.required(record)))
         extra = {name for record in records for name in losses.required(record)}
         stats = {stat.partition(":")[0] for call in calls for stat in call.stats}
+        compared = set(TWO_MODEL_STATS) - {"ref_logp"}
         return cls(
             reference=any(call.needs_reference for call in calls),
-            distribution=bool(stats & (set(TWO_MODEL_STATS) - {"ref_logp"})),
+            distribution=bool(stats & compared),
             tokens=any(r.weights or r.family == "tokenwise" for r in records),
             masks="reward_mask" in extra,
             activations="activations" in extra,
-            aux="aux_logp" in extra,
+            aux="aux_logp" in extra and "aux_logp" not in columns,
             kl_baseline="kl_baseline" in extra,
+            teacher=any(
+                not call.needs_reference and compared & {s.partition(":")[0] for s in call.stats}
+                for call in calls
+            ),
+            aux_head="ev" in stats,
         )
 
 
@@ -66,6 +77,8 @@ class ReferenceRows:
     head: hf.Head | None = None  # None: the policy's
     logp: Tensor | None = None  # [B, T]
     seq_logp: Tensor | None = None  # [S]
+    aux_hidden: Tensor | None = None  # [B, T, D] of the second frozen model
+    aux_head: hf.Head | None = None
     layers: Tensor | None = None  # [L, n, D], scored rows after every block
     loss_args: dict[str, Any] = field(default_factory=dict)
 
@@ -74,15 +87,24 @@ def choose_mode(config: TrainConfig, needs: Needs, has_adapter: bool) -> str:
     """none, cache, columns, adapter or model; raises ValueError for what cannot work."""
     mode: str = config.reference
     if mode == "auto":
-        if not needs.reference:
+        if not (needs.reference or needs.distribution):
             mode = "none"
         elif config.precomputed_ref:
             mode = "cache"
-        elif has_adapter and config.ref_model is None:
+        elif has_adapter and config.ref_model is None and not config.sync_ref_model:
             mode = "adapter"
         else:
             mode = "model"
-    if mode == "none" and needs.reference:
+    if mode == "none" and config.sync_ref_model:
+        raise ValueError(
+            f"sync_ref_model moves a reference, but loss {list(config.loss)} has none."
+        )
+    if mode in ("model", "adapter") and needs.teacher and config.ref_model is None:
+        raise ValueError(
+            f"loss {', '.join(config.loss)} learns from a teacher: pass it as --ref-model (a copy "
+            "of the model itself teaches nothing)."
+        )
+    if mode == "none" and (needs.reference or needs.distribution):
         raise ValueError(f"loss {list(config.loss)} needs a reference; reference=none gives none.")
     if mode == "adapter" and not has_adapter:
         raise ValueError(
@@ -125,9 +147,11 @@ class Reference:
         model: hf.Model = None,
         aux: hf.Model = None,
         cache: ReferenceCache | None = None,
+        aux_cache: ReferenceCache | None = None,
     ) -> None:
         self.mode, self.needs, self.config = mode, needs, config
         self.policy, self.model, self.aux, self.cache = policy, model, aux, cache
+        self.aux_cache = aux_cache
 
     @torch.no_grad()
     def rows(self, batch: PreferenceBatch, indices: Indices[int]) -> ReferenceRows:
@@ -145,12 +169,25 @@ class Reference:
             out.seq_logp = batch.ref_seq_logp
         elif self.mode in ("model", "adapter"):
             self._forward(batch, out)
+        if self.needs.aux_head:
+            with self._autocast(batch):
+                out.aux_hidden, _ = hf.hidden_states(
+                    self.aux,
+                    batch.input_ids,
+                    position_ids=batch.position_ids,
+                    attention_mask=batch.attention_mask,
+                )
+            out.aux_head = hf.read_head(self.aux)
         if self.needs.aux:
             if out.hidden is None and out.logp is None:
                 raise ValueError(
                     "aux log-probabilities are compared with a reference; there is none."
                 )
-            out.loss_args["aux_logp"] = self._logp(self.aux, batch).flatten()
+            if self.aux_cache is not None:
+                aux_logp = self.aux_cache.token_logps(indices, batch.targets)
+            else:
+                aux_logp = self._logp(self.aux, batch)
+            out.loss_args["aux_logp"] = aux_logp.flatten()
         return out
 
     def _forward(self, batch: PreferenceBatch, out: ReferenceRows) -> None:

@@ -120,11 +120,20 @@ def compute(
     return torch.cat(parts), cu_seqlens
 
 
-def write(folder: Path, logp: Tensor, cu_seqlens: Tensor, key: dict[str, str]) -> Path:
-    """Writes the cache under its key; the file appears complete or not at all."""
+def write(
+    folder: Path,
+    logp: Tensor,
+    cu_seqlens: Tensor,
+    key: dict[str, str],
+    about: dict[str, str] | None = None,
+) -> Path:
+    """Writes the cache under its key; the file appears complete or not at all.
+
+    `about` goes into the metadata beside the key and is not part of the name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / cache_name(key)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({"logp": logp, "cu_seqlens": cu_seqlens}, partial, metadata=key)
+    save_file({"logp": logp, "cu_seqlens": cu_seqlens}, partial, metadata=key | (about or {}))
     os.replace(partial, path)
     return path

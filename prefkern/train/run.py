@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ import torch
 from torch import nn
 
 from ..integrations import hf, packed_attention
+from ..types import Loss
 from . import checkpoint as ckpt
-from . import checks, models, reference_cache
+from . import checks, fuse, inputs, models, reference_cache, speeds, sync
 from . import masks as mask_module
 from .config import TrainConfig
 from .data import Example, SkipReport, collate, load_examples
+from .loop_options import has_rounds
 from .reference import Needs, Reference, choose_mode
+from .states import LossStates
 from .step import PreferenceStep
 
 
@@ -31,6 +34,7 @@ class Run:
     step: PreferenceStep
     reference: Reference
     needs: Needs
+    records: list[Loss]
     layout: str
     packed: bool
     examples: list[Example]
@@ -40,6 +44,7 @@ class Run:
     eval_reference: Reference
     resume: Path | None
     facts: dict[str, Any]  # what --dry-run shows
+    parts: list[ckpt.Part] = field(default_factory=list)  # what moves after every step
 
     @property
     def device(self) -> torch.device:
@@ -57,6 +62,17 @@ class Run:
     def pad_id(self) -> int:
         """A tokenizer without pad pads with 0: masked positions are never read."""
         return self.tokenizer.pad_token_id or 0
+
+    def count_items(self, examples: list[Example]) -> dict[str, int]:
+        """Denominators of `examples`, all of one step."""
+        row, whole = inputs.likelihood_row(self.records), self.config.likelihood_prompt
+        return inputs.count_items(examples, row, whole=whole)
+
+    @property
+    def collate_options(self) -> dict[str, Any]:
+        """How batches of this run are collated."""
+        row = inputs.whole_row(self.records, self.config)
+        return {"packed": self.packed, "pad_id": self.pad_id, "whole_row": row}
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -96,6 +112,8 @@ def load_data(
     limit: int | None,
     tokenizer: Any,
     model: nn.Module,
+    *,
+    records: list[Loss] | None = None,  # None: read no column that only a loss reads
 ) -> tuple[list[Example], str, SkipReport]:
     return load_examples(
         source,
@@ -110,6 +128,12 @@ def load_data(
         limit=limit,
         append_eos=config.append_eos,
         list_labels=config.list_labels,
+        score_prompt=config.score_prompt,
+        extras=inputs.extras_of(records, config) if records else (),
+        roles=inputs.roles_of(records, config) if records else None,
+        labelled=inputs.needs_labels(records or []),
+        # bialign reads the first answer of a list as the one with the whole context
+        shuffle_lists=not any(record.name == "bialign" for record in records or ()),
     )
 
 
@@ -124,7 +148,14 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
 
     if config.disable_tqdm:
         transformers_logging.disable_progress_bar()
+    if training and has_rounds(config):
+        raise ValueError(
+            "num_rounds, round_data: a run of rounds is started by prefkern.train.train."
+        )
     records = checks.check_losses(config)
+    inputs.extras_of(records, config)  # a loss that cannot be fed is told before models load
+    inputs.whole_row(records, config)
+    inputs.likelihood_row(records)
     output_dir = Path(config.output_dir)
     resume = ckpt.find_resume(config.resume_from_checkpoint, output_dir) if training else None
     fresh = training and config.resume_from_checkpoint is None and not config.overwrite_output_dir
@@ -137,25 +168,34 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
     set_seed(config.seed)
     tokenizer = models.load_tokenizer(config.model)
     policy = models.load_policy(config, resume)
+    if config.slow_learning_rate is not None:
+        speeds.add_slow_adapter(policy, resume or Path(config.model), accelerator.num_processes)
     hf.refuse_unsupported(policy)
     has_adapter = hasattr(policy, "peft_config")
-    needs = Needs.of(config.loss, config.loss_args)
+    needs = Needs.of(config.loss, config.loss_args, config.columns)
     mode = choose_mode(config, needs, has_adapter)
 
     examples, layout, report = load_data(
-        config.dataset, config.dataset_split, config, config.limit, tokenizer, policy
-    )
-    checks.check_family(records, layout)
+        config.dataset, config.dataset_split, config, config.limit, tokenizer, policy,
+        records=records,
+    )  # fmt: skip
+    checks.check_family(records, layout, score_prompt=config.score_prompt)
     eval_examples: list[Example] = []
     eval_report: SkipReport | None = None
     if config.eval_dataset is not None:
         eval_examples, eval_layout, eval_report = load_data(
-            config.eval_dataset, config.eval_split, config, config.eval_limit, tokenizer, policy
-        )
+            config.eval_dataset, config.eval_split, config, config.eval_limit, tokenizer, policy,
+            records=records,
+        )  # fmt: skip
         if eval_layout != layout:
             raise ValueError(
                 f"dataset holds {layout}, eval_dataset holds {eval_layout}: they must match."
             )
+
+    if config.fused_ref:
+        examples = fuse.with_sources(examples, config.fused_ref)
+        if eval_examples:
+            eval_examples = fuse.with_sources(eval_examples, config.fused_ref)
 
     if mode == "model" and not training and config.ref_model is None:
         raise ValueError(
@@ -175,12 +215,21 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
     model = aux = None
     if mode == "model":
         model = _frozen(config.ref_model or config.model, config, examples, packed, policy)
-    if needs.aux:
+    aux_caches = fuse.aux_caches(config, examples, eval_examples)
+    if needs.aux_head or (needs.aux and not config.precomputed_aux):
         if config.aux_model is None:
             raise ValueError(
-                f"loss {', '.join(config.loss)} reads a second frozen model: pass --aux-model."
+                f"loss {', '.join(config.loss)} reads a second frozen model: pass --aux-model"
+                + (" (or columns, --column aux_logp=NAME)." if needs.aux else ".")
             )
         aux = _frozen(config.aux_model, config, examples, packed, policy)
+    if needs.aux_head and aux is not None:
+        ours, theirs = (hf.read_head(m).options() for m in (model or policy, aux))
+        if theirs["bias"] is not None or ours["bias"] is not None or ours != theirs:
+            raise ValueError(
+                f"loss {', '.join(config.loss)} forms the aux model's logits with the reference's "
+                "scale and cap and without a bias; --aux-model and --ref-model must agree in them."
+            )
     cache = eval_cache = None
     if mode == "cache":
         # The key is of the reference: the model at its start, not as a checkpoint left it.
@@ -196,16 +245,30 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
     masks = None
     if needs.masks:
         masks = mask_module.build(config, model or policy).to(accelerator.device)
-    step = PreferenceStep(policy, config, layout, masks)
+    states = LossStates(records, inputs.given_by_user(config), config.loss_args, config.seed)
+    if not training:
+        states.load_from(Path(config.model))
+    parts: list[ckpt.Part] = []
+    if config.slow_learning_rate is None:
+        step = PreferenceStep(policy, config, layout, masks, states)
+    else:
+        step = speeds.TwoSpeedStep(policy, config, layout, masks, states)
+        parts.append(step)
+    if config.sync_ref_model:
+        alpha, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
+        parts.append(sync.ReferenceSync(policy, model, alpha=alpha, every=every))
 
-    def reference(cache: reference_cache.ReferenceCache | None) -> Reference:
-        return Reference(mode, needs, config, policy=policy, model=model, aux=aux, cache=cache)
+    def reference(number: int) -> Reference:
+        return Reference(
+            mode, needs, config, policy=policy, model=model, aux=aux,
+            cache=(cache, eval_cache)[number], aux_cache=aux_caches[number],
+        )  # fmt: skip
 
     run = Run(
         config=config, accelerator=accelerator, tokenizer=tokenizer, step=step, needs=needs,
-        reference=reference(cache), eval_reference=reference(eval_cache), layout=layout,
+        records=records, reference=reference(0), eval_reference=reference(1), layout=layout,
         packed=packed, examples=examples, report=report, eval_examples=eval_examples,
-        eval_report=eval_report, resume=resume, facts={},
+        eval_report=eval_report, resume=resume, facts={}, parts=parts,
     )  # fmt: skip
     if masks is not None and training and resume is None:
         first = list(range(min(len(examples), config.per_device_train_batch_size)))
@@ -267,6 +330,7 @@ def _facts(run: Run, mode: str, head_difference: float) -> dict[str, Any]:
         },
         "reference": mode,
         "layout": run.layout,
+        "columns": {e.argument: e.column for e in inputs.extras_of(run.records, run.config)},
         "batches": "packed" if run.packed else "padded",
         "data": _counts(run.examples, run.report),
         "eval_data": _counts(run.eval_examples, run.eval_report) if run.eval_examples else None,

@@ -6,6 +6,7 @@ computed outside it, on the unwrapped head, would let the ranks drift apart with
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from ..integrations import hf
 from ..objective import preference_loss
 from ..token_weights import SparseMasks
+from ..types import Loss, SeqStats
 from . import masks as mask_module
 from .config import TrainConfig
 from .data import PreferenceBatch
+from .data.extra import EITHER, KINDS, TOKEN
 from .reference import ReferenceRows
+from .states import LossStates
 
 
 class PreferenceStep(nn.Module):
@@ -29,11 +33,13 @@ class PreferenceStep(nn.Module):
         config: TrainConfig,
         layout: str,
         masks: SparseMasks | None = None,
+        states: LossStates | None = None,
     ) -> None:
         super().__init__()
         self.policy, self.masks = policy, masks
         self.config, self.layout = config, layout
-        dropped = mask_module.OPTIONS if masks is not None else ()
+        self.states = states or LossStates([], frozenset(), {}, config.seed)
+        dropped = [*(mask_module.OPTIONS if masks is not None else ()), *self.states.options]
         self.loss_args = {k: v for k, v in config.loss_args.items() if k not in dropped}
 
     def trained(self) -> dict[str, nn.Module]:
@@ -46,7 +52,9 @@ class PreferenceStep(nn.Module):
         reference: ReferenceRows,
         num_items: dict[str, Any],
         metrics: bool = True,
+        real: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`real` is False for a batch that only keeps a rank in step with the others."""
         device = batch.input_ids.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.bf16):
             hidden, _ = hf.hidden_states(
@@ -55,7 +63,7 @@ class PreferenceStep(nn.Module):
                 position_ids=batch.position_ids,
                 attention_mask=batch.attention_mask,
             )
-            return self.loss(hidden, batch, reference, num_items, metrics)
+            return self.loss(hidden, batch, reference, num_items, metrics, real)
 
     def loss(
         self,
@@ -64,8 +72,25 @@ class PreferenceStep(nn.Module):
         reference: ReferenceRows,
         num_items: dict[str, Any],
         metrics: bool,
+        real: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        arguments = self.loss_args | reference.loss_args
+        columns = dict(batch.values)
+        names = columns.pop("annotator", None)
+        for name, value in columns.items():
+            if KINDS[name] in (TOKEN, EITHER):
+                columns[name] = _packed(value, batch)
+        arguments = self.loss_args | columns | reference.loss_args
+        if reference.aux_head is not None:
+            arguments["aux_hidden"] = _packed(reference.aux_hidden, batch)
+            arguments["aux_weight"] = reference.aux_head.weight
+
+        def state_arguments(
+            record: Loss, rows: list[SeqStats], hyper: Mapping[str, Any]
+        ) -> dict[str, Any]:
+            return self.states.arguments(
+                record, rows, hyper, names=names, training=self.training, real=real
+            )
+
         scored = batch.targets.flatten() != -100  # [N]
         if self.masks is not None:
             assert reference.layers is not None
@@ -91,16 +116,21 @@ class PreferenceStep(nn.Module):
             token_weights=_packed(batch.token_weights, batch),
             item_weights=batch.weights,
             num_items=num_items,
+            likelihood_targets=_packed(batch.likelihood_targets, batch),
             metrics=metrics,
             memory_budget=self.config.memory_budget,
             backend=self.config.backend,
+            state_arguments=state_arguments,
             **arguments,
         )
+        if metrics:
+            found |= self.states.metrics
         if metrics and self.masks is not None:
             found |= mask_module.metrics(arguments, scored)
         return loss, found
 
 
 def _packed(value: Any, batch: PreferenceBatch) -> Any:
-    """[1, T, ...] -> [T, ...] for packed batches; padded ones stay [B, T, ...]."""
-    return value if value is None or batch.cu_seqlens is None else value.squeeze(0)
+    """[1, T, ...] -> [T, ...] for packed batches; padded ones stay [B, T, ...], others as well."""
+    whole = value is None or batch.cu_seqlens is None or value.shape[:2] != batch.targets.shape
+    return value if whole else value.squeeze(0)

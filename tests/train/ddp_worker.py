@@ -9,11 +9,14 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from prefkern.train.config import from_mapping
-from prefkern.train.loop import train_run
+from prefkern.train.loop import train, train_run
 from prefkern.train.run import prepare
 
 settings, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-run = prepare(from_mapping(settings))
-train_run(run)
-state = {k: v.detach().clone().contiguous() for k, v in run.step.named_parameters()}
-save_file(state, folder / f"rank{run.rank}.safetensors")
+if settings.get("num_rounds", 1) > 1:
+    train(from_mapping(settings))
+else:
+    run = prepare(from_mapping(settings))
+    train_run(run)
+    state = {k: v.detach().clone().contiguous() for k, v in run.step.named_parameters()}
+    save_file(state, folder / f"rank{run.rank}.safetensors")

@@ -7,13 +7,8 @@ import sys
 
 import pytest
 
-from prefkern.train.config import (
-    TrainConfig,
-    check_same_run,
-    from_mapping,
-    parse_loss_args,
-    read_yaml,
-)
+from prefkern.train.config import TrainConfig, check_same_run, from_mapping, read_yaml
+from prefkern.train.options import parse_loss_args
 
 REQUIRED = {"model": "m", "dataset": "d"}
 

@@ -205,13 +205,17 @@ def test_bad_pair_is_reported_and_skipped(name):
 RANKED = {"prompt": "q", "responses": ["a", "b"], "scores": [1.0, 0.0]}
 BAD_LISTS = {
     "no prompt": ({"prompt": None}, "prompt", "is null"),
-    "one": ({"responses": ["a"], "scores": [1.0]}, "responses", "holds 1; a list needs two"),
+    "one": (
+        {"responses": ["a"], "scores": [1.0]},
+        "responses",
+        "must hold at least 2 responses, got 1",
+    ),
     "text": ({"responses": "ab"}, "responses", "must be a list, got str"),
     "null answer": ({"responses": ["a", None]}, "responses[1]", "got null"),
     "nan": ({"scores": [1.0, math.nan]}, "scores[1]", "must be finite, got nan"),
     "huge": ({"scores": [1.0, 10**400]}, "scores[1]", "must be finite, got inf"),
     "bool": ({"scores": [True, 0.0]}, "scores[0]", "must be a number, got bool"),
-    "short": ({"scores": [1.0]}, "scores", "holds 1 numbers for 2 responses"),
+    "short": ({"scores": [1.0]}, "scores", "must hold 2 entries, one per response, got 1"),
     "equal": ({"scores": [1.0, 1.0]}, "scores", "are all equal"),
     "both": ({"ranks": [0, 1]}, "ranks", "stands beside scores"),
     "twice": ({"responses": ["a", "a"]}, "responses[1]", "same as responses[0] with another"),

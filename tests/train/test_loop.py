@@ -308,9 +308,20 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, model, pairs):
         ({"loss": ("tdpo2",), "loss_args": {"alhpa": 1.0}}, r"no argument 'alhpa'; nearest: alpha"),
         ({"loss": ("lipo",)}, "lipo.*trains on lists.*the data are pairs"),
         ({"loss": ("kto",)}, "kto.*trains on unpaired"),
-        ({"loss": ("soft_label",)}, "needs pref_prob, which this trainer does not supply"),
-        ({"loss": ("tpo",)}, "tpo.*does not supply"),
-        ({"loss": ("beta_dpo",)}, "beta_dpo.*state between steps"),
+        (
+            {"loss": ("soft_label",)},
+            r"loss 'soft_label' reads pref_prob from it: one number per row; --column "
+            "pref_prob=NAME reads another column",
+        ),
+        (
+            {"loss": ("tpo",)},
+            "column 'gold': is missing; loss 'tpo' reads gold.*--column gold=NAME",
+        ),
+        ({"loss": ("mm_dpo",)}, r"'prompt_cond': is missing; loss 'mm_dpo'.*\(prompt_NAME\)"),
+        ({"loss": ("tpo", "dpo")}, "read different answers of a row.*train them apart"),
+        ({"loss": ("gkd",)}, "gkd learns from a teacher: pass it as --ref-model"),
+        ({"columns": {"pref_prb": "p"}}, r"reads no column for 'pref_prb'; known: offset, pair_w"),
+        ({"likelihood_prompt": True}, "loss dpo has no likelihood term"),
         ({"loss": ("tgdpo",)}, "--aux-model"),
         ({"max_length": 1000}, "context of 128"),
         ({"dataset": "/no/such/file.jsonl"}, "file.jsonl"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
 from ...diagnostics import host_module
+from .extra import batch_extras
 from .records import Example, PreferenceBatch
 
 IGNORE = -100
@@ -98,7 +100,11 @@ def plan_in_order(costs: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarra
 
 
 def collate(
-    examples: Items[Example], *, packed: bool = True, pad_id: int | None = None
+    examples: Items[Example],
+    *,
+    packed: bool = True,
+    pad_id: int | None = None,
+    whole_row: int | None = None,
 ) -> PreferenceBatch:
     """The tensors of a batch of groups.
 
@@ -111,6 +117,7 @@ def collate(
         packed: True: all sequences behind each other, [1, T]. False: right-padded, [S, T].
         pad_id: Id in padded positions; `attention_mask` is 0 there, so any id of the vocabulary
             does, and None, for tokenizers without one, takes 0.
+        whole_row: Place in its group of the answer whose prompt `likelihood_targets` score too.
     """
     if not len(examples):
         raise ValueError("collate needs at least one example, got an empty batch.")
@@ -136,13 +143,23 @@ def collate(
     token_weights = None
     if any(seq.token_weights is not None for seq in sequences):
         token_weights = np.zeros(input_ids.shape, dtype=np.float32)
+    spans = []
+    roles = [role for size in sizes for role in range(size)]
     for seq, start, length in zip(sequences, starts, lengths, strict=True):
         input_ids[start : start + length] = seq.input_ids
         position_ids[start : start + length] = np.arange(length)
         scored = slice(start + seq.completion_start - 1, start + length - 1)
+        spans.append((scored.start, scored.stop))
         targets[scored] = seq.input_ids[seq.completion_start :]
         if token_weights is not None:
             token_weights[scored] = 1.0 if seq.token_weights is None else seq.token_weights
+
+    whole = None
+    if whole_row is not None:
+        whole = targets.copy()
+        for seq, start, role in zip(sequences, starts, roles, strict=True):
+            if role == whole_row:
+                whole[start : start + len(seq.input_ids) - 1] = seq.input_ids[1:]
 
     def tensor(flat: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(flat.reshape(shape))
@@ -166,6 +183,8 @@ def collate(
         rows=[example.row for example in examples],
         num_scored=int((targets != IGNORE).sum()),
         num_tokens=int(lengths.sum()),
+        values=_values(examples, sizes, spans, shape),
+        likelihood_targets=None if whole is None else tensor(whole),
     )
 
 
@@ -183,6 +202,16 @@ def _labels(examples: Items[Example]) -> torch.Tensor | None:
         if unpaired
         else torch.tensor(labels, dtype=torch.float32)
     )
+
+
+def _values(
+    examples: Items[Example], sizes: list[int], spans: list[tuple[int, int]], shape: tuple[int, int]
+) -> dict[str, Any]:
+    rows = [example.values for example in examples if example.values]
+    if not rows:
+        return {}
+    first = [0, *np.cumsum(sizes)[:-1].tolist()]
+    return batch_extras(rows, first, spans, shape)
 
 
 def _ref_seq_logp(examples: Items[Example]) -> torch.Tensor | None:

@@ -8,11 +8,13 @@ conversation the chat template decides.
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, cast
 
 import jinja2
 import numpy as np
 
+from .extra import fit_tokens, is_per_token
 from .records import Sequence
 from .rows import BadRow, Messages, ParsedRow
 
@@ -20,6 +22,7 @@ from .rows import BadRow, Messages, ParsedRow
 class Encoded(NamedTuple):
     sequences: tuple[Sequence, ...]
     truncated: bool  # whether max_length cut one of them
+    values: dict[str, Any]  # the row's extra values, those per token cut like the tokens
 
 
 class Encoder:
@@ -32,6 +35,7 @@ class Encoder:
         model_context: Tokens the model can read; None where there is no limit.
         vocab_size: Rows of the model's embedding, to catch a tokenizer of another model.
         append_eos: Append EOS to plain-text responses.
+        score_prompt: Score the prompt's tokens too, all but the very first.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Encoder:
         model_context: int | None,
         vocab_size: int | None,
         append_eos: bool,
+        score_prompt: bool = False,
     ) -> None:
         if max_length is not None and max_length < 2:
             raise ValueError(
@@ -57,10 +62,16 @@ class Encoder:
         self.max_length = max_length
         self.limit = max_length if max_length is not None else model_context
         self.vocab_size = vocab_size
-        self.append_eos = append_eos
+        self.append_eos, self.score_prompt = append_eos, score_prompt
 
     def encode(self, rows: list[ParsedRow]) -> list[Encoded | BadRow]:
         """The sequences of every row, or the reason why a row cannot be used."""
+        parts = [row.parts() for row in rows]
+        done = self._encode_parts([part for row in parts for part in row])
+        ends = [0, *accumulate(len(row) for row in parts)]
+        return [_joined(row, done[a:b]) for row, (a, b) in zip(rows, pairwise(ends), strict=True)]
+
+    def _encode_parts(self, rows: list[ParsedRow]) -> list[Encoded | BadRow]:
         plain = [i for i, row in enumerate(rows) if isinstance(row.prompt, str)]
         ids: dict[int, list[list[int]] | BadRow] = dict(
             zip(plain, self._plain_ids([rows[i] for i in plain]), strict=True)
@@ -149,8 +160,11 @@ class Encoder:
                 "prompt fills max_length",
                 f"has {start} tokens, which leaves no room in max_length {self.max_length}",
             )
-        sequences = []
-        for response, column, weights in zip(ids[1:], row.columns, row.token_weights, strict=True):
+        sequences, per_token = [], []
+        first = 1 if self.score_prompt else start  # first scored position
+        for answer, (response, column, weights) in enumerate(
+            zip(ids[1:], row.columns, row.token_weights, strict=True)
+        ):
             if self.max_length is None and self.limit is not None and len(response) > self.limit:
                 raise BadRow(
                     column,
@@ -171,7 +185,12 @@ class Encoder:
             token_weights = None
             if weights is not None:
                 token_weights = _fit_weights(weights, count, appended, column)[: len(kept) - start]
-            sequences.append(Sequence(kept, start, token_weights))
+                prompt = np.ones(start - first, dtype=np.float32)
+                token_weights = np.concatenate([prompt, token_weights])
+            sequences.append(Sequence(kept, first, token_weights))
+            scored = slice(0, len(kept) - first)
+            place = row.first_answer + answer
+            per_token.append(fit_tokens(row.values, place, len(response) - first, scored, column))
         if len(sequences) > 1 and all(
             np.array_equal(seq.input_ids, sequences[0].input_ids) for seq in sequences[1:]
         ):
@@ -184,7 +203,27 @@ class Encoder:
         return Encoded(
             tuple(sequences),
             any(len(x) > len(seq.input_ids) for x, seq in zip(ids[1:], sequences, strict=True)),
+            row.values | {name: [one[name] for one in per_token] for name in per_token[0]},
         )
+
+
+def _joined(row: ParsedRow, parts: list[Encoded | BadRow]) -> Encoded | BadRow:
+    """One row again of the parts that were encoded under prompts of their own."""
+    good = []
+    for part in parts:
+        if isinstance(part, BadRow):
+            return part
+        good.append(part)
+    if len(good) == 1:
+        return good[0]
+    sequences = tuple(part.sequences[0] for part in good)
+    if np.array_equal(sequences[0].input_ids, sequences[1].input_ids):
+        return BadRow(row.columns[1], "same tokens", "and its prompt have the tokens of the first")
+    values = {
+        name: [part.values[name][0] for part in good] if split else good[0].values[name]
+        for name, split in ((n, is_per_token(n, v)) for n, v in good[0].values.items())
+    }
+    return Encoded(sequences, any(part.truncated for part in good), values)
 
 
 def common_prefix(ids: list[list[int]]) -> int:

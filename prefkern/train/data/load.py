@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Items
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from .encode import Encoder
+from .encode import Encoded, Encoder
+from .extra import Extra, check_alike, read_extras, reorder
 from .read import RawRow, read_rows
-from .records import LAYOUTS, Example, Loaded, Sequence, SkipReport
+from .records import LAYOUTS, Example, Loaded, SkipReport
 from .rows import BadRow, ParsedRow, layout_of, parse_row
 
 CHUNK = 256  # rows per tokenizer call, enough for its threads
@@ -31,6 +34,11 @@ def load_examples(
     limit: int | None = None,
     append_eos: bool = True,
     list_labels: str = "scores",
+    extras: Items[Extra] = (),
+    roles: Mapping[str, Extra] | None = None,
+    labelled: bool = True,
+    shuffle_lists: bool = True,
+    score_prompt: bool = False,
 ) -> Loaded:
     """Reads, checks and tokenises a preference data set; the same arguments give the same result.
 
@@ -55,6 +63,12 @@ def load_examples(
         list_labels: "scores" as given (ranks count from the worst, 0), or "order": 0 for the worst
             of the list, 1 for the next, equal scores equal. Data whose scores have several scales
             want "order".
+        extras: Columns that losses read beside the texts.
+        roles: Answers of a pair beside chosen and rejected, and their columns.
+        labelled: Whether single answers must have a label. Otherwise labels are read where all
+            rows have them.
+        shuffle_lists: False keeps the stored order, for losses in which it has a meaning.
+        score_prompt: Score the prompt's tokens too, all but the very first.
 
     Returns:
         (examples, layout, report).
@@ -75,9 +89,10 @@ def load_examples(
         model_context=model_context,
         vocab_size=vocab_size,
         append_eos=append_eos,
+        score_prompt=score_prompt,
     )
     raw = read_rows(source, split)
-    layout, implicit_prompt, raw = _find_layout(raw, layout, limit)
+    layout, implicit_prompt, raw = _find_layout(raw, layout, limit, labelled)
     report, examples = SkipReport(), []
     for chunk in _chunks(raw, limit):
         parsed: list[tuple[RawRow, ParsedRow]] = []
@@ -91,8 +106,10 @@ def load_examples(
                 continue
             try:
                 good = parse_row(
-                    row.data, layout, list_labels=list_labels, implicit_prompt=implicit_prompt
-                )
+                    row.data, layout, list_labels=list_labels, implicit_prompt=implicit_prompt,
+                    labelled=labelled, roles=roles,
+                )  # fmt: skip
+                good.values = read_extras(row.data, extras, good.columns, layout == "lists")
                 parsed.append((row, good))
             except BadRow as reason:
                 bad.append((row, reason))
@@ -102,17 +119,22 @@ def load_examples(
                 bad.append((row, result))
                 continue
             report.truncated += result.truncated
-            examples.append(_example(row.row, parsed_row, result.sequences, layout, seed))
+            shuffle = layout == "lists" and shuffle_lists
+            examples.append(_example(row.row, parsed_row, result, shuffle, seed))
         for row, why in sorted(bad, key=lambda item: item[0].row):
             _report(report, row, why, strict)
     report.kept = len(examples)
     if not examples:
         raise ValueError(f"no row of {_name(source)} can be used as {layout}: {report}")
+    if layout == "unpaired" and any(example.labels is None for example in examples):
+        examples = [replace(example, labels=None) for example in examples]
+    if extras:
+        check_alike([(f"row {e.row}", e.values or {}) for e in examples], extras)
     return Loaded(examples, layout, report)
 
 
 def _find_layout(
-    raw: Iterator[RawRow], layout: str, limit: int | None
+    raw: Iterator[RawRow], layout: str, limit: int | None, labelled: bool
 ) -> tuple[str, bool, Iterator[RawRow]]:
     """The layout, whether prompts are implicit, and the rows from the start again.
 
@@ -121,7 +143,7 @@ def _find_layout(
     seen: list[RawRow] = []
     for row in raw:
         seen.append(row)
-        found = layout_of(row.data) if row.data is not None else None
+        found = layout_of(row.data, labelled=labelled) if row.data is not None else None
         if row.data is not None and found is not None and layout in ("auto", found):
             return found, row.data.get("prompt") is None, chain(seen, raw)
         if len(seen) == limit:
@@ -150,15 +172,16 @@ def _chunks(raw: Iterator[RawRow], limit: int | None) -> Iterator[list[RawRow]]:
         yield chunk
 
 
-def _example(
-    row: int, parsed: ParsedRow, sequences: tuple[Sequence, ...], layout: str, seed: int
-) -> Example:
-    labels = parsed.labels
-    if layout == "lists" and labels is not None:
+def _example(row: int, parsed: ParsedRow, encoded: Encoded, shuffle: bool, seed: int) -> Example:
+    labels, sequences, values = parsed.labels, encoded.sequences, encoded.values
+    if shuffle and labels is not None:
         order = np.random.default_rng([seed, row]).permutation(len(sequences))
         sequences = tuple(sequences[i] for i in order)
         labels = tuple(labels[i] for i in order)
-    return Example(row, sequences, labels, parsed.weight, parsed.extra)
+        values = reorder(values, order.tolist())
+    texts = repr((parsed.prompt, parsed.prompts, parsed.responses)).encode()
+    text = int.from_bytes(hashlib.blake2b(texts, digest_size=8).digest(), "big")
+    return Example(row, sequences, labels, parsed.weight, parsed.extra, values or None, text)
 
 
 def _report(report: SkipReport, row: RawRow, bad: BadRow, strict: bool) -> None:
@@ -194,8 +217,9 @@ def length_baseline(examples: list[Example]) -> float:
     return wins / pairs if pairs else float("nan")
 
 
-def fingerprint(examples: list[Example]) -> str:
-    """SHA-256 over everything that a log-probability or a loss can depend on, in order."""
+def fingerprint(examples: list[Example], *, values: bool = False) -> str:
+    """SHA-256 over everything that a log-probability can depend on, in order; with `values`, also
+    over the extra columns that a loss reads."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr((len(example.sequences), example.labels, example.weight)).encode())
@@ -204,4 +228,15 @@ def fingerprint(examples: list[Example]) -> str:
             digest.update(seq.input_ids.tobytes())
             if seq.token_weights is not None:
                 digest.update(seq.token_weights.tobytes())
+        if values and example.values:
+            digest.update(repr(_plain(example.values)).encode())
     return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Without arrays, whose text leaves numbers out."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value

@@ -44,6 +44,8 @@ class Example:
     labels: tuple[float, ...] | None = None  # list: higher is better; unpaired: 1.0 or 0.0
     weight: float = 1.0
     extra: dict[str, float] | None = None  # ref_chosen_logps and ref_rejected_logps
+    values: dict[str, Any] | None = None  # extra columns by argument name, see data/extra.py
+    text: int = 0  # hash of prompt and answers before the tokenizer
 
     @property
     def num_tokens(self) -> int:
@@ -128,12 +130,16 @@ class PreferenceBatch:
     rows: list[int]  # [G] rows of the data set
     num_scored: int
     num_tokens: int  # padding not counted
+    values: dict[str, Any] = field(default_factory=dict)  # see batch_extras
+    likelihood_targets: Tensor | None = None  # like targets; likelihood terms score more
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         """The same batch with every tensor on `device`."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking)
             if isinstance(value, Tensor)
+            else {k: v.to(device) if isinstance(v, Tensor) else v for k, v in value.items()}
+            if isinstance(value, dict)
             else value
             for name in self.__slots__
             for value in (getattr(self, name),)

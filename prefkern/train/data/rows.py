@@ -2,27 +2,34 @@
 
 Columns (TRL's names first): `prompt`, `chosen`, `rejected`; `prompt`, `completion`, `label`;
 `prompt` or `context`, `completions` or `responses`, `scores` or `ranks`. A text is a string or a
-list of `{"role", "content"}`.
+list of `{"role", "content"}`. A pair may have answers beside the two (`gold`, `cond`) and prompts
+of their own for them (`prompt_rejected`, `prompt_cond`).
 """
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-Messages = list[dict[str, Any]]
-Text = str | Messages
+from ...data.cells import (
+    BadRow,
+    Messages,
+    Text,
+    filled,
+    floats,
+    get,
+    kind_of,
+    list_column,
+    list_prompt,
+    list_scores,
+    list_texts,
+    number,
+    text,
+)
+from .extra import Extra
 
-
-class BadRow(Exception):
-    """A row that cannot be used: the column, the reason for counting, and the reason in full."""
-
-    def __init__(self, column: str, kind: str, detail: str = "") -> None:
-        super().__init__(column, kind, detail)
-        self.column, self.kind, self.detail = column, kind, detail or kind
+__all__ = ["BadRow", "Messages", "ParsedRow", "Text", "layout_of", "parse_row", "split_prompt"]
 
 
 @dataclass(slots=True)
@@ -35,14 +42,31 @@ class ParsedRow:
     extra: dict[str, float] | None
     template_args: dict[str, Any]  # for the chat template: tools and chat_template_kwargs
     columns: list[str]  # the column of each response, for messages
+    prompts: list[Text] | None = None  # one per response, where they differ
+    values: dict[str, Any] = field(default_factory=dict)  # of extra columns, by argument name
+    first_answer: int = 0  # place of responses[0] in the whole row
+
+    def parts(self) -> list[ParsedRow]:
+        """Rows with one prompt each: this one, or one per response."""
+        if self.prompts is None:
+            return [self]
+        return [
+            replace(
+                self, prompt=prompt, responses=[response], token_weights=[weights],
+                columns=[column], prompts=None, first_answer=i,
+            )
+            for i, (prompt, response, weights, column) in enumerate(
+                zip(self.prompts, self.responses, self.token_weights, self.columns, strict=True)
+            )
+        ]  # fmt: skip
 
 
-def layout_of(data: Mapping[str, Any]) -> str | None:
+def layout_of(data: Mapping[str, Any], *, labelled: bool = True) -> str | None:
     """The layout that a row's columns belong to, None when they fit none."""
     has = {name for name, value in data.items() if value is not None}
     if {"chosen", "rejected"} <= has:
         return "pairs"
-    if {"completion", "label"} <= has:
+    if {"completion", "label"} <= has or ("completion" in has and not labelled):
         return "unpaired"
     if has & {"responses", "completions"}:
         return "lists"
@@ -55,6 +79,8 @@ def parse_row(
     *,
     list_labels: str = "scores",
     implicit_prompt: bool = False,
+    labelled: bool = True,
+    roles: Mapping[str, Extra] | None = None,
 ) -> ParsedRow:
     """Checks a row of the given layout and brings it into one form.
 
@@ -64,34 +90,37 @@ def parse_row(
         list_labels: "scores" or "order"; see `load_examples`.
         implicit_prompt: Whether a pair without prompt is one whose answers begin with it. That
             holds for a whole data set: where other rows have a prompt, one without lost it.
+        labelled: Whether single answers must have a label.
+        roles: Answers of a pair beside chosen and rejected ("gold", "cond") and their columns.
 
     Raises:
         BadRow: The row cannot be used.
     """
     if layout == "pairs":
-        row = _pair(data, implicit_prompt)
+        row = _pair(data, implicit_prompt, roles or {})
     elif layout == "unpaired":
-        row = _unpaired(data)
+        row = _unpaired(data, labelled)
     else:
         row = _list(data, list_labels)
     row.weight = _weight(data)
-    row.template_args = _template_args(data)
+    row.template_args = template_args(data)
     for column, response in zip(
-        ["prompt", *row.columns], [row.prompt, *row.responses], strict=True
+        ["prompt", *row.columns, *(f"prompt_{c}" for c in row.columns if row.prompts)],
+        [row.prompt, *row.responses, *(row.prompts or [])],
+        strict=True,
     ):
         if isinstance(response, str) != isinstance(row.prompt, str):
             raise BadRow(
                 column,
                 "mixed plain and conversational",
-                f"is {_kind(response)} where the prompt is {_kind(row.prompt)}; "
+                f"is {kind_of(response)} where the prompt is {kind_of(row.prompt)}; "
                 "both must be strings or both lists of messages",
             )
-        if _is_blank(response):
-            raise BadRow(column, "empty", "has no text")
+        filled(response, column)
     return row
 
 
-def _pair(data: Mapping[str, Any], implicit_prompt: bool) -> ParsedRow:
+def _pair(data: Mapping[str, Any], implicit_prompt: bool, roles: Mapping[str, Extra]) -> ParsedRow:
     chosen, rejected = _text(data, "chosen"), _text(data, "rejected")
     absent = implicit_prompt and data.get("prompt") is None
     prompt = None if absent else _text(data, "prompt")
@@ -99,10 +128,25 @@ def _pair(data: Mapping[str, Any], implicit_prompt: bool) -> ParsedRow:
     if prompt is None or (
         isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list)
     ):
+        if roles or data.get("prompt_rejected") is not None:
+            raise BadRow("prompt", "missing", "must stand in a column of its own, as the answers")
         prompt, chosen, rejected = split_prompt(chosen, rejected)
-    if chosen == rejected:
+    prompts = {"chosen": prompt, "rejected": prompt}
+    answers = {"chosen": chosen, "rejected": rejected}
+    if data.get("prompt_rejected") is not None:
+        prompts["rejected"] = _text(data, "prompt_rejected")
+    for role, entry in roles.items():
+        # The chosen answer under another condition is the usual `cond`.
+        conditional, column = role == "cond", entry.column
+        wanted = f"prompt_{column}" if conditional else column
+        if data.get(wanted) is None:
+            raise entry.missing(wanted)
+        same = conditional and data.get(column) is None
+        answers[role] = chosen if same else _text(data, column)
+        prompts[role] = _text(data, wanted) if conditional else prompt
+    if chosen == rejected and prompts["rejected"] == prompt:
         raise BadRow("rejected", "chosen equals rejected", "is the same as chosen")
-    weights = [_floats(data, name) for name in ("chosen_weights", "rejected_weights")]
+    weights = [_floats(data, f"{name}_weights") for name in answers]
     extra = None
     names = ("ref_chosen_logps", "ref_rejected_logps")
     given = [name for name in names if data.get(name) is not None]
@@ -110,9 +154,10 @@ def _pair(data: Mapping[str, Any], implicit_prompt: bool) -> ParsedRow:
         missing = names[1 - names.index(given[0])]
         raise BadRow(missing, "missing", f"is missing beside {given[0]}")
     if given:
-        extra = {name: _number(data[name], name) for name in names}
+        extra = {name: number(data[name], name) for name in names}
+    own = None if all(p == prompt for p in prompts.values()) else list(prompts.values())
     return ParsedRow(
-        prompt, [chosen, rejected], None, 1.0, weights, extra, {}, ["chosen", "rejected"]
+        prompt, list(answers.values()), None, 1.0, weights, extra, {}, list(answers), prompts=own
     )
 
 
@@ -126,7 +171,7 @@ def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
         raise BadRow(
             "rejected",
             "mixed plain and conversational",
-            f"is {_kind(rejected)} where chosen is {_kind(chosen)}",
+            f"is {kind_of(rejected)} where chosen is {kind_of(chosen)}",
         )
     end = 0
     for a, b in zip(chosen, rejected, strict=False):
@@ -140,41 +185,26 @@ def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def _unpaired(data: Mapping[str, Any]) -> ParsedRow:
+def _unpaired(data: Mapping[str, Any], labelled: bool) -> ParsedRow:
     prompt, completion = _text(data, "prompt"), _text(data, "completion")
-    label = _get(data, "label")
-    if not isinstance(label, bool):
-        raise BadRow("label", "wrong type", f"must be true or false, got {_kind(label)}")
+    labels = None
+    if labelled or data.get("label") is not None:
+        label = get(data, "label")
+        if not isinstance(label, bool):
+            raise BadRow("label", "wrong type", f"must be true or false, got {kind_of(label)}")
+        labels = (float(label),)
     weights = [_floats(data, "completion_weights")]
-    return ParsedRow(prompt, [completion], (float(label),), 1.0, weights, None, {}, ["completion"])
+    return ParsedRow(prompt, [completion], labels, 1.0, weights, None, {}, ["completion"])
 
 
 def _list(data: Mapping[str, Any], list_labels: str) -> ParsedRow:
-    prompt = _text(
-        data, "prompt" if data.get("prompt") is not None or "context" not in data else "context"
-    )
-    column = "completions" if data.get("completions") is not None else "responses"
-    items = _get(data, column)
-    if not isinstance(items, list | tuple):
-        raise BadRow(column, "wrong type", f"must be a list, got {_kind(items)}")
-    if len(items) < 2:
-        raise BadRow(column, "fewer than two responses", f"holds {len(items)}; a list needs two")
-    names = [f"{column}[{i}]" for i in range(len(items))]
-    nested = all(isinstance(item, Mapping) and "completion" in item for item in items)
-    if nested:  # NeMo-RL: [{"rank", "completion"}], rank 0 is the best
-        texts = [_text(item, "completion", name) for item, name in zip(items, names, strict=True)]
-        ranks = [
-            _number(item.get("rank"), f"{name}.rank")
-            for item, name in zip(items, names, strict=True)
-        ]
-        labels = [max(ranks) - rank for rank in ranks]
-    else:
-        texts = [_check_text(item, name) for item, name in zip(items, names, strict=True)]
-        labels = _labels(data, column, len(items))
+    prompt = _text(data, list_prompt(data))
+    texts, labels = list_texts(data), list_scores(data)
+    names = [f"{list_column(data)}[{i}]" for i in range(len(texts))]
     if min(labels) == max(labels):
         raise BadRow("scores", "all scores equal", "are all equal, so nothing is preferred")
-    for i, text in enumerate(texts):
-        first = texts.index(text)
+    for i, response in enumerate(texts):
+        first = texts.index(response)
         if labels[first] != labels[i]:
             raise BadRow(
                 names[i],
@@ -187,117 +217,32 @@ def _list(data: Mapping[str, Any], list_labels: str) -> ParsedRow:
     return ParsedRow(prompt, texts, tuple(labels), 1.0, [None] * len(texts), None, {}, names)
 
 
-def _labels(data: Mapping[str, Any], column: str, count: int) -> list[float]:
-    given = [name for name in ("scores", "ranks") if data.get(name) is not None]
-    if len(given) == 2:
-        raise BadRow("ranks", "scores and ranks", "stands beside scores; give one of the two")
-    if not given:
-        if column == "responses":  # stored best first
-            return [float(count - 1 - i) for i in range(count)]
-        raise BadRow("scores", "missing", "is missing, and so is ranks")
-    values = data[given[0]]
-    if not isinstance(values, list | tuple):
-        raise BadRow(given[0], "wrong type", f"must be a list of numbers, got {_kind(values)}")
-    if len(values) != count:
-        raise BadRow(given[0], "wrong length", f"holds {len(values)} numbers for {count} {column}")
-    out = [_number(value, f"{given[0]}[{i}]") for i, value in enumerate(values)]
-    return out if given[0] == "scores" else [max(out) - rank for rank in out]
-
-
-def _get(data: Mapping[str, Any], column: str) -> Any:
-    if data.get(column) is None:
-        found = ", ".join(map(repr, data)) or "none"
-        detail = "is null" if column in data else f"is missing; the row's columns: {found}"
-        raise BadRow(column, "missing", detail)
-    return data[column]
-
-
-def _text(data: Mapping[str, Any], column: str, name: str | None = None) -> Text:
-    return _check_text(_get(data, column), name or column)
-
-
-def _check_text(value: Any, column: str) -> Text:
-    if isinstance(value, str):
-        _check_unicode(value, column)
-        return value
-    if not isinstance(value, list | tuple):
-        raise BadRow(
-            column, "wrong type", f"must be a string or a list of messages, got {_kind(value)}"
-        )
-    for i, message in enumerate(value):
-        where = f"message {i}"
-        if not isinstance(message, Mapping):
-            raise BadRow(column, "wrong type", f"{where} must be an object, got {_kind(message)}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise BadRow(
-                    column,
-                    "wrong type",
-                    f"{where} needs a string under {key!r}, got {_kind(message.get(key))}",
-                )
-            _check_unicode(message[key], column)
-    # Parquet fills keys that a message does not have with null; a template must not see them.
-    return [{k: v for k, v in message.items() if v is not None} for message in value]
-
-
-def _check_unicode(text: str, column: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow(
-            column,
-            "lone surrogate",
-            f"character {error.start + 1} is half of a UTF-16 pair, which is no text",
-        ) from error
-
-
-def _is_blank(text: Text) -> bool:
-    if isinstance(text, str):
-        return not text.strip()
-    return not text or not any(message["content"].strip() for message in text)
-
-
-def _number(value: Any, column: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise BadRow(column, "wrong type", f"must be a number, got {_kind(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise BadRow(column, "not finite", f"must be finite, got {number}")
-    return number
-
-
 def _floats(data: Mapping[str, Any], column: str) -> list[float] | None:
     values = data.get(column)
-    if values is None:
-        return None
-    if not isinstance(values, list | tuple):
-        raise BadRow(column, "wrong type", f"must be a list of numbers, got {_kind(values)}")
-    return [_number(value, f"{column}[{i}]") for i, value in enumerate(values)]
+    return None if values is None else floats(values, column)
+
+
+def _text(data: Mapping[str, Any], column: str) -> Text:
+    return text(get(data, column), column)
 
 
 def _weight(data: Mapping[str, Any]) -> float:
     if data.get("weight") is None:
         return 1.0
-    weight = _number(data["weight"], "weight")
+    weight = number(data["weight"], "weight")
     if weight < 0:
         raise BadRow("weight", "negative", f"must be at least 0, got {weight}")
     return weight
 
 
-def _template_args(data: Mapping[str, Any]) -> dict[str, Any]:
+def template_args(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row gives its chat template beside the messages: tools and named arguments."""
     args = data.get("chat_template_kwargs") or {}
     if not isinstance(args, Mapping):
-        raise BadRow("chat_template_kwargs", "wrong type", f"must be an object, got {_kind(args)}")
+        raise BadRow(
+            "chat_template_kwargs", "wrong type", f"must be an object, got {kind_of(args)}"
+        )
     args = dict(args)
     if data.get("tools"):
         args["tools"] = data["tools"]
     return args
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, list):
-        return "a list"
-    return "null" if value is None else type(value).__name__
