@@ -21,7 +21,7 @@ LIBRARY = Path(__file__).with_name("_ops_cpu.so")
 OPS = ("linear_logps", "linear_divergence", "logits_logps", "list_rank", "segment_sum", "error_sum")
 LIST_FAMILIES = (
     "pair", "hinge", "plackett_luce", "softmax", "pro", "nca", "rank_hinge", "anchor",
-    "set_contrast", "approx_ndcg",
+    "set_contrast", "approx_ndcg", "neural_ndcg",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

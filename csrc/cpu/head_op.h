@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "cpu/kernels.h"
+#include "stat_parse.h"
 
 namespace prefkern {
 
@@ -17,7 +18,6 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // out, saved, cache, 
 using Three = std::tuple<Tensor, Tensor, Tensor>;         // d_hidden, d_weight, d_bias
 
 Pool torch_pool();
-StatPlan parse_plan(const std::string& stats);
 Tensor empty_stats(const Tensor& like,
                    std::initializer_list<int64_t> sizes);  // fp32, fp64 for fp64
 Head make_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bias, int64_t vocab,

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dispatch.h"
+#include "list_options.h"
 #include "numerics/stats.h"
 
 namespace prefkern {
@@ -64,35 +65,6 @@ struct LogitsCall {
   const void* d_out = nullptr;
   void* d_logits = nullptr;  // [N, V] in the logits' dtype
   Pool pool;
-};
-
-enum class ListFamily {
-  pair,
-  hinge,
-  plackett_luce,
-  softmax,
-  pro,
-  nca,
-  rank_hinge,
-  anchor,
-  set_contrast,
-  approx_ndcg
-};
-enum class PairWeights { none, labeldiff, lambda };
-enum class Ties { strict, stable, breslow };
-enum class Target { softmax, sum, none };
-
-// Options of the ranking families; names and meaning are those of prefkern/list_options.py.
-struct ListOptions {
-  PairWeights weights = PairWeights::none;
-  bool linear_gain = false, dcg2 = false, normalize = false, rank_by_score = true,
-       tie_average = false;
-  bool scale_by_list_size = false, mean_pairs = false, item_gain = false, base2 = false;
-  int64_t topn = 0;
-  bool product = false, per_item = false, inner_mean = false;
-  double margin = 1.0, alpha = 1.0, scale = 1.0, deviation = 1.0, temperature = 1.0;
-  Ties ties = Ties::strict;
-  Target target = Target::softmax;
 };
 
 struct ListCall {

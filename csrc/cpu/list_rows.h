@@ -4,9 +4,13 @@
 // "labelled below item i" is a suffix of the group, and row i visits that suffix in whole vectors.
 // Row i owns its part of the loss; derivatives are summed in the group's own memory. A group is
 // worked on by one thread in a fixed order: the same bits for any number of threads.
+// Neighbours of like sizes, up to 32 items, share their work lane by lane where the family allows
+// (list_lanes.h, list_lane_choices.h); which ones do follows from the sizes alone.
 #pragma once
 
 #include "cpu/list_choices.h"
+#include "cpu/list_lane_choices.h"
+#include "cpu/list_neural.h"
 #include "cpu/list_pairs.h"
 #include "cpu/list_surrogates.h"
 
@@ -46,6 +50,8 @@ inline double list_loss(const ListGroup& g) {
       return anchor(g);
     case ListFamily::approx_ndcg:
       return approx_ndcg(g);
+    case ListFamily::neural_ndcg:
+      return ListNeural(g).neural_ndcg();
     default:
       break;
   }
@@ -92,6 +98,11 @@ inline bool list_rank(const ListCall& call) {
   const int64_t threads = units < call.pool.threads ? units : call.pool.threads;
   const int64_t size = round_up(call.longest, Lanes<double>::L) + Lanes<double>::L;
   if (units == 0) return true;
+  // neural_ndcg alone keeps matrices: three, and two sums per Sinkhorn round.
+  const int64_t cells = call.family == ListFamily::neural_ndcg
+                            ? size * (3 * size + 2 * call.options.sinkhorn_iters)
+                            : 0;
+  const bool in_lanes = lanes_serve(call);
   Memory memory;
   ListScratch* scratch = nullptr;
   const auto layout = [&](Arena& a) {
@@ -99,7 +110,7 @@ inline bool list_rank(const ListCall& call) {
     scratch = all;
     for (int64_t i = 0; i < threads; ++i) {
       ListScratch one;
-      one.layout(a, size);
+      one.layout(a, size, cells);
       if (all != nullptr) all[i] = one;
     }
   };
@@ -108,6 +119,12 @@ inline bool list_rank(const ListCall& call) {
     const int64_t last =
         (unit + 1) * kListUnit < call.groups ? (unit + 1) * kListUnit : call.groups;
     for (int64_t g = unit * kListUnit; g < last; ++g) {
+      constexpr int64_t L = Lanes<double>::L;
+      if (in_lanes && g % L == 0 && g + L <= last &&
+          (call.type == Dtype::f64 ? list_lanes<double>(call, g) : list_lanes<float>(call, g))) {
+        g += L - 1;
+        continue;
+      }
       if (call.type == Dtype::f64)
         list_group<double>(call, scratch[thread], g);
       else

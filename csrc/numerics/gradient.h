@@ -9,20 +9,21 @@
 
 namespace prefkern {
 
-struct GradCoef {
-  double e = 0, a0 = 0, fkl = 0;
-  double ent = 0, ent_value = 0, rkl = 0, rkl_value = 0, ev = 0, ev_value = 0, col = 0,
-         col_value = 0;
-  double alpha = 0, alpha_a = 0;  // alpha (e^(lp + alpha_a (lr - lp)) - p)
-  double renyi = 0, renyi_a = 0,
-         renyi_shift = 0;                  // renyi (e^(lp + renyi_a (lr - lp) - renyi_shift) - p)
-  double mix = 0, mix_b = 0, mix_lse = 0;  // mix (e^(z + mix_b (zr - z) - mix_lse) - p)
-  double jsd = 0, jsd_b = 0, jsd_kl = 0;   // jsd p (lp - lmix - jsd_kl)
-  double tv = 0, tv_mean = 0;              // tv p (sign(p-r) - tv_mean)
-  double bkl = 0, bkl_ratio = 0,
-         top_value = 0;  // bkl (p - r inside the top set, p - p ratio outside)
+template <class S>
+struct GradCoefOf {
+  S e = 0, a0 = 0, fkl = 0;
+  S ent = 0, ent_value = 0, rkl = 0, rkl_value = 0, ev = 0, ev_value = 0, col = 0, col_value = 0;
+  S alpha = 0, alpha_a = 0;  // alpha (e^(lp + alpha_a (lr - lp)) - p)
+  S renyi = 0, renyi_a = 0,
+    renyi_shift = 0;                  // renyi (e^(lp + renyi_a (lr - lp) - renyi_shift) - p)
+  S mix = 0, mix_b = 0, mix_lse = 0;  // mix (e^(z + mix_b (zr - z) - mix_lse) - p)
+  S jsd = 0, jsd_b = 0, jsd_kl = 0;   // jsd p (lp - lmix - jsd_kl)
+  S tv = 0, tv_mean = 0;              // tv p (sign(p-r) - tv_mean)
+  S bkl = 0, bkl_ratio = 0,
+    top_value = 0;  // bkl (p - r inside the top set, p - p ratio outside)
   int64_t top_index = -1;
 };
+using GradCoef = GradCoefOf<double>;
 
 // c(kind): upstream number of a statistic; out(kind): its value; saved(row): what the forward kept.
 template <class Up, class Out, class Saved>
@@ -100,8 +101,8 @@ PK_HD T blend_exp(T x, T y, T a, T shift) {
 
 // One entry in scalar form (CUDA, tests); the CPU kernels evaluate the same terms on vectors.
 // zr, lr, adv may be anything where the plan has no statistic that reads them.
-template <class T>
-PK_HD T logit_gradient(const GradCoef& g, T z, T zr, T lp, T lr, T adv, bool is_target,
+template <class S, class T>
+PK_HD T logit_gradient(const GradCoefOf<S>& g, T z, T zr, T lp, T lr, T adv, bool is_target,
                        bool in_top) {
   const T p = pk_exp(lp), r = pk_exp(lr);
   T inner = T(g.a0);
@@ -111,8 +112,7 @@ PK_HD T logit_gradient(const GradCoef& g, T z, T zr, T lp, T lr, T adv, bool is_
   if (g.col != 0) inner += T(g.col) * (p - T(g.col_value));
   if (g.tv != 0) inner += T(g.tv) * (T(p > r) - T(p < r) - T(g.tv_mean));
   if (g.jsd != 0 && p > T(0)) {
-    const T ratio = pk_exp(lr - lp);  // lp - lmix = -log(1 - b + b r/p)
-    inner += T(g.jsd) * (-pk_log(T(1 - g.jsd_b) + T(g.jsd_b) * ratio) - T(g.jsd_kl));
+    inner -= T(g.jsd) * (log_mixture_ratio(lr - lp, T(g.jsd_b)) + T(g.jsd_kl));
   }
   T d = weighted(p, inner);
   if (g.fkl != 0) d += T(g.fkl) * (p - r);

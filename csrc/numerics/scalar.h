@@ -29,6 +29,15 @@ PK_HD float pk_exp(float x) {
 PK_HD float pk_log(float x) {
   return ::logf(x);
 }
+PK_HD double pk_log1p(double x) {
+  return ::log1p(x);
+}
+PK_HD float pk_expm1(float x) {
+  return ::expm1f(x);
+}
+PK_HD float pk_log1p(float x) {
+  return ::log1pf(x);
+}
 #else
 PK_HD double pk_exp(double x) {
   return __builtin_exp(x);
@@ -45,6 +54,15 @@ PK_HD float pk_exp(float x) {
 PK_HD float pk_log(float x) {
   return __builtin_logf(x);
 }
+PK_HD double pk_log1p(double x) {
+  return __builtin_log1p(x);
+}
+PK_HD float pk_expm1(float x) {
+  return __builtin_expm1f(x);
+}
+PK_HD float pk_log1p(float x) {
+  return __builtin_log1pf(x);
+}
 #endif
 
 PK_HD double pk_inf() {
@@ -52,6 +70,14 @@ PK_HD double pk_inf() {
 }
 PK_HD double pk_nan() {
   return __builtin_nan("");
+}
+
+// log of (b r + (1-b) p) / p from d = log r - log p. Beyond |d| = 80 one of the two is e^-80 of the
+// other; the clamp keeps e^d finite. d = 0 gives exactly 0.
+template <class T>
+PK_HD T log_mixture_ratio(T d, T b) {
+  d = d > T(80) ? T(80) : d < T(-80) ? T(-80) : d;
+  return pk_log1p(b * pk_expm1(d));
 }
 
 // 0 * anything = 0: entries without probability never contribute, whatever their log is.

@@ -35,6 +35,8 @@ static float lane(vf v) {
   return v[0];
 }
 
+#include "check_lists.h"
+
 static void check_functions() {
   for (int i = 0; i < 200000; ++i) {
     const float x = float(-104.0 + 192.0 * uniform());
@@ -209,8 +211,8 @@ static void check_head(int64_t n, int64_t v, int64_t d, int64_t kept, int thread
     for (int64_t i = 0; i < v; ++i) {
       const double zi = z[size_t(i)], ri = zr[size_t(i)];
       const bool in_top = ri > g.top_value + 1e-5 || std::fabs(ri - g.top_value) <= 1e-5;
-      double dx = logit_gradient<double>(g, zi, ri, lp[size_t(i)], lr[size_t(i)],
-                                         p.values[size_t(i)], i == y, in_top);
+      double dx = logit_gradient<double, double>(g, zi, ri, lp[size_t(i)], lr[size_t(i)],
+                                                 p.values[size_t(i)], i == y, in_top);
       dx *= 1.3 / 0.9;
       for (int64_t k = 0; k < d; ++k) {
         want_dw[size_t(i * d + k)] += dx * p.hidden[size_t(r * d + k)];
@@ -279,6 +281,7 @@ static void check_types(Dtype type, int64_t n, int64_t v, int64_t d) {
 int main() {
   check_functions();
   check_online();
+  check_lists();
   check_head(5, 7, 3, 0, 1);
   check_head(1, 1, 1, 1, 2);
   check_head(37, 131, 29, 11, 3);

@@ -49,6 +49,8 @@ VARIANTS = [
     ("set_contrast", {"deviation": 0.0}),
     ("approx_ndcg", {}),
     ("approx_ndcg", {"temperature": 0.1}),
+    ("neural_ndcg", {}),
+    ("neural_ndcg", {"temperature": 0.5, "sinkhorn_iters": 7}),
 ]
 variants = pytest.mark.parametrize(
     ("family", "options"),
@@ -57,6 +59,9 @@ variants = pytest.mark.parametrize(
 )
 # every remainder of a vector of 2, 4 or 8 lanes; 0 and 1; several vectors
 SMALL = [3, 0, 1, 7, 2, 16, 12, 5, 1, 31, 64, 65, 8, 9, 15, 17, 4, 6, 10, 11, 13, 14]
+# these put neighbours of like sizes, up to 32 items, into the lanes of a vector
+IN_LANES = ("pair", "hinge", "plackett_luce", "pro", "approx_ndcg")
+ALIKE = [*[16] * 8, 4, 3, 4, 2, 4, 4, 1, 4, *[32] * 8, *[33] * 8, *[0] * 8, *[1] * 8, 5, 5]
 
 
 def ragged(sizes, *, labels="distinct", scale=1.0, tied_scores=0.3, seed=0):
@@ -78,16 +83,20 @@ def value_and_slope(scores, labels, cu, backend, family, options):
 
 
 def check(sizes, family, options, **layout):
-    """fp64 arithmetic in another order: 1e-12 of a group's largest number."""
+    """fp64 arithmetic in another order: 1e-12 of a group's largest number.
+
+    neural_ndcg exponentiates K times a score, up to 4e4 here, whose last bit is 1e-11.
+    """
+    unit = 1e-12 if family != "neural_ndcg" else 1e-12 * max(1.0, 10.0 * layout.get("scale", 1.0))
     scores, labels, cu = ragged(sizes, **layout)
     got, want = (
         value_and_slope(scores, labels, cu, b, family, options) for b in ("cpu", "reference")
     )
-    torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(got[0], want[0], rtol=unit, atol=1e-14)
     for g in range(len(sizes)):
         rows = slice(int(cu[g]), int(cu[g + 1]))
         size = want[1][rows].abs().max().item() if sizes[g] else 0.0
-        torch.testing.assert_close(got[1][rows], want[1][rows], rtol=0, atol=1e-12 * size + 1e-18)
+        torch.testing.assert_close(got[1][rows], want[1][rows], rtol=0, atol=unit * size + 1e-18)
 
 
 @variants
@@ -97,9 +106,28 @@ def test_small_lists(family, options, labels, scale):
     check(SMALL, family, options, labels=labels, scale=scale)
 
 
+@pytest.mark.parametrize("labels", ["distinct", "tied"])
+@pytest.mark.parametrize(("family", "options"), [v for v in VARIANTS if v[0] in IN_LANES], ids=str)
+def test_neighbours_of_like_sizes(family, options, labels):
+    check(ALIKE, family, options, labels=labels, scale=3.0)
+    check(ALIKE[:8], family, options, labels=labels, scale=200.0)
+
+
+def test_a_broken_score_stays_in_its_lane():
+    scores, labels, cu = ragged([16] * 8)
+    scores[20], labels[20] = torch.inf, 0.5
+    scores[40], labels[40] = torch.nan, torch.nan  # masked: nobody reads it
+    loss, slope = value_and_slope(scores, labels, cu, "cpu", "pair", LAMBDA)
+    assert loss.isnan().tolist() == [g == 1 for g in range(8)]
+    valid = ~labels.isnan().reshape(8, 16)
+    assert torch.equal(slope.reshape(8, 16).isnan(), loss.isnan()[:, None] & valid)
+
+
 @variants
 def test_long_lists(family, options):
-    check([1024, 33, 1000, 517], family, options, labels="distinct", scale=3.0, tied_scores=0.1)
+    # the eager twin of neural_ndcg takes 40 passes over K^2 numbers
+    sizes = [130, 33, 71] if family == "neural_ndcg" else [1024, 33, 1000, 517]
+    check(sizes, family, options, labels="distinct", scale=3.0, tied_scores=0.1)
 
 
 @variants
@@ -193,6 +221,8 @@ assert native.isa() == {isa!r}, native.isa()
 for family, options in t.VARIANTS:
     for labels in ("distinct", "tied"):
         t.check(t.SMALL, family, options, labels=labels, scale=30.0)
+    if family in t.IN_LANES:
+        t.check(t.ALIKE, family, options)
 print("ok")
 """
 
