@@ -9,3 +9,94 @@ if __name__ == "kernels":
         "`kernels`; import prefkern.kernels (after `pip install -e .`), or start Python outside "
         "prefkern's repository root to import the other package."
     )
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from prefkern.sweep.filtering import FilterReport, filter_gradient
+from prefkern.types import Problem
+
+__all__ = ["FilterReport", "filter_gradient", "held_back", "unsupported"]
+
+# op -> (module, its functions); a module is imported, and triton with it, when it is first called
+OPS: dict[str, tuple[str, ...]] = {
+    "linear_logps": ("linear_logps_fwd", "linear_logps_bwd"),
+    "linear_divergence": ("linear_divergence_fwd", "linear_divergence_bwd"),
+    "logits_logps": ("logits_logps_fwd", "logits_logps_bwd"),
+    "list_rank": ("list_rank_fwd",),
+    "segment_sum": ("segment_sum_fwd", "segment_sum_bwd"),
+    "error_sum": ("error_sum_fwd", "error_sum_bwd"),
+}
+_MODULE = {function: op for op, functions in OPS.items() for function in functions}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OLDEST = (3, 6)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE[name]}", __name__), name)
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Reasons why these kernels cannot serve `problem`; empty when they can."""
+    reasons = []
+    if problem.op not in OPS:
+        reasons.append(f"it has no {problem.op} (it has {', '.join(OPS)})")
+    for dtype in {problem.dtype, problem.weight_dtype} - {None, *DTYPES}:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        reasons.append(f"it computes in {names}, got {dtype}")
+    if problem.op == "list_rank":
+        from .list_rank import FAMILIES
+
+        if problem.family not in (None, *FAMILIES):
+            reasons.append(f"its list_rank has no family {problem.family}")
+    if reason := _no_triton():
+        return [*reasons, reason]
+    if reason := _no_device(problem.device):
+        reasons.append(reason)
+    return reasons
+
+
+def held_back(problem: Problem) -> list[str]:
+    """Automatic choice never interprets kernels: that is for finding mistakes, not for speed."""
+    if problem.device == "cpu":
+        return ["Triton's interpreter takes milliseconds per program; name the backend to use it"]
+    return []
+
+
+@functools.cache
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    version = importlib.metadata.version("triton")
+    if tuple(int(x) for x in version.split(".")[:2]) < OLDEST:
+        return f"it needs triton {'.'.join(map(str, OLDEST))} or newer, got {version}"
+    return None
+
+
+def _no_device(device: str) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device == "cpu":
+        if interpreted:
+            return None
+        return "it runs on cuda tensors (on cpu tensors with TRITON_INTERPRET=1), got cpu"
+    if device != "cuda":
+        return f"it runs on cuda tensors, got {device}"
+    if interpreted:
+        return "TRITON_INTERPRET=1 is set, which is for cpu tensors"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU (no driver, or a build of torch without one)"
+    from .tiles import arch_of
+
+    try:
+        arch_of(torch.device("cuda"))
+    except LookupError as error:
+        return str(error)
+    return None

@@ -12,6 +12,7 @@ import importlib
 import logging
 from collections.abc import Iterator
 from types import ModuleType
+from typing import NamedTuple
 
 from . import env
 from .types import Problem
@@ -21,9 +22,34 @@ logger = logging.getLogger("prefkern")
 # name -> (module, what it is). Earlier rows win under automatic choice.
 _ROWS: dict[str, tuple[str, str]] = {
     "cpu": ("prefkern.native", "native C++ for CPU"),
+    "triton": ("prefkern.kernels", "Triton kernels for GPUs"),
+    "cuda": ("prefkern.cuda", "CUDA C++ for NVIDIA GPUs"),
     "reference": ("prefkern.reference", "eager PyTorch, any device, holds full logits"),
 }
 PRIORITY = tuple(_ROWS)
+
+
+class Choice(NamedTuple):
+    """A measured answer to which backend an op tries before the others of its device."""
+
+    first: str
+    gpu: str  # the card's name, and what was measured on it
+    commit: str
+    command: str  # what to run to see it again
+
+
+# op -> where a measurement changes the order of _ROWS. Empty: nothing was measured on a GPU yet.
+MEASURED: dict[str, Choice] = {}
+
+
+def order(op: str) -> tuple[str, ...]:
+    """Backends in the order in which automatic choice tries them for `op`."""
+    if op not in MEASURED:
+        return PRIORITY
+    first = MEASURED[op].first
+    return (first, *(name for name in PRIORITY if name != first))
+
+
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "prefkern_backend", default=None
 )
@@ -84,7 +110,7 @@ def select_backend(problem: Problem, backend: str = "auto") -> str:
         if unsupported(backend, problem):
             raise ValueError(_refusal(problem, f"backend {backend!r} (asked for by {asked_by})"))
         return backend
-    for name in PRIORITY:
+    for name in order(problem.op):
         reasons = unsupported(name, problem) or held_back(name, problem)
         if not reasons:
             return name
@@ -93,6 +119,21 @@ def select_backend(problem: Problem, backend: str = "auto") -> str:
             _announced.add(key)
             logger.info("backend %s passed over for %s: %s", name, problem, "; ".join(reasons))
     raise ValueError(_refusal(problem, "no backend"))
+
+
+def explain(problem: Problem) -> tuple[str, str]:
+    """(backend that automatic choice takes, why: the measurement, or what came before it)."""
+    name = select_backend(problem)
+    if problem.op in MEASURED and MEASURED[problem.op].first == name:
+        choice = MEASURED[problem.op]
+        return name, f"measured first on {choice.gpu} at {choice.commit}: {choice.command}"
+    before = order(problem.op)[: order(problem.op).index(name)]
+    passed = [
+        f"{other} {'cannot' if (why := unsupported(other, problem)) else 'is held back'}: "
+        f"{(why or held_back(other, problem))[0]}"
+        for other in before
+    ]
+    return name, "; ".join(passed) or "first in order, nothing measured against it"
 
 
 def _refusal(problem: Problem, who: str) -> str:

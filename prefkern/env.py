@@ -8,8 +8,14 @@ from __future__ import annotations
 import os
 
 VARIABLES: dict[str, str] = {
-    "PREFKERN_BACKEND": "backend where backend='auto': cpu or reference (default: automatic)",
+    "PREFKERN_BACKEND": (
+        "backend where backend='auto': cpu, triton, cuda or reference (default: automatic)"
+    ),
     "PREFKERN_NO_EXT": "1: build and run without the compiled extension",
+    "PREFKERN_AUTOTUNE": "1: time the Triton tile candidates on first use and print the winner",
+    "PREFKERN_NO_CUDA": "1: build and run without the CUDA library",
+    "PREFKERN_CUDA_ARCHS": "GPUs to build for, newest also as PTX (default: sm_80,sm_90a,sm_100)",
+    "PREFKERN_DEBUG_SYNC": "1: wait for every CUDA kernel, so that an error names its own",
     "PREFKERN_CPU_ISA": "CPU kernels: baseline, avx2, avx512 or avx512bf16 (default: the best)",
 }
 

@@ -46,7 +46,9 @@ def test_gradcheck(backend, op, option):
             call(op, backend, inputs, h, w, stats, b, **option.numbers(), **extra).values()
         )
 
-    assert torch.autograd.gradcheck(f, tensors, eps=1e-6, atol=1e-6)
+    # the interpreter is slow: one random direction instead of every entry
+    fast = backend == "triton"
+    assert torch.autograd.gradcheck(f, tensors, eps=1e-6, atol=1e-6, fast_mode=fast)
 
 
 @pytest.mark.parametrize("stats", [("logp", "ent"), ("zy", "lse")], ids=",".join)
@@ -71,7 +73,8 @@ def test_gradcheck_of_logits(backend):
         )
         return tuple(getattr(out, field_of(s)) for s in stats)
 
-    assert torch.autograd.gradcheck(f, (z,), eps=1e-6, atol=1e-6)
+    fast = backend == "triton"
+    assert torch.autograd.gradcheck(f, (z,), eps=1e-6, atol=1e-6, fast_mode=fast)
 
 
 @ops

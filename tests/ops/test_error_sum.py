@@ -127,9 +127,15 @@ def test_segments(backend, layout, dtype):
     check(backend, shape, dtype, ALL, segments, count, dim)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_any_layout(backend, data):
+def test_any_layout(backend):
+    # an interpreted kernel takes milliseconds per frame
+    examples = 6 if backend == "triton" else 30
+    settings(max_examples=examples, deadline=None, derandomize=True)(
+        given(data=st.data())(lambda data: check_any(backend, data))
+    )()
+
+
+def check_any(backend, data):
     shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=5)))
     dim = data.draw(st.integers(1, len(shape) - 1))
     count = data.draw(st.integers(1, 4))
@@ -156,11 +162,11 @@ def test_reductions(backend):
 
 def test_many_blocks_and_threads_give_the_same_bits(backend):
     """40,003 elements are three partial sums; the last is ragged."""
-    p, t, q = tensors((2, 40_003), FP32)
+    p, t, q = tensors((1 if backend == "triton" else 2, 40_003), FP32)
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3) if backend == "cpu" else (1,):
             torch.set_num_threads(threads)
             r = error_sum(p, t, q, stats=ALL, backend=backend)
             (grad,) = torch.autograd.grad((r.err + r.dot + r.huber).sum(), p)
@@ -237,7 +243,7 @@ def test_strides(backend):
 
 
 def test_gradcheck(backend):
-    p, t, q = tensors((2, 3, 4))
+    p, t, q = tensors((2, 3, 2))
     segments = torch.tensor([0, -1, 1])
 
     def call(x):

@@ -39,6 +39,11 @@ ragged = st.builds(
 some = settings(max_examples=25, deadline=None, derandomize=True)
 
 
+def left_out(backend, seed):
+    """Triton's interpreter takes about a second per example: it runs a quarter of them."""
+    return backend == "triton" and seed % 4 != 0
+
+
 def drop_reference(inputs):
     return inputs.replace(ref_hidden=None, ref_weight=None, ref_bias=None, values=None)
 
@@ -52,6 +57,8 @@ def drop_reference(inputs):
 )
 @example(regime=Regime("edge", N=65, V=129, D=33), dtype=FP32, option=OPTIONS[-1], seed=0)
 def test_linear_logps_of_any_shape(backend, regime, dtype, option, seed):
+    if left_out(backend, seed):
+        return
     if option.bias == "padded" and regime.V < 8:
         option = PLAIN
     inputs = drop_reference(make_inputs(regime, dtype, option=option, seed=seed))
@@ -66,6 +73,8 @@ def test_linear_logps_of_any_shape(backend, regime, dtype, option, seed):
     seed=st.integers(0, 999),
 )
 def test_linear_divergence_of_any_shape(backend, regime, dtype, option, seed):
+    if left_out(backend, seed):
+        return
     if option.bias == "padded" and regime.V < 8:
         option = PLAIN
     inputs = make_inputs(regime, dtype, option=option, seed=seed)
@@ -81,6 +90,8 @@ def test_linear_divergence_of_any_shape(backend, regime, dtype, option, seed):
     pair=st.booleans(),
 )
 def test_any_budget_gives_the_same_bits(backend, regime, dtype, rows, seed, pair):
+    if left_out(backend, seed):
+        return
     inputs = make_inputs(regime, dtype, seed=seed)
     inputs = inputs if pair else drop_reference(inputs)
     stats = ("logp", "fkl", "jsd:0.5") if pair else ("logp", "ent")
@@ -98,6 +109,8 @@ def test_any_budget_gives_the_same_bits(backend, regime, dtype, rows, seed, pair
 @given(regime=ragged, seed=st.integers(0, 999))
 def test_signs_and_bounds(backend, regime, seed):
     """Divergences are >= 0 up to rounding, tv and jsd bounded, entropy within [0, log V]."""
+    if left_out(backend, seed):
+        return
     inputs = make_inputs(regime, FP64, seed=seed)
     got, _ = run_op(
         backend, inputs, ("fkl", "rkl", "jsd:0.3", "alpha:0.4", "renyi:0.6", "tv", "bkl:3"), None
@@ -120,6 +133,8 @@ def test_signs_and_bounds(backend, regime, seed):
 @some
 @given(regime=ragged, seed=st.integers(0, 999), shift=st.floats(-30, 30))
 def test_a_constant_added_to_all_logits_moves_only_lse_zy_zmean(backend, regime, seed, shift):
+    if left_out(backend, seed):
+        return
     inputs = drop_reference(make_inputs(regime, FP64, seed=seed))
     before, _ = run_op(backend, inputs, ONE_MODEL, None)
     moved = inputs.replace(bias=torch.full((regime.V,), shift, dtype=FP64))
@@ -136,6 +151,8 @@ def test_a_constant_added_to_all_logits_moves_only_lse_zy_zmean(backend, regime,
 @some
 @given(regime=ragged, seed=st.integers(0, 999))
 def test_swapping_the_models_swaps_the_divergences(backend, regime, seed):
+    if left_out(backend, seed):
+        return
     inputs = make_inputs(regime, FP64, seed=seed)
     swapped = inputs.replace(
         hidden=inputs.ref_hidden,
@@ -165,6 +182,8 @@ def test_swapping_the_models_swaps_the_divergences(backend, regime, seed):
 @given(regime=ragged, seed=st.integers(0, 999), dtype=st.sampled_from([FP64, FP32]))
 def test_rows_are_independent(backend, regime, seed, dtype):
     """A row's statistics do not depend on its neighbours: half a batch gives the same numbers."""
+    if left_out(backend, seed):
+        return
     inputs = make_inputs(regime, dtype, seed=seed)
     stats = ("logp", "fkl", "tv")
     whole, _ = run_op(backend, inputs, stats, None)
@@ -187,6 +206,8 @@ def test_rows_are_independent(backend, regime, seed, dtype):
 )
 def test_logits_and_linear_agree(backend, n, v, seed, temperature):
     """logits_logps of h W^T is linear_logps of h and W, values and chain rule."""
+    if left_out(backend, seed):
+        return
     inputs = make_inputs(Regime("same", N=n, V=v, D=6), FP64, seed=seed)
     stats = ("logp", "fkl", "jsd:0.4", "mix:0.2")
     hidden = inputs.hidden.clone().requires_grad_()

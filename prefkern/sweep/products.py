@@ -1,0 +1,123 @@
+"""Library products of the head ops. Sums are fp32 (fp64 for fp64) whatever the operands are.
+
+Precision of each product: 16-bit operands are multiplied exactly and summed in fp32; fp32 operands
+are multiplied in IEEE fp32, never tf32, which would leave 10 bits of a logit. CPU tensors come here
+only under Triton's interpreter and in tests; no CPU product takes 16-bit operands to an fp32
+result, so they are widened first, which gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Autograd has one thread per device: the first to enter changes the settings, the last to leave
+# puts them back, so that none finds them undone halfway.
+_lock = threading.Lock()
+_inside = 0
+_undo = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Products in here use IEEE fp32 and sum in fp32, whatever the caller has set. The settings are
+    the process's; they are put back, and left alone where they are right."""
+    global _inside, _undo
+    if device.type != "cuda":
+        yield
+        return
+    with _lock:
+        if _inside == 0:
+            with contextlib.ExitStack() as undo:
+                _forbid_tf32(undo)
+                _forbid_fp16_sums(undo)
+                for name in _REDUCTIONS:
+                    _forbid_short_sums(undo, name)
+                _undo = undo.pop_all()
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                _undo.close()
+
+
+_REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+
+
+def _forbid_tf32(undo: contextlib.ExitStack) -> None:
+    """torch has an older and a newer setting for this and refuses products while they disagree, so
+    the one that was used is the one to change."""
+    flags = torch.backends.cuda.matmul
+    if flags.fp32_precision != "tf32":
+        return
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer one alone was set
+        undo.callback(setattr, flags, "fp32_precision", "tf32")
+        flags.fp32_precision = "ieee"
+        return
+    undo.callback(torch.set_float32_matmul_precision, older)
+    torch.set_float32_matmul_precision("highest")
+
+
+def _forbid_fp16_sums(undo: contextlib.ExitStack) -> None:
+    flags = torch.backends.cuda.matmul
+    if flags.allow_fp16_accumulation:
+        undo.callback(setattr, flags, "allow_fp16_accumulation", True)
+        flags.allow_fp16_accumulation = False
+
+
+def _forbid_short_sums(undo: contextlib.ExitStack, name: str) -> None:
+    flags = torch.backends.cuda.matmul
+    if not getattr(flags, name):
+        return
+    # newer releases hold two numbers here, the second of which is whether sums may be split
+    split = getattr(flags, f"{name}_split_k", None)
+    undo.callback(setattr, flags, name, True if split is None else (True, split))
+    setattr(flags, name, False if split is None else (False, split))
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, summed in fp32 and rounded once to out's dtype. a [m, k], b [k, n], out [m, n]
+    with contiguous rows."""
+    if a.shape[1] == 0:
+        out.zero_()
+    elif a.dtype == out.dtype and (a.is_cuda or out.dtype in (torch.float32, torch.float64)):
+        torch.mm(a, b, out=out)
+    elif _widens(a) and out.dtype == torch.float32:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(_wide_product(a, b))
+
+
+def add_product(a: Tensor, b: Tensor, total: Tensor, *, fresh: bool) -> None:
+    """total (+)= a @ b; total [m, n] is fp32 (fp64 for fp64), `fresh` overwrites it."""
+    if fresh:
+        product(a, b, total)
+    elif a.shape[1] == 0:
+        pass
+    elif a.dtype == total.dtype:
+        torch.addmm(total, a, b, out=total)
+    elif _widens(a) and total.dtype == torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += _wide_product(a, b)
+
+
+def _widens(a: Tensor) -> bool:
+    """Whether a product of `a` may be asked for in fp32: 16-bit operands on a GPU alone."""
+    return a.is_cuda and a.dtype in (torch.bfloat16, torch.float16)
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    if _widens(a):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    return a.to(wide) @ b.to(wide)

@@ -1,0 +1,41 @@
+"""benchmarks/device_check.py from end to end on tiny CPU inputs: the script that a GPU runs once
+must not fail for a reason that could have been seen here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_script_runs_and_says_what_is_missing(tmp_path):
+    command = [
+        sys.executable, "-m", "benchmarks.device_check", "--smoke", "--out", str(tmp_path),
+        "--only", "machine", "heads", "epilogues", "sanitizer",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "device_check.json").read_text())
+    assert report["machine"]["status"] == 0 and report["machine"]["found"]["commit"] != ""
+    assert report["epilogues"]["status"] == "needs a GPU's events"
+    assert report["sanitizer"]["status"] == 0, report["sanitizer"]
+    rows = report["heads"]["rows"]
+    ours = [r for r in rows if r["variant"].startswith("prefkern triton")]
+    assert len(ours) == 9 and all(r["status"] == "ok" and r["over_bare"] > 0 for r in ours), ours
+    reference = [r for r in rows if r["variant"] == "prefkern reference"]
+    assert all(r["status"] == "ok" and r["err_d_hidden"] < 1e-2 for r in reference), reference
+    others = {r["variant"]: r["status"] for r in rows if not r["variant"].startswith("prefkern")}
+    assert others["eager"] == "ok" and others["bare products"] == "ok", others
+
+
+def test_a_gpu_is_asked_for(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    command = [sys.executable, "-m", "benchmarks.device_check", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "--smoke" in done.stderr

@@ -1,0 +1,109 @@
+"""Every launch compiles for every architecture, fits it, and is the code that was meant.
+
+No GPU and no driver: ptxas, cuobjdump and AMD's back end ship in the triton wheel. What is found is
+a table; benchmarks/results/triton_resources.csv is the committed copy, whose numbers depend on the
+version of ptxas and whose rows must be those of launches.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from prefkern.kernels import launches, tiles
+
+HERE = Path(__file__).resolve().parent
+TABLE = HERE.parents[1] / "benchmarks/results/triton_resources.csv"
+# kernels that also write a tile
+WRITERS = ("gradient_one", "gradient_two", "factor")
+# the tensor-core instruction a product in 16 bits must become
+MEANT = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma_f32"}
+
+
+def allowed_stack() -> int:
+    """Bytes per thread. Tiles are chosen for the ptxas of Triton 3.9; that of 3.6 spills a register
+    or eight of the ranking kernels on sm_90."""
+    return 0 if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 32
+
+
+def expected(arch: str) -> dict[tuple[str, str], launches.Launch]:
+    return {
+        (str(row), str(tile)): row
+        for row in launches.ROWS
+        if arch in row.archs
+        for tile in row.tiles_on(arch)
+    }
+
+
+def compiled(arch: str, folder: Path) -> list[dict]:
+    """In a process of its own: this one has TRITON_INTERPRET=1, which a kernel never loses."""
+    out = folder / f"{arch}.json"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(folder / "cache")
+    command = [sys.executable, "-W", "ignore", str(HERE / "aot.py"), arch, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+def faults(record: dict, row: launches.Launch, arch: str) -> list[str]:
+    """What is wrong with one compiled launch."""
+    if "error" in record:
+        return [f"does not compile: {record['error']}"]
+    found = []
+    if record["shared"] > tiles.SHARED_MEMORY[arch]:
+        found.append(f"{record['shared']} bytes of shared memory of {tiles.SHARED_MEMORY[arch]}")
+    if record["spilled"] or record["stack"] > allowed_stack():
+        found.append(f"spills: {record['spilled']} local, {record['stack']} bytes of stack")
+    if record["registers"] > tiles.REGISTERS[arch]:
+        found.append(f"{record['registers']} registers of {tiles.REGISTERS[arch]}")
+    tensor = record["tensor"].split("+") if record["tensor"] else []
+    if row.dot == "tensor":
+        if not tensor or any(MEANT[arch] not in x for x in tensor):
+            found.append(f"products must be {MEANT[arch]}, found {tensor or 'none'}")
+        # tcgen05 keeps the type of its sums in a descriptor, the others in their names
+        if arch in ("sm_80", "sm_90") and any(".f32." not in x for x in tensor):
+            found.append(f"sums of products must be fp32, found {tensor}")
+    elif row.dot == "exact":
+        # AMD's matrix cores multiply fp32 exactly; NVIDIA's round it to tf32
+        if any(not x.endswith("_f32") or "xf32" in x for x in tensor):
+            found.append(f"fp32 products must not be rounded, found {tensor}")
+    elif tensor:
+        found.append(f"no product is declared, found {tensor}")
+    if row.wide and not record["reads16"]:
+        found.append("reads its tiles in pieces of less than 16 bytes")
+    if row.wide and row.name in WRITERS and not record["writes16"]:
+        found.append("writes its tile in pieces of less than 16 bytes")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", tiles.GPU_ARCHS)
+def test_every_launch_compiles_and_fits(arch, tmp_path):
+    pytest.importorskip("triton")
+    rows = expected(arch)
+    records = compiled(arch, tmp_path)
+    assert {(r["row"], r["tile"]) for r in records} == set(rows)
+    wrong = [
+        f"{record['row']} with {record['tile']}: {fault}"
+        for record in records
+        for fault in faults(record, rows[record["row"], record["tile"]], arch)
+    ]
+    assert not wrong, f"{arch}:\n  " + "\n  ".join(wrong)
+
+
+def test_the_committed_table_has_the_rows_of_launches():
+    with TABLE.open() as file:
+        lines = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    found = {(line["row"], line["arch"], line["tile"]) for line in lines}
+    wanted = {(row, arch, tile) for arch in tiles.GPU_ARCHS for row, tile in expected(arch)}
+    assert found == wanted, (
+        f"{TABLE.name} is out of date (missing {len(wanted - found)}, superfluous "
+        f"{len(found - wanted)}); run: python tests/kernels/aot.py table"
+    )

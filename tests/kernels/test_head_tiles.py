@@ -1,0 +1,305 @@
+"""The head ops on many small tiles: what one tile of the regimes in tests/ops never crosses.
+
+tests/ops runs the Triton backend as well, on shapes of one tile; here the tile bytes are cut down
+until rows, vocabulary and chunks all come in several pieces with a ragged last one.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from cases import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    ONE_MODEL,
+    OPTIONS,
+    TWO_MODEL,
+    Regime,
+    backends_on,
+    upstream_for,
+)
+from checks import check_closeness, check_masked_rows, inputs_of, run_op, stats_of
+from closeness import assert_same_bits
+from oracles import top_k
+from prefkern.kernels.epilogue import KERNELS, Kernels
+
+import prefkern
+from prefkern.sweep import forward, plan, products
+from prefkern.sweep.epilogue import COEFFICIENTS, LogitOptions, Tile
+from prefkern.sweep.heads import make_call, parse
+from prefkern.sweep.topset import TopSet
+
+pytestmark = pytest.mark.skipif("triton" not in backends_on(), reason="the triton backend is off")
+
+# about 38 of 56 rows are scored; with chunks of 128 columns the vocabulary is 3 tiles
+TILES = Regime("tiles", N=56, V=300, D=12)
+FROZEN = ("logp", "lse", "zy", "ent", "top1")
+FROZEN_TWO = ("logp", "ref_logp", "fkl", "rkl", "ent")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of one chunk of 128 columns and 16 or 32 rows."""
+    monkeypatch.setattr(Kernels, "chunk_columns", lambda self, call: 128)
+    monkeypatch.setattr(plan, "TILE_BYTES", 1024)
+    monkeypatch.setattr(plan, "ROW_ALIGN", 16)
+    plans: list[plan.Plan] = []
+    made = forward.tile_plan
+
+    def spy(*args):
+        plans.append(made(*args))
+        return plans[-1]
+
+    monkeypatch.setattr(forward, "tile_plan", spy)
+    yield plans
+    assert plans and all(len(p.tiles()) > 1 for p in plans)
+
+
+def one_and_two(dtypes):
+    return pytest.mark.parametrize(
+        ("op", "dtype"),
+        list(itertools.product(("linear_logps", "linear_divergence"), dtypes)),
+        ids=str,
+    )
+
+
+@one_and_two((FP32, BF16, FP16, FP64))
+def test_several_row_blocks_and_tiles(op, dtype, small_tiles):
+    inputs = inputs_of(op, TILES, dtype, option=OPTIONS[-1])
+    check_closeness("triton", inputs, stats_of(op), option=OPTIONS[-1])
+    assert all(len(p.row_blocks()) > 1 for p in small_tiles)
+
+
+@one_and_two((FP32, BF16))
+def test_several_tiles_of_a_frozen_head(op, dtype, small_tiles):
+    """The running maxima move from tile to tile, and the sums of head rows with them."""
+    stats = FROZEN if op == "linear_logps" else FROZEN_TWO
+    option = OPTIONS[4] if dtype is FP32 else OPTIONS[0]
+    inputs = inputs_of(op, TILES, dtype, option=option)
+    check_closeness("triton", inputs, stats, option=option, wanted=("hidden",))
+
+
+@one_and_two((FP32, BF16))
+def test_the_budget_changes_no_bit_and_keeps_whole_tiles(op, dtype, small_tiles, monkeypatch):
+    """None, some and all tiles kept; products are counted to see that tiles really were kept."""
+    inputs = inputs_of(op, TILES, dtype)
+    stats = stats_of(op)
+    upstream = upstream_for(stats, TILES.N, dtype)
+    counts = []
+    made = forward.product
+
+    def counted(*args):
+        counts[-1] += 1
+        return made(*args)
+
+    monkeypatch.setattr(forward, "product", counted)
+    runs = []
+    row = (2 if op == "linear_divergence" else 1) * TILES.V * dtype.itemsize
+    for budget in (0, 30 * row, 200 * row):
+        counts.append(0)
+        # a budget of 200 rows would be cut to the scored ones, which a ragged tile overflows
+        monkeypatch.setattr(prefkern.ops.budget, "rows_kept", lambda *_, b=budget: b // row)
+        runs.append(run_op("triton", inputs, stats, upstream))
+    for got in runs[1:]:
+        for part, first in zip(got, runs[0], strict=True):
+            for name in part:
+                assert_same_bits(part[name], first[name], name)
+    models = len([h for h in (inputs.hidden, inputs.ref_hidden) if h is not None])
+    tiles = small_tiles[0]
+    pieces = models * len(tiles.tiles()) * len(tiles.row_blocks())
+    none, some, all_ = counts
+    # the second sweep of jsd, tv and bkl reads kept fp32 tiles and makes wide ones again
+    assert none - all_ == pieces * (1 + (op == "linear_divergence" and dtype is FP32))
+    assert none > some > all_
+
+
+def test_a_second_backward_gives_the_same_bits(small_tiles):
+    """dz never goes over a kept tile."""
+    for op, dtype in itertools.product(("linear_logps", "linear_divergence"), (FP32, BF16)):
+        inputs = inputs_of(op, TILES, dtype)
+        leaf = inputs.hidden.clone().requires_grad_()
+        weight = inputs.weight.clone().requires_grad_()
+        if op == "linear_logps":
+            out = prefkern.linear_logps(leaf, weight, inputs.targets, backend="triton")
+        else:
+            out = prefkern.linear_divergence(
+                leaf, weight, inputs.targets, inputs.ref_hidden, inputs.ref_weight,
+                backend="triton",
+            )  # fmt: skip
+        first = torch.autograd.grad(out.logp.sum(), (leaf, weight), retain_graph=True)
+        again = torch.autograd.grad(out.logp.sum(), (leaf, weight))
+        for a, b in zip(first, again, strict=True):
+            assert_same_bits(a, b, f"{op} {dtype}")
+
+
+@pytest.mark.parametrize("op", ["linear_logps", "linear_divergence"])
+def test_masking_instead_of_compaction(op, small_tiles, monkeypatch):
+    """Under graph capture no row is dropped: the kernels skip ignored rows, whatever they hold."""
+    from prefkern.reference.rows import Scored
+    from prefkern.sweep import heads
+
+    def masked(targets, ignore_index, num_scored):
+        return Scored(torch.arange(targets.numel()), targets != ignore_index)
+
+    monkeypatch.setattr(heads, "scored_rows", masked)
+    inputs = inputs_of(op, TILES, FP32)
+    inputs.hidden[inputs.targets < 0] = float("nan")
+    check_closeness("triton", inputs, stats_of(op))
+
+
+def test_masked_rows_stay_out_of_every_tile(small_tiles):
+    inputs = inputs_of("linear_divergence", TILES, BF16)
+    check_masked_rows("triton", inputs, ("logp", "fkl", "jsd:0.3", "bkl:3"), float("inf"))
+
+
+def test_equal_models_are_exactly_0_apart(small_tiles):
+    inputs = inputs_of("linear_divergence", TILES, BF16)
+    copy = inputs.replace(ref_hidden=inputs.hidden, ref_weight=inputs.weight.clone(), values=None)
+    stats = ("fkl", "rkl", "jsd:0.3", "alpha:0.4", "renyi:0.6", "tv", "bkl:3")
+    for same in (copy, copy.replace(ref_weight=copy.weight)):
+        values, _ = run_op("triton", same, stats, None)
+        for stat, value in values.items():
+            assert bool((value == 0).all()), f"{stat}: {value.abs().max()}"
+
+
+def test_tiles_stay_below_their_bytes():
+    """The plan at real shapes: tiles within 256 MiB, all of the vocabulary and all rows covered."""
+    for m, v, size, chunk in itertools.product(
+        (1, 2048, 8192, 65536, 200_000), (5, 32003, 50257, 151936, 256000), (2, 4, 10, 14),
+        (2048, 4096),
+    ):  # fmt: skip
+        p = plan.tile_plan(m, v, size, chunk)
+        assert p.largest * size <= plan.TILE_BYTES + p.rows * size * (chunk + plan.ALIGN)
+        assert p.columns == v or p.columns % chunk == 0
+        assert p.rows == m or p.rows % plan.ROW_ALIGN == 0
+        steps = [s for v0 in p.tiles() for s in p.steps(v0)]
+        assert sum(s.m * s.w for s in steps) == m * v
+    # one block of rows where that is cheaper, square tiles where there are many rows
+    assert plan.tile_plan(8192, 151936, 2, 4096)[2:] == (8192, 16384)
+    assert plan.tile_plan(65536, 151936, 10, 2048)[2:] == (5120, 4096)
+
+
+def test_kept_tiles_do_not_overlap():
+    p = plan.Plan(M=70, V=300, rows=32, columns=128)
+    size = sum(s.m * s.stride for v0 in p.tiles() for s in p.steps(v0))
+    cache = torch.zeros(2 * size)
+    kept = plan.Kept(p, 2, cache)
+    for v0 in p.tiles():
+        for step in p.steps(v0):
+            for view in kept.place(step):
+                view += 1
+    assert cache.max() == 1
+    assert cache.sum() == 2 * 70 * 300
+    last = list(p.steps(256))[-1]
+    assert plan.Kept(p, 2, cache[:-1]).place(last) is None
+
+
+@pytest.mark.parametrize("k", [1, 7, 40])
+def test_the_top_set_takes_the_lower_of_equal_columns(k):
+    """Few distinct values, some of them -inf, in tiles narrower than k."""
+    z = torch.randint(-2, 3, (31, 90), generator=torch.Generator().manual_seed(k)).double()
+    z[z == -2] = float("-inf")
+    top = TopSet(31, k, FP64, torch.device("cpu"))
+    for v0 in range(0, 90, 24):
+        for rows in (slice(0, 20), slice(20, 31)):
+            top.add(z[rows, v0 : v0 + 24], rows, v0)
+    value, column = top.threshold
+    inside = (z > value[:, None]) | ((z == value[:, None]) & (torch.arange(90) <= column[:, None]))
+    want = np.stack([top_k(row, k) for row in z.numpy()])
+    assert np.array_equal(inside.numpy(), want)
+
+
+def test_repeated_columns_of_sparse_values_add_up(small_tiles):
+    """A column named three times counts with the sum, in value and gradient."""
+    inputs = inputs_of("linear_divergence", TILES, FP32)
+    index = torch.randint(0, TILES.V, (TILES.N, 4))
+    index[:, 1] = index[:, 0]
+    index[::2, 3] = index[::2, 0]
+    value = torch.randn(TILES.N, 4)
+    found = []
+    for backend in ("triton", "reference"):
+        leaf = inputs.hidden.clone().requires_grad_()
+        ev = prefkern.linear_divergence(
+            leaf, inputs.weight, inputs.targets, inputs.ref_hidden, inputs.ref_weight,
+            values=(index, value), stats=("ev",), backend=backend,
+        ).ev  # fmt: skip
+        found.append((ev, torch.autograd.grad(ev.sum(), leaf)[0]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_a_stated_count_of_rows(small_tiles):
+    inputs = inputs_of("linear_logps", TILES, FP32)
+    count = int((inputs.targets >= 0).sum())
+    upstream = upstream_for(ONE_MODEL, TILES.N, FP32)
+    want = run_op("triton", inputs, ONE_MODEL, upstream)
+    got = run_op("triton", inputs, ONE_MODEL, upstream, num_scored=count)
+    for a, b in zip(got, want, strict=True):
+        for name in a:
+            assert_same_bits(a[name], b[name], name)
+
+
+def test_rows_further_apart_than_2_to_31_elements():
+    """Offsets are 64-bit. The pages between the rows are never touched, so they take no memory."""
+    w, stride = 40, (1 << 31) + 16
+    y = torch.tensor([3, 39])
+    call = make_call(parse(("logp",)), [LogitOptions(1.0, None, 1.0)], "", w, BF16, y)
+    far = torch.empty(stride + w, dtype=BF16).as_strided((2, w), (stride, 1))
+    near = torch.randn(2, w).bfloat16()
+    found = []
+    for z in (near, far.copy_(near)):
+        chunks = -(-w // KERNELS.chunk_columns(call))
+        fields = torch.zeros(len(call.fields), chunks, 2)
+        target = torch.zeros(2, 2)
+        KERNELS.fold(call, Tile(0, 0, z), fields, target)
+        coefficients = torch.full((len(COEFFICIENTS), 2), 0.5)
+        KERNELS.gradient(call, Tile(0, 0, z), coefficients, z)
+        found.append((fields, target, z.clone()))
+    for a, b in zip(*found, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_shared_heads_cast_one_tile_of_weights():
+    """A head in another dtype is cast once per tile, also when both models use it."""
+    inputs = inputs_of("linear_divergence", TILES, BF16, weight_dtype=FP32, shared=True)
+    check_closeness("triton", inputs, [s for s in TWO_MODEL if s != "ev"])
+
+
+@pytest.mark.parametrize("how", ["older", "newer", "neither"])
+def test_products_are_ieee_whatever_the_caller_allows(how):
+    """Settings only; the products themselves need a GPU. Both ways of allowing tf32 are undone
+    within, agree with each other there, and come back."""
+    flags = torch.backends.cuda.matmul
+    before, precision = flags.fp32_precision, torch.get_float32_matmul_precision()
+    try:
+        if how == "older":
+            flags.allow_tf32 = True
+        elif how == "newer":
+            flags.fp32_precision = "tf32"
+        flags.allow_fp16_accumulation = True
+        outside = flags.fp32_precision
+        cuda = torch.device("cuda")
+        # a second thread enters before the first leaves, and leaves after it
+        first, second = products.full_precision(cuda), products.full_precision(cuda)
+        first.__enter__()
+        with second:
+            first.__exit__(None, None, None)
+            assert flags.fp32_precision != "tf32"
+            assert not flags.allow_fp16_accumulation
+            assert not flags.allow_tf32  # raises where the two disagree
+            assert not flags.allow_bf16_reduced_precision_reduction
+            assert not flags.allow_fp16_reduced_precision_reduction
+        assert flags.fp32_precision == outside
+        assert flags.allow_bf16_reduced_precision_reduction and flags.allow_fp16_accumulation
+        if how == "older":
+            assert flags.allow_tf32
+    finally:
+        flags.allow_fp16_accumulation = False
+        if how == "older":
+            torch.set_float32_matmul_precision(precision)
+        flags.fp32_precision = before

@@ -1,0 +1,68 @@
+"""Why the Triton backend declines a call: every reason names what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from prefkern.kernels import tiles
+
+from prefkern import backends, kernels
+from prefkern.types import Problem
+
+
+def problem(**changes):
+    return Problem(**{"op": "linear_logps", "device": "cuda", "dtype": torch.bfloat16, **changes})
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """As in a process without the interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_no_driver(compiled, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU" in " ".join(kernels.unsupported(problem()))
+
+
+def test_cpu_tensors_need_the_interpreter(compiled, monkeypatch):
+    assert "TRITON_INTERPRET=1" in " ".join(kernels.unsupported(problem(device="cpu")))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.unsupported(problem(device="cpu")) == []
+    assert "for cpu tensors" in " ".join(kernels.unsupported(problem()))
+
+
+def test_interpreted_kernels_serve_only_when_named(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    asked = problem(device="cpu", dtype=torch.float32)
+    assert "name the backend" in " ".join(backends.held_back("triton", asked))
+    assert backends.select_backend(asked) != "triton"
+    assert backends.select_backend(asked, "triton") == "triton"
+
+
+@pytest.mark.parametrize("name", ["sm_75", "sm_89", "gfx90a"])
+def test_an_arch_without_tiles(compiled, monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tiles, "device_class", lambda index: (None, name))
+    reasons = " ".join(kernels.unsupported(problem()))
+    assert name in reasons and "sm_90" in reasons
+
+
+def test_dtypes_ops_and_families():
+    reasons = " ".join(kernels.unsupported(problem(dtype=torch.float8_e4m3fn)))
+    assert "float8_e4m3fn" in reasons and "bfloat16" in reasons
+    assert "no_such_op" in " ".join(kernels.unsupported(problem(op="no_such_op")))
+    family = problem(op="list_rank", family="no_such_family")
+    assert "no_such_family" in " ".join(kernels.unsupported(family))
+
+
+def test_no_triton(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    kernels._no_triton.cache_clear()
+    try:
+        assert "not installed" in " ".join(kernels.unsupported(problem(device="cpu")))
+    finally:
+        kernels._no_triton.cache_clear()
