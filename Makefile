@@ -29,7 +29,7 @@ BENCH_ARGS ?=
 PIP = $(1)/bin/python -m pip --disable-pip-version-check
 # A new TORCH_SPEC is a new stamp, so it is installed; a checksum keeps '=' and '/' out of the name.
 TORCH_KEY := $(shell printf '%s' '$(TORCH_SPEC)' | cksum | cut -d' ' -f1)
-NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help setup test demo bench lint lint-setup wheel clean distclean
 help:
@@ -86,7 +86,7 @@ lint-setup: setup
 lint: lint-setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -type f)
 	$(VENV)/bin/codespell
 
 wheel: setup

@@ -1,9 +1,10 @@
-"""Builds the native part: the host module prefkern._C and the CPU op library prefkern/_ops_cpu.so.
+"""Builds the native part: the host module prefkern._C, the CPU op library prefkern/_ops_cpu.so and,
+where nvcc is at hand, the CUDA op library prefkern/_ops_cuda.so.
 
 pyproject.toml holds the metadata. What can keep the native part from being built (no compiler, no
 torch, PREFKERN_NO_EXT) gives a pure wheel, tagged py3-none-any, that carries the reason in
-prefkern/_build.json for `prefkern env` to print. A compiler that works and then fails on our
-sources is an error.
+prefkern/_build.json for `prefkern env` to print, as does the lack of nvcc. A compiler that works
+and then fails on our sources is an error.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -54,6 +56,12 @@ CXX_FLAGS = [
     # errno and FP traps are never read here; both block vectorisation of sqrt and of selects.
     *("-fno-math-errno", "-fno-trapping-math"),
     *("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"),
+]
+# Machine code for these, and PTX of the newest for GPUs to come.
+CUDA_ARCHS = "sm_80,sm_90a,sm_100"
+NVCC_FLAGS = [
+    *("-std=c++20", "-O3", "-DNDEBUG", "-Xfatbin=-compress-all"),
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden",
 ]
 LINK_FLAGS = ["-shared", "-Wl,--as-needed", "-Wl,-z,relro", "-Wl,-z,now"]
 
@@ -126,6 +134,69 @@ def why_not_native() -> str | None:
     return try_compiler(cxx)
 
 
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    if home and Path(home, "bin/nvcc").exists():
+        return str(Path(home, "bin/nvcc"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def cuda_archs() -> list[str]:
+    archs = (os.environ.get("PREFKERN_CUDA_ARCHS") or CUDA_ARCHS).replace(" ", "").split(",")
+    for arch in archs:
+        if not re.fullmatch(r"sm_\d{2,3}[af]?", arch):
+            sys.exit(
+                f"PREFKERN_CUDA_ARCHS must be a comma-separated list such as {CUDA_ARCHS}, got "
+                f"{arch!r}"
+            )
+    return sorted(set(archs), key=arch_number)
+
+
+def arch_number(arch: str) -> int:
+    return int(arch.strip("sm_af"))
+
+
+def gencode(archs: list[str]) -> list[str]:
+    flags = [f"-gencode=arch=compute_{x.removeprefix('sm_')},code={x}" for x in archs]
+    newest = arch_number(archs[-1])  # without a letter: PTX that later GPUs take
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def host_compiler() -> list[str]:
+    cxx = compiler()
+    assert cxx is not None
+    return [f"-ccbin={cxx[0]}", *(f"-Xcompiler={flag}" for flag in cxx[1:])]
+
+
+def why_not_cuda() -> str | None:
+    """The reason for building no CUDA library, or None when it can be built."""
+    if REASON is not None:
+        return REASON
+    if os.environ.get("PREFKERN_NO_CUDA", "0") not in ("", "0"):
+        return "PREFKERN_NO_CUDA was set when prefkern was installed; unset it and install again"
+    program = nvcc()
+    if program is None:
+        return (
+            "nvcc was not found when prefkern was built; install a CUDA toolkit (12.8 or newer has "
+            "every default GPU), put nvcc on PATH or set CUDA_HOME, install again"
+        )
+    archs = cuda_archs()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
+        command = [program, "-std=c++20", *host_compiler(), *gencode(archs), "-c", source]
+        command += ["-o", Path(folder, "probe.o")]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        text = result.stderr + result.stdout
+        first = next((x for x in text.splitlines() if "error" in x or "fatal" in x), text)
+        return (
+            f"{program} cannot compile an empty kernel for {','.join(archs)} ({first.strip()}); "
+            "fix the toolkit, or choose GPUs it knows with PREFKERN_CUDA_ARCHS"
+        )
+    return None
+
+
 def extensions() -> list[Extension]:
     host = Extension("prefkern._C", ["csrc/host.cpp"])
     isa_order = {f"kernels_{isa}": place for place, isa in enumerate(ISA_FLAGS)}
@@ -134,7 +205,11 @@ def extensions() -> list[Extension]:
         if file.stem.startswith("kernels_") and file.stem not in isa_order:
             continue  # an instruction set of another architecture
         files.append(file)
-    return [host, Extension("prefkern._ops_cpu", [str(f.relative_to(ROOT)) for f in files])]
+    made = [host, Extension("prefkern._ops_cpu", [str(f.relative_to(ROOT)) for f in files])]
+    if CUDA_REASON is None:
+        files = [*sorted((CSRC / "cuda").glob("*.cpp")), *sorted((CSRC / "cuda").glob("*.cu"))]
+        made.append(Extension("prefkern._ops_cuda", [str(f.relative_to(ROOT)) for f in files]))
+    return made
 
 
 def macro_string(name: str, text: str) -> str:
@@ -146,7 +221,7 @@ class NinjaBuild(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         # Not a Python module, so no interpreter in its name; asked for with and without package.
-        if fullname.endswith("_ops_cpu"):
+        if fullname.endswith(("_ops_cpu", "_ops_cuda")):
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
@@ -208,9 +283,17 @@ class NinjaBuild(build_ext):
                 *isa_macros,
             ],
         }
+        # USE_CUDA declares the CUDA functions of torch's C interface, in a CPU build of torch too.
+        per_extension["prefkern._ops_cuda"] = [*per_extension["prefkern._ops_cpu"], "-DUSE_CUDA"]
         link = {
             "prefkern._C": [],
             "prefkern._ops_cpu": ["-Wl,-z,defs", f"-L{torch_path / 'lib'}", "-ltorch_cpu"],
+            # The libraries that a CUDA build of torch has loaded. A CPU build has no libtorch_cuda:
+            # an empty library of that name stands in for it at link time.
+            "prefkern._ops_cuda": [
+                *("-Xlinker=--no-as-needed,-z,defs,-z,relro,-z,now", "-Xlinker=--exclude-libs,ALL"),
+                *(f"-L{torch_path / 'lib'}", "-Lstandin", "-ltorch_cpu", "-ltorch_cuda"),
+            ],
         }
         lines = [
             "ninja_required_version = 1.5",
@@ -224,6 +307,8 @@ class NinjaBuild(build_ext):
             f"  command = $cxx {ninja_words(LINK_FLAGS)} $in -o $out $flags",
             "  description = link $out",
         ]
+        if CUDA_REASON is None:
+            lines += cuda_rules(torch_path)
         outputs: dict[str, Path] = {}
         for ext in self.extensions:
             objects = []
@@ -231,17 +316,56 @@ class NinjaBuild(build_ext):
                 isa = Path(source).stem.removeprefix("kernels_")
                 isa_flags = ISA_FLAGS.get(isa, []) if "kernels_" in source else []
                 flags = [*common, *per_extension[ext.name], *isa_flags, *user_flags]
-                objects.append(source.removesuffix(".cpp") + ".o")
+                rule = "compile" if source.endswith(".cpp") else "compile_cuda"
+                objects.append(str(Path(source).with_suffix(".o")))
                 relative = os.path.relpath(ROOT / source, folder)
-                lines.append(f"build {ninja_path(objects[-1])}: compile {ninja_path(relative)}")
-                lines.append(f"  flags = {ninja_words(flags)}")
+                lines.append(f"build {ninja_path(objects[-1])}: {rule} {ninja_path(relative)}")
+                if rule == "compile":
+                    lines.append(f"  flags = {ninja_words(flags)}")
+                else:
+                    include = f"-I{os.path.relpath(CSRC, folder)}"
+                    cuda_flags = [*NVCC_FLAGS, *gencode(cuda_archs()), *host_compiler(), include]
+                    lines.append(f"  flags = {ninja_words(cuda_flags)}")
             library = Path(self.get_ext_filename(ext.name)).name
             inputs = " ".join(map(ninja_path, objects))
-            lines.append(f"build {ninja_path(library)}: link {inputs}")
-            lines.append(f"  flags = {ninja_words([*link[ext.name], *user_link])}")
+            cuda = library.startswith("_ops_cuda")
+            rule, after = ("link_cuda", " | standin/libtorch_cuda.so") if cuda else ("link", "")
+            lines.append(f"build {ninja_path(library)}: {rule} {inputs}{after}")
+            # nvcc, which links the CUDA library, does not take a compiler driver's LDFLAGS
+            flags = [*link[ext.name], *([] if cuda else user_link)]
+            lines.append(f"  flags = {ninja_words(flags)}")
             outputs[ext.name] = folder / library
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         return outputs
+
+
+def cuda_rules(torch_path: Path) -> list[str]:
+    """Rules for .cu files and the CUDA library, and the stand-in of libtorch_cuda.so."""
+    program = nvcc()
+    assert program is not None
+    standin = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+    made = torch_path / "lib/libtorch_cuda.so"
+    flags = ["-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so"]
+    command = (
+        f"ln -sf {ninja_words([str(made)])} $out"
+        if made.exists()
+        else f"echo {ninja_words([standin])} | $cxx {ninja_words(flags)} -x c++ - -o $out"
+    )
+    return [
+        f"nvcc = {ninja_words([program])}",
+        f"host = {ninja_words(host_compiler())}",
+        "rule compile_cuda",
+        "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = nvcc $in",
+        "rule link_cuda",
+        "  command = $nvcc -shared -cudart=static -nodlink $host $in -o $out $flags",
+        "  description = link $out",
+        "rule standin",
+        f"  command = {command}",
+        "build standin/libtorch_cuda.so: standin",
+    ]
 
 
 class PyBuild(build_py):
@@ -249,16 +373,26 @@ class PyBuild(build_py):
 
     def run(self) -> None:
         if self.editable_mode:
-            if REASON is not None:  # libraries of an earlier native install would still be loaded
-                for stale in [*ROOT.glob("prefkern/_C*.so"), *ROOT.glob("prefkern/_ops_*.so")]:
-                    stale.unlink()
+            # libraries of an earlier install would still be loaded
+            stale = [*ROOT.glob("prefkern/_ops_cuda.so")] if CUDA_REASON is not None else []
+            if REASON is not None:
+                stale = [*ROOT.glob("prefkern/_C*.so"), *ROOT.glob("prefkern/_ops_*.so")]
+            for library in stale:
+                library.unlink()
         else:
             # setuptools keeps build/lib between builds: a deleted module would enter the wheel.
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
         target = (ROOT if self.editable_mode else Path(self.build_lib)) / "prefkern/_build.json"
         target.parent.mkdir(parents=True, exist_ok=True)
-        record = {"native": REASON is None, "reason": REASON, "python": platform.python_version()}
+        record = {
+            "native": REASON is None,
+            "reason": REASON,
+            "cuda": CUDA_REASON is None,
+            "cuda_reason": CUDA_REASON,
+            "cuda_archs": cuda_archs() if CUDA_REASON is None else [],
+            "python": platform.python_version(),
+        }
         target.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -284,6 +418,10 @@ if REASON is not None:
         f"prefkern: building the pure Python package without the native part: {REASON}",
         file=sys.stderr,
     )
+
+CUDA_REASON = why_not_cuda()
+if REASON is None and CUDA_REASON is not None:
+    print(f"prefkern: building without the CUDA library: {CUDA_REASON}", file=sys.stderr)
 
 setup(
     packages=[*find_packages(include=["prefkern", "prefkern.*"]), "prefkern.kernels"],

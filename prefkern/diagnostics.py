@@ -57,6 +57,7 @@ def collect() -> dict[str, Any]:
         "torch": describe_torch(),
         "native": describe_native(),
         "backends": [describe_backend(name) for name in backends.backend_names()],
+        "choices": describe_choices(),
         "environment": describe_environment(),
     }
 
@@ -124,6 +125,8 @@ def describe_native() -> dict[str, Any]:
         "host_module": None if host is None else host.__file__,
         "op_library": str(library) if library.exists() else None,
         "reason": reason,
+        "cuda_library": str(cuda) if (cuda := PACKAGE / "_ops_cuda.so").exists() else None,
+        "cuda_reason": build_record().get("cuda_reason"),
     }
     if host is not None:
         info["build"] = host.build_info()
@@ -152,6 +155,17 @@ def describe_backend(name: str) -> dict[str, Any]:
         else:
             devices.append(device)
     return {"name": name, "on": bool(devices), "devices": devices, "reasons": reasons}
+
+
+def describe_choices() -> list[dict[str, str]]:
+    """Which backend each op uses on each device of this machine, and why."""
+    rows = []
+    for device in usable_devices():
+        for op, stats in PROBE_STATS.items():
+            problem = Problem(op, device, torch.float32, torch.float32, stats)
+            name, why = backends.explain(problem)
+            rows.append({"op": op, "device": device, "backend": name, "why": why})
+    return rows
 
 
 def usable_devices() -> list[str]:
@@ -315,11 +329,17 @@ def format_text(info: dict[str, Any], checks: list[dict[str, Any]] | None = None
         state = "on for " + ", ".join(backend["devices"]) if backend["on"] else "off"
         lines.append(f"  {backend['name']:<10} {state}")
         lines += [f"      not on {reason}" for reason in backend["reasons"]]
+    lines.append("automatic choice, float32")
+    for row in info["choices"]:
+        lines.append(f"  {row['op']:<18} {row['device']:<5} {row['backend']:<10} {row['why']}")
     lines.append("native part")
     lines.append(f"  host module {built['host_module'] or 'missing'}")
     lines.append(f"  op library {built['op_library'] or 'missing'}")
     if built["reason"]:
         lines.append(f"  why: {built['reason']}")
+    lines.append(f"  CUDA library {built['cuda_library'] or 'missing'}")
+    if built["cuda_reason"]:
+        lines.append(f"  why: {built['cuda_reason']}")
     if "build" in built:
         build = built["build"]
         lines.append(f"  built by {build['compiler']} {build['compiler_version']} {build['flags']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ import prefkern
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(prefkern.__file__).parent
 OP_LIBRARY = PACKAGE / "_ops_cpu.so"
+CUDA_LIBRARY = PACKAGE / "_ops_cuda.so"
 NOT_SOURCE = ("__pycache__", "*.so", "*.egg-info", "_build.json", ".*_cache", ".venv*", ".git")
 
 needs_native = pytest.mark.skipif(
@@ -43,7 +45,8 @@ def copy_tree(target: Path, *, objects: bool = False) -> Path:
 def build(tree: Path, kind: str, before: str = "", **environment: str) -> Path:
     """Calls setuptools' build hook as pip does without isolation; returns the wheel or sdist."""
     code = f"{before}\nimport setuptools.build_meta as b; print(b.build_{kind}('dist'))"
-    keep = {k: v for k, v in os.environ.items() if k not in ("PREFKERN_NO_EXT", "CXX", "CXXFLAGS")}
+    ours = ("PREFKERN_NO_EXT", "PREFKERN_NO_CUDA", "PREFKERN_CUDA_ARCHS", "CXX", "CXXFLAGS")
+    keep = {k: v for k, v in os.environ.items() if k not in ours}
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tree,
@@ -74,7 +77,7 @@ def package_files(tree: Path) -> set[str]:
     """Names that a pure wheel must hold, read from the source tree."""
     names = {
         path.relative_to(tree).as_posix()
-        for pattern in ("*.py", "*.pyi", "py.typed")
+        for pattern in ("*.py", "*.pyi", "py.typed", "cuda_ran_on.json")
         for path in (tree / "prefkern").rglob(pattern)
     }
     kernels = {f"prefkern/kernels/{path.name}" for path in (tree / "kernels").glob("*.py")}
@@ -175,7 +178,7 @@ def test_a_failing_compile_is_an_error(tmp_path):
     broken = copy_tree(tmp_path / "prefkern")
     (broken / "csrc/host.cpp").write_text("#error planted\n")
     with pytest.raises(RuntimeError, match="planted"):
-        build(broken, "wheel")
+        build(broken, "wheel", PREFKERN_NO_CUDA="1")
 
 
 @needs_native
@@ -186,7 +189,41 @@ def test_native_wheel(tmp_path):
     assert f"-{tag}-{tag}-linux_" in wheel.name
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     libraries = {f"prefkern/_C{suffix}", "prefkern/_ops_cpu.so"}
+    if CUDA_LIBRARY.exists():
+        libraries.add("prefkern/_ops_cuda.so")
     assert wheel_content(wheel) == package_files(tree) | libraries
+
+
+@needs_native
+def test_wheel_without_the_cuda_library_says_why(tmp_path):
+    tree = copy_tree(tmp_path / "prefkern", objects=True)
+    wheel = build(tree, "wheel", PREFKERN_NO_CUDA="1")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "prefkern/_ops_cuda.so" not in archive.namelist()
+        record = json.loads(archive.read("prefkern/_build.json"))
+    assert record["native"] and not record["cuda"] and record["cuda_archs"] == []
+    assert "PREFKERN_NO_CUDA was set" in record["cuda_reason"]
+
+
+@needs_native
+def test_a_missing_and_a_broken_nvcc_are_told_apart(tmp_path):
+    """Not there, or not able to compile an empty kernel: a reason. A bad list of GPUs: an error."""
+    for script, reason in (
+        (None, "nvcc was not found when prefkern was built"),
+        ("#!/bin/sh\necho 'fatal error: no such GPU' >&2\nexit 1\n", "fatal error: no such GPU"),
+    ):
+        code = (ROOT / "setup.py").read_text()
+        head = code[: code.index("\nsetup(")].replace("Path(__file__)", f"Path({str(ROOT)!r}, 'x')")
+        program = tmp_path / "nvcc"
+        if script is None:
+            head = head.replace('return shutil.which("nvcc")', 'return shutil.which("no-nvcc")')
+            head = head.replace("/usr/local/cuda/bin", "/nowhere")
+        else:
+            program.write_text(script)
+            program.chmod(0o755)
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        out = run_python(head + "\nprint(CUDA_REASON)", tmp_path, PATH=path, CUDA_HOME="")
+        assert reason in out, out
 
 
 def test_sdist_is_complete(tree, tmp_path):
@@ -258,8 +295,11 @@ def tool(*command: str) -> str:
 
 
 @needs_native
-def test_op_library_has_no_torch_cpp_and_no_python_symbol():
-    lines = tool("nm", "--dynamic", "--demangle", str(OP_LIBRARY)).splitlines()
+@pytest.mark.parametrize("library", [OP_LIBRARY, CUDA_LIBRARY], ids=lambda x: x.stem)
+def test_op_library_has_no_torch_cpp_and_no_python_symbol(library):
+    if not library.exists():
+        pytest.skip(f"{library.name} was not built (no nvcc)")
+    lines = tool("nm", "--dynamic", "--demangle", str(library)).splitlines()
     undefined = [line.split(" U ", 1)[1] for line in lines if " U " in line]
     assert any("torch_call_dispatcher" in name for name in undefined)  # the stable C interface
     # torch's C++ names live in these namespaces, CPython's start with Py or _Py.
@@ -273,6 +313,15 @@ def test_op_library_links_no_second_openmp_and_no_python():
     needed = re.findall(r"NEEDED.*\[(.+)\]", tool("readelf", "--dynamic", str(OP_LIBRARY)))
     assert "libtorch_cpu.so" in needed
     allowed = r"lib(torch_cpu|stdc\+\+|gcc_s|m|c|c\+\+|c\+\+abi)\.so|ld-linux"
+    assert [name for name in needed if not re.match(allowed, name)] == []
+
+
+@pytest.mark.skipif(not CUDA_LIBRARY.exists(), reason="no nvcc: the CUDA library was not built")
+def test_cuda_library_needs_torch_and_the_c_library_alone():
+    """The CUDA runtime is inside; libtorch_cuda is torch's own, which a CUDA build has loaded."""
+    needed = re.findall(r"NEEDED.*\[(.+)\]", tool("readelf", "--dynamic", str(CUDA_LIBRARY)))
+    assert {"libtorch_cpu.so", "libtorch_cuda.so"} <= set(needed)
+    allowed = r"lib(torch_cpu|torch_cuda|stdc\+\+|gcc_s|m|c|dl|rt|pthread)\.so|ld-linux"
     assert [name for name in needed if not re.match(allowed, name)] == []
 
 

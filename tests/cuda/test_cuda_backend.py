@@ -1,0 +1,106 @@
+"""The `cuda` backend where there is no GPU: reasons, the ran-on list, the measured order."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cases import PLAIN_PROBLEM
+
+from prefkern import backends, cuda
+from prefkern.backends import Choice
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc/cuda"
+ON_GPU = replace(PLAIN_PROBLEM, device="cuda")
+
+
+def test_kernels_of_the_sources_are_those_of_the_list():
+    """Every name that a launch is given is listed, as run or as never run, and nothing else is."""
+    if not CSRC.is_dir():
+        pytest.skip("the sources are not beside the tests")
+    launched: set[str] = set()
+    for source in CSRC.glob("*.cu"):
+        calls = re.findall(r"(?:launch|start)<.*?>\((.*?)[,;]", source.read_text(), re.S)
+        launched.update(name for call in calls for name in re.findall(r'"(\w+)"', call))
+    listed = set(json.loads(cuda.RAN_ON.read_text()))
+    assert launched == listed
+    assert listed == {name for names in cuda.KERNELS.values() for name in names}
+
+
+def test_an_entry_says_on_what_it_ran():
+    for kernel, run in cuda.ran_on().items():
+        assert run is None or set(run) == {"gpu", "commit"}, kernel
+
+
+def test_automatic_choice_waits_for_a_recorded_run(monkeypatch):
+    """Held back until every kernel that the op may launch has a recorded run."""
+    monkeypatch.setattr(cuda, "unsupported", lambda problem: [])
+    monkeypatch.setattr("prefkern.kernels.unsupported", lambda problem: ["not here"])
+    assert any("no recorded run on a GPU" in reason for reason in cuda.held_back(ON_GPU))
+    assert backends.select_backend(ON_GPU) != "cuda"
+    assert backends.select_backend(ON_GPU, "cuda") == "cuda"
+    run = {"gpu": "test", "commit": "0" * 7}
+    kernels = cuda.KERNELS["linear_logps"]
+    monkeypatch.setattr(cuda, "ran_on", lambda: {k: run for k in kernels})
+    monkeypatch.setattr("prefkern.native.unsupported", lambda problem: ["cpu only"])
+    assert cuda.held_back(ON_GPU) == []
+    assert backends.select_backend(ON_GPU) == "cuda"
+
+
+def test_a_measurement_changes_the_order_and_is_named(monkeypatch):
+    for name in ("cuda", "triton"):
+        module = backends.load_backend(name)
+        monkeypatch.setattr(module, "unsupported", lambda problem: [])
+        monkeypatch.setattr(module, "held_back", lambda problem: [])
+    monkeypatch.setattr("prefkern.native.unsupported", lambda problem: ["cpu only"])
+    assert backends.explain(ON_GPU)[0] == "triton"
+    choice = Choice("cuda", "some card, 3 % faster", "abc1234", "prefkern bench")
+    monkeypatch.setitem(backends.MEASURED, "linear_logps", choice)
+    name, why = backends.explain(ON_GPU)
+    assert name == "cuda" and all(
+        text in why for text in ("some card", "abc1234", "prefkern bench")
+    )
+    assert backends.explain(replace(ON_GPU, op="logits_logps"))[0] == "triton"
+
+
+def test_no_choice_without_evidence():
+    """The table is empty until a GPU was measured; entries name a backend and what to run."""
+    for op, choice in backends.MEASURED.items():
+        assert op in cuda.KERNELS and choice.first in backends.PRIORITY
+        assert choice.gpu and choice.commit and choice.command
+
+
+@pytest.mark.parametrize("variable", ["PREFKERN_NO_CUDA", "PREFKERN_NO_EXT"])
+def test_switched_off_by_a_variable(monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    assert cuda.unsupported(ON_GPU) == [f"{variable} is set"]
+
+
+def test_reasons_name_what_is_wrong_with_the_problem(monkeypatch):
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    monkeypatch.setattr(cuda, "load_error", lambda: None)
+    assert cuda.unsupported(ON_GPU) == []
+    assert cuda.unsupported(PLAIN_PROBLEM) == ["it runs on cuda tensors, got cpu"]
+    wide = replace(ON_GPU, dtype=torch.float64)
+    assert cuda.unsupported(wide) == [
+        "its linear_logps computes in float32, bfloat16, float16, got torch.float64"
+    ]
+    assert "it has no conv" in cuda.unsupported(replace(ON_GPU, op="conv"))[0]
+
+
+def test_a_library_that_was_not_built_says_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_ops_cuda.so")
+    reason = cuda.unsupported(ON_GPU)[0]
+    assert "_ops_cuda.so is not there" in reason
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_a_torch_without_cuda_does_not_load_the_library():
+    if cuda.missing():
+        pytest.skip(str(cuda.missing()))
+    cuda.load_error.cache_clear()
+    assert "is built without CUDA" in str(cuda.load_error())

@@ -1,0 +1,160 @@
+"""What the compiled CUDA library is made of, read with cuobjdump: no GPU takes part.
+
+Registers, stack and shared memory of every kernel for every GPU it was built for, spills and local
+memory (none in a kernel that touches every logit), the width of its loads, the list of GPUs, the
+size. The table is committed as benchmarks/results/cuda_resources.csv; write it again with
+
+    python tests/cuda/test_resources.py
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import importlib.util
+import io
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import prefkern
+from prefkern import cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = Path(prefkern.__file__).with_name("_ops_cuda.so")
+TABLE = ROOT / "benchmarks/results/cuda_resources.csv"
+ARCHS = ("sm_80", "sm_90a", "sm_100")
+# Kernels that read or write every logit; the others work on a few numbers per row.
+HOT = re.compile(r"(Fold|Second|Seen|Gradient|Factors|RaiseRows|Segment\w+|Error(Sums|Slopes))\b")
+TILE = re.compile(r"(Fold|Second|Seen|Gradient|Factors)<(.*)>")
+SIZE_LIMIT = 10 << 20
+
+
+def cuobjdump() -> str | None:
+    """From the CUDA toolkit, else from triton's wheel."""
+    if found := shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin"):
+        return found
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    inside = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
+    return str(inside) if inside.exists() else None
+
+
+pytestmark = [
+    pytest.mark.skipif(not LIBRARY.exists(), reason=str(cuda.missing())),
+    pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump (CUDA toolkit or triton)"),
+]
+
+
+def dump(*flags: str) -> str:
+    tool = cuobjdump()
+    assert tool is not None
+    command = [tool, *flags, str(LIBRARY)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+class Use(NamedTuple):
+    registers: int
+    stack: int
+    shared: int
+    local: int
+
+
+def kernel_name(mangled: str) -> str:
+    """_ZN8prefkern10run_kernelINS_4FoldIfLb0ELb1EEEEEvNT_4ArgsE -> Fold<float, false, true>."""
+    text = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"run_kernel<(.*)>\(", text)
+    return (found[1] if found else text).replace("prefkern::", "").replace(" >", ">").strip()
+
+
+@functools.cache
+def resources() -> dict[tuple[str, str], Use]:
+    """(kernel, GPU) -> what it uses."""
+    found, arch, kernel = {}, "", ""
+    usage = dump("-res-usage")
+    names = {x: kernel_name(x) for x in set(re.findall(r"_ZN8prefkern\w+", usage))}
+    for line in usage.splitlines():
+        if match := re.match(r"arch = (\S+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\w+):", line):
+            kernel = names.get(match[1], match[1])
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            found[kernel, arch] = Use(*map(int, match.groups()))
+    return found
+
+
+def table() -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("kernel", "gpu", "registers", "stack_bytes", "shared_bytes", "local_bytes"))
+    writer.writerows((*key, *use) for key, use in sorted(resources().items()))
+    return out.getvalue()
+
+
+def test_every_kernel_is_there_for_every_gpu():
+    archs = defaultdict(set)
+    for kernel, arch in resources():
+        archs[kernel].add(arch)
+    assert len(archs) >= 45, sorted(archs)
+    assert {k: sorted(a) for k, a in archs.items() if a != set(ARCHS)} == {}
+
+
+def test_ptx_of_the_newest_alone():
+    assert set(re.findall(r"\.(sm_\w+)\.ptx", dump("-lptx"))) == {ARCHS[-1]}
+
+
+def test_hot_kernels_neither_spill_nor_use_local_memory():
+    bad = {k: u for k, u in resources().items() if HOT.match(k[0]) and (u.stack or u.local)}
+    assert bad == {}
+
+
+def test_registers_and_shared_memory_leave_room_for_several_blocks():
+    """A block of 128 threads with 128 registers fills a quarter of a multiprocessor."""
+    hot = {k: u for k, u in resources().items() if TILE.match(k[0])}
+    assert len(hot) == 3 * len(ARCHS) * 11  # three dtypes; 4 folds, 4 gradients, 3 more
+    assert {k: u for k, u in hot.items() if u.registers > 128 or u.shared > 4096} == {}
+
+
+def test_size():
+    assert LIBRARY.stat().st_size <= SIZE_LIMIT
+
+
+def test_tiles_are_read_16_bytes_at_a_time():
+    """One 16-byte load per model in the loop; narrower loads of tiles belong to the row's ends."""
+    loads: dict[str, list[str]] = defaultdict(list)
+    kernel = ""
+    for line in dump("-sass", "-arch", "sm_90a").splitlines():
+        if match := re.match(r"\s*Function : (\w+)", line):
+            kernel = match[1]
+        elif match := re.search(r"\b(LDG\S*\.128|LDL\S*|STL\S*|ATOM\S*|RED\.\S*)", line):
+            loads[kernel].append(match[1])
+    loads = {kernel_name(k): v for k, v in loads.items()}
+    models = {"Seen": 1, "Second": 2, "Factors": 2}
+    checked = 0
+    for kernel, found in loads.items():
+        if not (match := TILE.match(kernel)):
+            continue
+        two = ", true, " in kernel
+        want = models.get(match[1], (3 if kernel.endswith("false>") else 2) if two else 1)
+        assert found.count("LDG.E.EF.128") == want, (kernel, found)
+        assert all(x.startswith("LDG") for x in found), f"{kernel}: local memory or atomics {found}"
+        checked += 1
+    assert checked == 33
+
+
+def test_the_committed_table_is_of_these_kernels():
+    """Names alone: another version of nvcc may use a register more."""
+    if not TABLE.exists():
+        pytest.skip("the table is not beside the tests")
+    rows = list(csv.reader(TABLE.read_text().splitlines()))[1:]
+    assert {(r[0], r[1]) for r in rows} == set(resources())
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table())
