@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import math
 import numbers
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -39,9 +40,10 @@ def load_scorer(path: str) -> Scorer:
     if where.endswith(".py"):
         if not Path(where).is_file():
             raise ValueError(f"judge: there is no file {where}.")
-        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        spec = importlib.util.spec_from_file_location(f"judge_of_{Path(where).stem}", where)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses look their annotations up
         spec.loader.exec_module(module)
     else:
         try:

@@ -44,7 +44,8 @@ def check(config: TrainConfig) -> None:
         _check_speeds(config)
     if config.fused_ref and "infifpo" not in config.loss:
         raise ValueError(
-            f"fused_ref is the reference of loss infifpo, got {list(config.loss)}; drop one of them."
+            f"fused_ref is the reference of loss infifpo, got {list(config.loss)}; add that loss "
+            "or drop fused_ref."
         )
     if config.precomputed_aux is not None and config.aux_model is not None:
         raise ValueError("aux_model and precomputed_aux are two sources of one thing; give one.")
@@ -119,6 +120,11 @@ def _check_online(config: TrainConfig) -> None:
         raise ValueError(f"generation_mixture must be in [0, 1], got {config.generation_mixture}.")
     if not 0.0 < config.generation_top_p <= 1.0:
         raise ValueError(f"generation_top_p must be in (0, 1], got {config.generation_top_p}.")
+    if config.score_prompt:
+        raise ValueError(
+            "score_prompt is for stored rows: samples are judged and weighed by the log-"
+            "probabilities of the answers alone; drop it with round_data=online."
+        )
     if config.target_beta <= 0.0:
         raise ValueError(f"target_beta must be > 0, got {config.target_beta}.")
     if config.generation_temperature == 0.0 and config.num_generations > 1:

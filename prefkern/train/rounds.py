@@ -134,6 +134,8 @@ def round_config(
         records = checks.check_losses(config)
         kind, made = online.kind_of(records), folder / MADE
         names = online.BROUGHT.get(kind, ())
+        if kind == "rto":  # its rewards stand in the round's rows
+            changes["aux_model"] = None
         if kind == "fdpg" and made.is_file():
             changes["loss_args"] = {"baseline": ckpt.read_json(made)["baseline"]} | config.loss_args
         if config.soft_judge:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Run:
 
 def make_accelerator(config: TrainConfig) -> Any:
     from accelerate import Accelerator, tracking
-    from accelerate.utils import DistributedType
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
     # accelerate leaves out trackers that are not installed without a word
     known_trackers = ["all", *(str(name) for name in tracking.get_available_trackers())]
@@ -90,7 +91,12 @@ def make_accelerator(config: TrainConfig) -> Any:
             f"report_to: {', '.join(lacking)} is not installed here or no tracker of accelerate's; "
             f"available: {', '.join(known_trackers[1:]) or 'none'}."
         )
+    handlers = []
+    if config.round_data == "online":
+        # one process judges while the others wait, which may take longer than NCCL's 10 minutes
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(hours=12)))
     accelerator = Accelerator(
+        kwargs_handlers=handlers,
         cpu=config.device == "cpu",
         mixed_precision="no",  # autocast is the step's own, so that evaluation has the same
         log_with=list(config.report_to) or None,
@@ -174,6 +180,11 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
     has_adapter = hasattr(policy, "peft_config")
     needs = Needs.of(config.loss, config.loss_args, config.columns)
     mode = choose_mode(config, needs, has_adapter)
+    if (config.aux_model or config.precomputed_aux) and not (needs.aux or needs.aux_head):
+        raise ValueError(
+            f"loss {', '.join(config.loss)} reads no second frozen model, or a column gives what "
+            "it reads of one; drop aux_model and precomputed_aux."
+        )
 
     examples, layout, report = load_data(
         config.dataset, config.dataset_split, config, config.limit, tokenizer, policy,

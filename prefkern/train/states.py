@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import losses
 from ..losses.pairwise import beta_dpo, selfie
 from ..losses.pointwise import bco
 from ..types import Loss, SeqStats
@@ -41,6 +42,7 @@ class Batch:
     options: dict[str, Any]  # hyper-parameters and the rule's own options
     progress: float  # share of the run that is done
     generator: torch.Generator  # the same on all ranks
+    given: frozenset[str]  # arguments that the user gave
     training: bool
 
 
@@ -73,8 +75,9 @@ def _beta_dpo(state: beta_dpo.BetaState, batch: Batch) -> tuple[Any, dict[str, A
     # The objective divides by all pairs and the loss is a mean over the kept ones of all ranks.
     share = picked.numel() / max(1.0, float(picked.sum()))
     gap = chosen.logratio - rejected.logratio
+    average = batch.options["gap_mean"] if "gap_mean" in batch.given else before.mean
     knobs = {name: batch.options[name] for name in ("beta", "a", "ema")}
-    beta = beta_dpo.batch_beta(gap, picked.to(gap.dtype), before.mean, **knobs)
+    beta = beta_dpo.batch_beta(gap, picked.to(gap.dtype), average, **knobs)
     # One beta for the pairs of all ranks; with a = 0 the loss takes it as it is.
     own = keep if batch.mine is None else picked[batch.mine].to(keep) * share
     return state, {"keep": own, "gap_mean": before.mean, "beta": beta, "a": 0.0}
@@ -158,7 +161,9 @@ class LossStates:
         self.given, self.loss_args, self.seed = given, loss_args, seed
         self.rules = {r.name: rule for r in records if (rule := rule_of(r)) is not None}
         self.values = {name: rule.start(loss_args) for name, rule in self.rules.items()}
+        # arguments that no loss takes: the step leaves them out
         self.options = {name for rule in self.rules.values() for name in rule.options}
+        self.options -= {name for record in records for name in losses.arguments(record)}
         self.updates = 0
         self.progress = 1.0  # share of the run that is done; a training loop sets it
         self._found: dict[str, dict[str, Tensor]] = {}  # by loss
@@ -231,8 +236,9 @@ class LossStates:
             return record.update(*positional, **fixed, **more)
 
         batch = Batch(
-            update, rows, own, mine, every, own_names, options, self.progress, generator, training
-        )
+            update, rows, own, mine, every, own_names, options, self.progress, generator,
+            self.given, training,
+        )  # fmt: skip
         state, found = rule.forward(self.values[record.name], batch)
         if training:
             self.values[record.name] = state

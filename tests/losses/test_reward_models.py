@@ -113,6 +113,8 @@ def test_more_refuses():
         losses.more(scores, labels, groups, source=source[:3], source_weights=two)
     with pytest.raises(ValueError, match="source must be integers"):
         losses.more(scores, labels, groups, source=source.double(), source_weights=two)
+    with pytest.raises(ValueError, match=r"features must be \[S, D\] = \[12, D\], got \[3, 2\]"):
+        head_gradients(torch.zeros(3, 2), torch.zeros(12), labels, groups, source, 2)
     with pytest.raises(ValueError, match="source_weights must be a tensor"):
         losses.more(scores, labels, groups, source=source, source_weights=[0.5, 0.5])
     with pytest.raises(ValueError, match="losses must be"):

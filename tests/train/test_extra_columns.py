@@ -123,6 +123,8 @@ def test_rows_must_be_alike():
     rows = [PAIR | {"margin_reward_chosen": [1.0] * k} for k in (1, 2)]
     with pytest.raises(ValueError, match="margin_reward_chosen must be a list of numbers per row"):
         load(rows, extra("margin_reward_chosen"))
+    with pytest.raises(ValueError, match="no row has a name in column 'anotator'"):
+        load([PAIR | {"annotator": "ann"}], extra("annotator", "anotator"))
 
 
 def test_every_kind_is_used_and_columns_are_asked_for_by_name(tmp_path):

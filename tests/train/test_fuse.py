@@ -80,9 +80,11 @@ def test_a_fused_reference_of_two_models(tmp_path, materials, sources):
 def test_caches_that_do_not_belong_are_refused(tmp_path, materials, sources):
     _, model, data, _ = materials
     more = write_data(tmp_path / "more.jsonl", rows=9)
+    as_many = write_data(tmp_path / "as_many.jsonl", seed=9)
     options = dict(loss=("infifpo",))
     for changes, match in (
         (dict(dataset=more, fused_ref=sources), "computed for other rows"),
+        (dict(dataset=as_many, fused_ref=sources), "computed for other rows"),
         (dict(dataset=data, fused_ref=(str(tmp_path / "none"),)), "prefkern precompute"),
         (dict(dataset=data), "missing.*source_chosen_mean_logps"),
     ):
@@ -92,6 +94,8 @@ def test_caches_that_do_not_belong_are_refused(tmp_path, materials, sources):
     lists = write_data(tmp_path / "lists.jsonl", "lists")
     with pytest.raises(ValueError, match=r"not pairs|are lists"):
         prepare(config(tmp_path, model, lists, fused_ref=sources, **options))
+    with pytest.raises(ValueError, match=r"reference of loss infifpo, got \['dpo'\]"):
+        config(tmp_path, model, data, fused_ref=sources)
 
 
 def test_a_dpo_model_gives_token_rewards(tmp_path, materials):

@@ -232,6 +232,8 @@ def test_target_columns_by_hand():
         ({"loss": ("kto",)}, "cannot make the rows"),
         ({"loss": ("dpo", "fdpg")}, "different rows"),
         ({"precomputed_ref": "c"}, "drop precomputed_ref"),
+        ({"score_prompt": True}, "of the answers alone"),
+        ({"aux_model": "m"}, "loss dpo reads no second frozen model"),
     ],
 )
 def test_contradictions_are_refused(tmp_path, materials, changes, match):

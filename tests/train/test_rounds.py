@@ -155,6 +155,22 @@ def test_an_interrupted_sequence_continues_to_the_same_bits(tmp_path, materials,
         train(config(tmp_path / "parts", model, data, **common | {"num_rounds": 4}))
 
 
+def test_what_a_first_round_made_is_not_for_other_options(tmp_path, materials, monkeypatch):
+    """Killed in its first round, the run leaves that round's data: of its own data set only."""
+    model, data, lists = materials
+    common = dict(round_data="stages", num_rounds=2, max_steps=1, resume_from_checkpoint="auto")
+
+    def killed(run, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounds, "train_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path, model, lists, **common))
+    assert (tmp_path / "round-0" / "data.jsonl").is_file()
+    with pytest.raises(ValueError, match="dataset: was"):
+        train(config(tmp_path, model, data, **common))
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -165,6 +181,7 @@ def test_an_interrupted_sequence_continues_to_the_same_bits(tmp_path, materials,
         ({"round_extrapolation": -0.1}, ">= 0"),
         ({"num_rounds": 0}, "round_data=stages"),
         ({"num_rounds": 1, "judge": "a:b"}, "set round_data=online"),
+        ({"prompts_per_round": 4}, "prompts_per_round is for answers sampled in rounds"),
         ({"resume_from_checkpoint": "x/checkpoint-1"}, "resume_from_checkpoint=auto"),
     ],
 )

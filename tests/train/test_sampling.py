@@ -8,6 +8,7 @@ from tiny_models import STORIES, config, tiny_model
 from tiny_tokenizer import byte_tokenizer
 
 from prefkern.train import judges, models
+from prefkern.train.data import load_examples
 from prefkern.train.sampling import mix_logits, prompt_ids, sample_answers
 
 ROWS = [{"prompt": "ab"}, {"prompt": "hello there"}]  # padded on the left to one length
@@ -112,6 +113,34 @@ def test_an_answer_continues_its_prompt_as_text():
     assert sum(len(x) == start + 12 for x in ids) >= 14
 
 
+def test_prompts_are_read_as_training_reads_them():
+    """The template gets the row's tools and arguments, and an end the tokenizer adds is cut."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for t in tools or [] %}<{{ t.name }}>{% endfor %}{{ mood }}"
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    row = {
+        "prompt": [{"role": "user", "content": "hi"}], "tools": [{"name": "clock"}],
+        "chat_template_kwargs": {"mood": "!"},
+        "completion": [{"role": "assistant", "content": "yes"}],
+    }  # fmt: skip
+    (example,), _, _ = load_examples([row], tokenizer=tokenizer, labelled=False)
+    sequence = example.sequences[0]
+    ids = prompt_ids(tokenizer, row)
+    assert tokenizer.decode(ids) == "<clock>!u:hi;a:"
+    assert ids == sequence.input_ids[: sequence.completion_start].tolist()
+
+    class Ending:
+        eos_token, eos_token_id = tokenizer.eos_token, tokenizer.eos_token_id
+
+        def __call__(self, text, **options):
+            return {"input_ids": [*tokenizer(text)["input_ids"], self.eos_token_id]}
+
+    assert prompt_ids(Ending(), {"prompt": "ab"}) == tokenizer("ab")["input_ids"]
+
+
 def test_a_forbidden_token_stays_forbidden():
     z = torch.tensor([0.0, -torch.inf]), torch.tensor([1.0, 2.0])
     assert mix_logits(*z, 0.5)[1] == -torch.inf and mix_logits(*z, 1.0)[1] == 2.0
@@ -120,7 +149,9 @@ def test_a_forbidden_token_stays_forbidden():
 
 def test_judges(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "def length(row, answers):\n    return list(map(len, answers))\n"
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Scale:\n    by: int = 1\n\n"
+        "def length(row, answers):\n    return [Scale().by * len(a) for a in answers]\n"
     )
     scorer = judges.load_scorer(f"{tmp_path}/mine.py:length")
     assert judges.scorer_judge(scorer)(ROWS, [["a", "bb"], ["ccc"]]) == [[1.0, 2.0], [3.0]]

@@ -39,6 +39,13 @@ def test_every_loss_with_a_state_has_a_rule():
     assert {name for name, record in LOSSES.items() if record.update is not None} == set(RULES)
 
 
+def test_an_argument_that_a_loss_takes_too_reaches_it():
+    """ema is beta_dpo's own argument and an option of lcpo's state."""
+    pair = [LOSSES["beta_dpo"], LOSSES["lcpo"]]
+    assert LossStates(pair, frozenset(), {}, 0).options == {"rho"}
+    assert states_of("lcpo").options == {"ema"}
+
+
 def test_bco_delta_is_the_mean_of_all_rewards_so_far():
     states = states_of("bco")
     assert ask(states, "bco", seq(1.0, 3.0))["delta"] == pytest.approx(0.2)
@@ -61,6 +68,10 @@ def test_beta_dpo_keeps_a_share_and_follows_the_margin():
     assert states.values["beta_dpo"].mean == pytest.approx(0.06)  # 0.1 * mean of 0.6
     fixed = ask(states, "beta_dpo", seq(*gaps), seq(*gaps), training=False, a=0.6, ema=0.9)
     assert fixed["keep"].tolist() == [1.0] * 10 and fixed["gap_mean"] == pytest.approx(0.06)
+    assert states.metrics.keys() == {"state/gap_mean"}  # no beta of the batch before
+    own = ask(states_of("beta_dpo", gap_mean=0.5), "beta_dpo", seq(1.0), seq(0.0), a=0.6, ema=0.9)
+    assert own["beta"].item() == pytest.approx(0.1 * (1 + 0.6 * (1.0 - 0.9 * 0.5 - 0.1)))
+    assert "gap_mean" not in own
 
 
 def test_lcpo_learns_each_annotator():
@@ -138,3 +149,6 @@ def test_evaluation_of_a_trained_model_reads_its_state(tmp_path):
         )
         assert run.step.states.values["bco"].count == 12
         assert evaluate(run, run.examples, run.reference)["eval_loss"] == pytest.approx(want)
+    both = LossStates([LOSSES["bco"], LOSSES["selfie"]], frozenset(), {}, 0)
+    both.load_from(tmp_path / "run")  # what both have is taken over, the rest starts
+    assert both.values["bco"].count == 12 and both.values["selfie"].margins == ()

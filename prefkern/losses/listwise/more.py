@@ -90,7 +90,14 @@ def head_gradients(
 
     Returns:
         (`[n, D]`, `[n]`), without gradient; 0 for a source that is not in the batch.
+
+    Raises:
+        ValueError: features are not `[S, D]`, source is not `[G]` integers, shapes that do not fit.
     """
+    if features.dim() != 2 or len(features) != scores.numel():
+        raise ValueError(
+            f"features must be [S, D] = [{scores.numel()}, D], got {list(features.shape)}."
+        )
     _check_source(source, cu_groups.numel() - 1)
     index = source.long()
     leaf = scores.detach().requires_grad_()
@@ -103,7 +110,7 @@ def head_gradients(
         mean = loss / count[index]
         (slope,) = torch.autograd.grad(mean.sum(), leaf)
     owner = index[sequence_of(cu_groups, scores)]
-    rows = (slope[:, None] * features.detach().to(slope.dtype)).to(slope.dtype)
+    rows = slope[:, None] * features.detach().to(slope.dtype)
     gradient = rows.new_zeros(sources, features.shape[1]).index_add(0, owner, rows)
     return gradient, count.new_zeros(sources).index_add(0, index, mean.detach())
 
