@@ -141,6 +141,17 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+def nvcc_version() -> str:
+    """Such as 13.0."""
+    program = nvcc()
+    assert program is not None
+    text = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    if found is None:
+        sys.exit(f"{program} --version names no release:\n{text}")
+    return found[1]
+
+
 def cuda_archs() -> list[str]:
     archs = (os.environ.get("PREFKERN_CUDA_ARCHS") or CUDA_ARCHS).replace(" ", "").split(",")
     for arch in archs:
@@ -391,6 +402,7 @@ class PyBuild(build_py):
             "cuda": CUDA_REASON is None,
             "cuda_reason": CUDA_REASON,
             "cuda_archs": cuda_archs() if CUDA_REASON is None else [],
+            "cuda_toolkit": nvcc_version() if CUDA_REASON is None else None,
             "python": platform.python_version(),
         }
         target.write_text(json.dumps(record, indent=1) + "\n")

@@ -36,6 +36,7 @@ def list_rank_fwd(
     loss = score.new_empty(groups)
     slope = torch.empty_like(score)
     given = (score, label, cu_groups)
+    args: tuple[Tensor | int, ...]
     if family in ("pair", "hinge", "rank_hinge"):
         setting = {"hinge": o.margin, "rank_hinge": o.scale}.get(family, 0.0)
         rows = 2 if family == "rank_hinge" or o.weights == "lambda" else 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,12 @@ def load_error() -> str | None:
         return reason
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU (no driver, or one that is too old for this torch)"
+    if reason := older(torch.version.cuda, _record().get("cuda_toolkit")):
+        return reason
+    if reason := unserved(torch.cuda.get_device_capability(), _record().get("cuda_archs", [])):
+        return reason
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
@@ -75,10 +82,38 @@ def missing() -> str | None:
     """Why there is no library to load, without loading it."""
     if LIBRARY.exists():
         return None
-    record = Path(__file__).with_name("_build.json")
-    reason = json.loads(record.read_text()).get("cuda_reason") if record.exists() else None
-    reason = reason or "build it with: pip install --no-build-isolation ."
+    reason = _record().get("cuda_reason") or "build it with: pip install --no-build-isolation ."
     return f"the compiled library {LIBRARY.name} is not there ({reason})"
+
+
+def _record() -> dict[str, Any]:
+    """What setup.py wrote about the build."""
+    record = Path(__file__).with_name("_build.json")
+    return json.loads(record.read_text()) if record.exists() else {}
+
+
+def older(torch_cuda: str, toolkit: str | None) -> str | None:
+    """Why a library of CUDA `toolkit` may find no driver that is new enough: a driver of one major
+    version serves every toolkit of it, and torch's own version is the one it is known to serve."""
+    if toolkit is None or int(torch_cuda.split(".")[0]) >= int(toolkit.split(".")[0]):
+        return None
+    return (
+        f"it was built with CUDA {toolkit} and torch uses CUDA {torch_cuda}, whose driver may be "
+        "too old for it; build it with a toolkit of torch's version, or install torch for CUDA "
+        f"{toolkit.split('.')[0]}"
+    )
+
+
+def unserved(capability: tuple[int, int], archs: list[str]) -> str | None:
+    """Why code for `archs` (sm_80, sm_90a ...) does not run on a GPU. Machine code runs on later
+    GPUs of its generation, with an `a` on its own alone; PTX of the newest on what is newer."""
+    made = {x: divmod(int(x.strip("sm_af")), 10) for x in archs}
+    same = (x for x, (major, _) in made.items() if major == capability[0])
+    if any(made[x] == capability or (x[-1] != "a" and made[x] < capability) for x in same):
+        return None
+    if not made or capability > max(made.values()):
+        return None
+    return f"it was built for {', '.join(archs)}, and this GPU is sm_{capability[0]}{capability[1]}"
 
 
 def unsupported(problem: Problem) -> list[str]:

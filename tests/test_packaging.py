@@ -375,7 +375,8 @@ def test_pins_satisfy_the_declared_ranges(name):
         x for extra in {"test": ("train", "test"), "bench": ("bench",)}[name] for x in extras[extra]
     ]
     lines = (ROOT / f"requirements/{name}.txt").read_text().splitlines()
-    pins = dict(line.lower().replace("_", "-").split("==") for line in lines if "==" in line)
+    pairs = [line.partition(" ;")[0].lower().replace("_", "-") for line in lines if "==" in line]
+    pins = dict(pair.split("==") for pair in pairs)
     for text in wanted:
         requirement = Requirement(text)
         if requirement.name == "torch":

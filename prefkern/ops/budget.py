@@ -23,16 +23,24 @@ def check_budget(memory_budget: int | None) -> None:
         )
 
 
+# On a GPU kept rows end at a multiple of this many logits, where fast products want them to; the
+# cache is as much larger than its rows of V, and the budget counts it.
+PADDED = 16
+
+
 def rows_kept(
-    rows: int, bytes_per_row: int, memory_budget: int | None, device: torch.device
+    rows: int, v: int, bytes_per_logit: int, memory_budget: int | None, device: torch.device
 ) -> int:
-    """Rows [0, rows] whose logits fit the budget; 0 where no backward can follow or a checkpoint
-    region would drop what is kept."""
+    """Rows [V] of the cache for the logits of as many of `rows` rows as fit the budget; 0 where no
+    backward can follow or a checkpoint region would drop what is kept."""
     if not torch.is_grad_enabled() or _in_checkpoint_region():
         return 0
     if memory_budget is None:
         memory_budget = DEFAULT_BUDGET.get(device.type, _FALLBACK_BUDGET)
-    return min(rows, memory_budget // bytes_per_row)
+    if device.type == "cpu":
+        return min(rows, memory_budget // (v * bytes_per_logit))
+    padded = -(-v // PADDED) * PADDED
+    return -(-min(rows, memory_budget // (padded * bytes_per_logit)) * padded // v)
 
 
 def _in_checkpoint_region() -> bool:
@@ -44,9 +52,15 @@ def _in_checkpoint_region() -> bool:
 
 
 def count_scored(targets: Tensor, ignore_index: int, num_scored: int | None) -> int:
-    """Rows that will be computed: exact on CPU, the stated `num_scored` or N elsewhere."""
+    """Rows whose logits may be kept: exact on CPU, the stated `num_scored` or N elsewhere. 0 where
+    a CUDA graph may hold one direction without the other: only the other leaves ignored rows out,
+    and the two would disagree about where a kept logit lies."""
     if num_scored is not None:
         return num_scored
+    if targets.device.type == "cuda" and (
+        torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+    ):
+        return 0
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         return int((targets != ignore_index).sum())
     return targets.numel()

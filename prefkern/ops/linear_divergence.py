@@ -100,7 +100,7 @@ def linear_divergence(
     scored = budget.count_scored(targets, ignore_index, num_scored)
     kept = 0
     if not frozen and needs_gradient(hidden, weight, bias):
-        kept = budget.rows_kept(scored, 2 * v * dtype.itemsize, memory_budget, hidden.device)
+        kept = budget.rows_kept(scored, v, 2 * dtype.itemsize, memory_budget, hidden.device)
     out, _, _, _ = torch.ops.prefkern.linear_divergence_fwd(
         rows, weight.contiguous(), targets.reshape(-1).long().contiguous(),
         head.rows_of(ref_hidden, dtype), ref_weight.contiguous(), _contiguous(bias),

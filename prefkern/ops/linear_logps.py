@@ -80,7 +80,7 @@ def linear_logps(
     scored = budget.count_scored(targets, ignore_index, num_scored)
     kept = 0
     if not frozen and needs_gradient(hidden, weight, bias):
-        kept = budget.rows_kept(scored, v * dtype.itemsize, memory_budget, hidden.device)
+        kept = budget.rows_kept(scored, v, dtype.itemsize, memory_budget, hidden.device)
     out, _, _, _ = torch.ops.prefkern.linear_logps_fwd(
         rows, weight.contiguous(), targets.reshape(-1).long().contiguous(),
         None if bias is None else bias.contiguous(), float(scale),

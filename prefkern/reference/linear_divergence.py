@@ -108,7 +108,8 @@ def linear_divergence_bwd(
     x = rounded(product(h, weight, exact=True), dtype)
     xr = rounded(product(scored.take(ref_hidden), ref_weight, exact=True), dtype)
     kept = min(cache.shape[1], x.shape[0])
-    x[:kept], xr[:kept] = cache[0, :kept].to(x.dtype), cache[1, :kept].to(x.dtype)
+    if scored.mask is None:  # else a forward outside this capture kept other rows
+        x[:kept], xr[:kept] = cache[0, :kept].to(x.dtype), cache[1, :kept].to(x.dtype)
     z, zr = shape_logits(x, bias, *options), shape_logits(xr, ref_bias, *ref_options)
     policy, ref, aux = formulas.model(z), formulas.model(zr), None
     if aux_hidden is not None:

@@ -88,7 +88,8 @@ def linear_logps_bwd(
     h = scored.take(hidden)
     x = product(h, weight, exact=bool(NEEDS_EXACT.intersection(stats)))
     x = rounded(x, hidden.dtype)
-    x[: cache.shape[0]] = cache[: x.shape[0]].to(x.dtype)
+    if scored.mask is None:  # else a forward outside this capture kept other rows
+        x[: cache.shape[0]] = cache[: x.shape[0]].to(x.dtype)
     z = shape_logits(x, bias, scale, softcap, temperature)
     s = formulas.Inputs(scored.take(targets).clamp(min=0), formulas.model(z))
     dz = sum_gradients(d_out, scored, stats, s)

@@ -43,6 +43,8 @@ def backward(
         return d_hidden, weight.new_empty(0), hidden.new_empty(0)
     ops = gather(heads, targets, ignore_index, num_scored, stats, values, values_index)
     call, index = ops.call, ops.scored.index
+    if ops.scored.mask is not None:
+        cache = cache.new_empty(0)  # a forward outside this capture kept other rows
     bias = heads[0].options.bias
     d_weight = weight.new_empty(weight.shape if need_weight else 0)
     d_bias = hidden.new_empty(0)

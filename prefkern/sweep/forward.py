@@ -44,8 +44,7 @@ def forward(
         rows = out.new_zeros((grad, *hidden.shape) if frozen else 0)
         return out, saved, cache.zero_(), rows
     with full_precision(hidden.device):
-        sweep = _Sweep(epilogue, ops, cache, frozen)
-        out, saved, rows = sweep.run(frozen)
+        out, saved, rows = _Sweep(epilogue, ops, cache, frozen).run()
     return ops.put(out, n), ops.put(saved, n), cache, rows if not frozen else ops.put(rows, n)
 
 
@@ -86,77 +85,90 @@ class Products:
 
 
 class _Sweep:
+    """Row blocks one after the other: the chunk fields of all rows at once would be 0.4 GB for a KL
+    of 65,536 rows over 152k entries. A block reads the head once, as its products do anyway."""
+
     def __init__(self, epilogue: Epilogue, ops: Operands, cache: Tensor, frozen: bool) -> None:
-        self.epilogue, self.ops, self.call = epilogue, ops, ops.call
+        self.epilogue, self.ops, self.call, self.frozen = epilogue, ops, ops.call, frozen
         self.plan, self.chunk = plan_for(epilogue, ops, frozen)
         self.products = Products(ops, self.plan, cache)
         self.chunks = -(-self.call.V // self.chunk)
         self.device = ops.hidden[0].device
 
-    def run(self, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
         call, m, acc = self.call, self.ops.M, self.call.fold_dtype
+        out = torch.empty((len(call.stats), m), dtype=acc, device=self.device)
+        saved = out.new_empty((1 if call.ref is None else SAVED_ROWS, m))
+        names = [s.name for s in call.stats if s.name not in NO_GRADIENT]
+        rows = out.new_empty((len(names), *self.ops.hidden[0].shape) if self.frozen else 0)
+        for r0 in self.plan.row_blocks():
+            block = slice(r0, min(r0 + self.plan.rows, m))
+            totals = Frozen(self.epilogue, self.ops, self.plan, block) if self.frozen else None
+            sums = self.first(block, totals)
+            if needs_second(call):
+                self.second(block, sums)
+            for i, stat in enumerate(call.stats):
+                out[i, block] = row_maths.statistic(call, stat.name, sums)
+            saved[:, block] = row_maths.saved(call, sums)
+            if totals is not None:
+                totals.finish(names, sums, rows[:, block])
+        self.products.kept.clear_rest()
+        return out, saved, rows
+
+    def first(self, block: slice, totals: Frozen | None) -> row_maths.Sums:
+        """Sums of the rows of a block over the whole vocabulary."""
+        call, m, acc = self.call, block.stop - block.start, self.call.fold_dtype
         fields = torch.empty((len(call.fields), self.chunks, m), dtype=acc, device=self.device)
         at_target = torch.zeros((2, m), dtype=acc, device=self.device)
         top = None
         if call.has("bkl"):
             top = TopSet(m, min(int(call.param("bkl")), call.V), acc, self.device)
-        rows = Frozen(self.epilogue, self.ops, self.plan) if frozen else None
-        for step, weights in self.steps():
+        for step, weights in self.steps(block):
             made = self.products.make(step, weights, into_cache=True)
             keep = self.products.kept.place(step) if call.wide else None
             tile = self.ops.tile(step, made, keep=_two(keep))
             part = self.part(fields, step)
-            self.epilogue.fold(call, tile, part, at_target[:, step.r0 : step.r1])
+            self.epilogue.fold(call, tile, part, at_target)
             if top is not None:
                 self.add_top(top, tile)
-            if rows is not None:
-                rows.add(tile, part, weights[0])
-        self.products.kept.clear_rest()
+            if totals is not None:
+                totals.add(tile, part, weights[0])
         starts = torch.arange(0, call.V, self.chunk, device=self.device, dtype=torch.float64)
         sums = row_maths.merge(call, fields, starts)
         sums["zy"], sums["ref_zy"] = at_target[0].double(), at_target[1].double()
-        sums["target"] = call.targets.double()
+        sums["target"] = call.targets[block].double()
         if top is not None:
             sums["top_value"], sums["top_index"] = (x.double() for x in top.threshold)
-        if needs_second(call):
-            self.second(sums)
-        out = torch.stack([row_maths.statistic(call, s.name, sums) for s in call.stats]).to(acc)
-        made_rows = out.new_empty(0)
-        if rows is not None:
-            names = [s.name for s in call.stats if s.name not in NO_GRADIENT]
-            made_rows = rows.finish(names, sums)
-        return out, row_maths.saved(call, sums), made_rows
+        return sums
 
-    def steps(self) -> Iterator[tuple[Step, list[Tensor]]]:
-        """Every tile, with the head's rows of its columns."""
+    def steps(self, block: slice) -> Iterator[tuple[Step, list[Tensor]]]:
+        """Every tile of a block, with the head's rows of its columns."""
         for v0 in self.plan.tiles():
-            weights = self.ops.weight_tiles(v0, min(v0 + self.plan.columns, self.call.V))
-            for step in self.plan.steps(v0):
-                yield step, weights
+            v1 = min(v0 + self.plan.columns, self.call.V)
+            yield Step(block.start, block.stop, v0, v1), self.ops.weight_tiles(v0, v1)
 
     def part(self, fields: Tensor, step: Step) -> Tensor:
-        """Fields of the chunks and rows of one step."""
+        """Fields of the chunks of one step."""
         first = step.v0 // self.chunk
-        return fields[:, first : first + -(-step.w // self.chunk), step.r0 : step.r1]
+        return fields[:, first : first + -(-step.w // self.chunk)]
 
     def add_top(self, top: TopSet, tile: Tile) -> None:
         assert tile.zr is not None
         seen = torch.empty(tile.zr.shape, dtype=self.call.fold_dtype, device=self.device)
         self.epilogue.seen(self.call, tile.zr, tile.v0, seen)
-        top.add(seen, tile.rows, tile.v0)
+        top.add(seen, slice(0, seen.shape[0]), tile.v0)
 
-    def second(self, sums: row_maths.Sums) -> None:
+    def second(self, block: slice, sums: row_maths.Sums) -> None:
         """Second sweep. Tiles that were kept unrounded are the first sweep's, bit for bit."""
         norms = row_maths.norms(self.call, sums)
-        shape = (len(SECOND_FIELDS), self.chunks, self.ops.M)
+        shape = (len(SECOND_FIELDS), self.chunks, block.stop - block.start)
         fields = torch.empty(shape, dtype=self.call.fold_dtype, device=self.device)
-        for step, weights in self.steps():
+        for step, weights in self.steps(block):
             made = None if self.call.wide else self.products.kept.place(step)
             if made is None:
                 made = self.products.make(step, weights, into_cache=False)
             tile = Tile(step.r0, step.v0, made[0], made[1])
-            part = self.part(fields, step)
-            self.epilogue.fold_second(self.call, tile, norms[:, step.r0 : step.r1], part)
+            self.epilogue.fold_second(self.call, tile, norms, self.part(fields, step))
         row_maths.add_second(sums, fields)
 
 

@@ -17,15 +17,16 @@ from .rows import Sums, safe
 
 
 class Frozen:
-    """totals [sums, M, D] in the fold dtype, and the maxima [2, M] they are relative to."""
+    """Of one row block: totals [sums, m, D] in the fold dtype, and the maxima [2, m] they are
+    relative to."""
 
-    def __init__(self, epilogue: Epilogue, ops: Operands, plan: Plan) -> None:
+    def __init__(self, epilogue: Epilogue, ops: Operands, plan: Plan, block: slice) -> None:
         call = ops.call
-        self.epilogue, self.ops, self.call = epilogue, ops, call
+        self.epilogue, self.ops, self.call, self.block = epilogue, ops, call, block
         wanted = {"log": "ent", "ref": "fkl", "cross": "rkl"}
         self.names = tuple(n for n in FACTORS if n == "mass" or call.has(wanted[n]))
-        m, depth = ops.hidden[0].shape
         hidden = ops.hidden[0]
+        m, depth = block.stop - block.start, hidden.shape[1]
         self.totals = hidden.new_empty((len(self.names), m, depth), dtype=call.fold_dtype)
         self.maxima = hidden.new_full((2, m), -math.inf, dtype=call.fold_dtype)
         self.terms = scratch(plan, call.working, hidden.device)
@@ -33,7 +34,7 @@ class Frozen:
     def add(self, tile: Tile, fields: Tensor, weight: Tensor) -> None:
         """After the fold of a tile: raises the maxima to those in its fields [F, C, m], moves the
         sums there and adds the tile's terms times its head rows [w, D]."""
-        old = self.maxima[:, tile.rows]
+        old = self.maxima
         second = 0 if self.call.ref is None else self.call.fields.index("ref_max")
         found = torch.stack([fields[0].amax(0), fields[second].amax(0)])
         new = torch.maximum(old, found)
@@ -42,16 +43,16 @@ class Frozen:
             shift = safe(old) - safe(new)
             moved = torch.where(old == -math.inf, -math.inf, shift)
             moves = torch.cat([moved.exp(), shift])
-            self.epilogue.raise_rows(self.names, self.totals[:, tile.rows], moves)
-        self.maxima[:, tile.rows] = new
+            self.epilogue.raise_rows(self.names, self.totals, moves)
+        self.maxima = new
         m, w = tile.z.shape
         terms = tile_view(self.terms, Step(0, m, 0, w))
         for i, name in enumerate(self.names):
             self.epilogue.factor(self.call, tile, safe(new), name, terms)
-            add_product(terms, weight, self.totals[i, tile.rows], fresh=first)
+            add_product(terms, weight, self.totals[i], fresh=first)
 
-    def finish(self, stats: list[str], s: Sums) -> Tensor:
-        """rows [n', M, D] of the differentiable statistics."""
+    def finish(self, stats: list[str], s: Sums, rows: Tensor) -> None:
+        """Writes rows [n', m, D] of the differentiable statistics."""
         call, acc = self.call, self.call.fold_dtype
         total = dict(zip(self.names, self.totals, strict=True))
         slope = call.policy.scale / call.policy.temperature
@@ -64,10 +65,9 @@ class Frozen:
         p = slope / s["sum"]
         at_target = None
         if "logp" in stats or "zy" in stats:
-            y = call.targets.clamp(min=0)
+            y = call.targets[self.block].clamp(min=0)
             at_target = self.ops.weights[0].index_select(0, y).to(acc)
             at_target *= column(slope * (1.0 - u * u))
-        rows = self.totals.new_empty((len(stats), *self.totals.shape[1:]))
         for i, name in enumerate(stats):
             assert name not in NO_GRADIENT
             mass = total["mass"]
@@ -93,7 +93,6 @@ class Frozen:
                 rows[i].addcmul_(total["cross"], column(p))
             else:
                 raise AssertionError(f"{name!r} has no row of a frozen head")
-        return rows
 
 
 def frozen_gradient(

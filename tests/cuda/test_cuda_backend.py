@@ -98,9 +98,34 @@ def test_a_library_that_was_not_built_says_why(monkeypatch, tmp_path):
     assert "_ops_cuda.so is not there" in reason
 
 
+def test_gpus_that_the_library_has_code_for():
+    archs = ["sm_80", "sm_90a", "sm_100"]
+    for served in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)):
+        assert cuda.unserved(served, archs) is None
+    assert cuda.unserved((9, 0), ["sm_90a"]) is None
+    assert "sm_75" in str(cuda.unserved((7, 5), archs))
+    assert "sm_80" in str(cuda.unserved((8, 0), ["sm_86", "sm_90a"]))
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 def test_a_torch_without_cuda_does_not_load_the_library():
     if cuda.missing():
         pytest.skip(str(cuda.missing()))
     cuda.load_error.cache_clear()
     assert "is built without CUDA" in str(cuda.load_error())
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "toolkit", "refused"),
+    [
+        ("13.0", "13.0", False),
+        ("13.2", "12.8", False),
+        ("12.8", "13.0", True),
+        ("12.8", None, False),
+    ],
+)
+def test_a_library_newer_than_torchs_cuda_is_refused(torch_cuda, toolkit, refused):
+    reason = cuda.older(torch_cuda, toolkit)
+    assert (reason is not None) == refused
+    if reason:
+        assert torch_cuda in reason and toolkit in reason and "build it with" in reason

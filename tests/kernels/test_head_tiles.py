@@ -118,6 +118,24 @@ def test_the_budget_changes_no_bit_and_keeps_whole_tiles(op, dtype, small_tiles,
     assert none > some > all_
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_a_third_head_beside_kept_tiles(dtype):
+    """Kept tiles have the working dtype; the third head, never kept, is rounded to join them."""
+    n, v, d = 6, 48, 8  # a width that 16 divides: the tile fits the rows that are kept
+    hidden, ref, aux = (torch.randn(n, d).to(dtype) for _ in range(3))
+    weight, ref_weight, aux_weight = (torch.randn(v, d).to(dtype) for _ in range(3))
+    runs = []
+    for budget in (0, None):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        out = prefkern.linear_divergence(
+            *leaves, torch.arange(n), ref, ref_weight, aux_hidden=aux, aux_weight=aux_weight,
+            stats=("ev",), memory_budget=budget, backend="triton",
+        )  # fmt: skip
+        runs.append(torch.autograd.grad(out.ev.sum(), leaves))
+    for a, b in zip(*runs, strict=True):
+        assert_same_bits(a, b)
+
+
 def test_a_second_backward_gives_the_same_bits(small_tiles):
     """dz never goes over a kept tile."""
     for op, dtype in itertools.product(("linear_logps", "linear_divergence"), (FP32, BF16)):
