@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from prefkern.train.config import from_mapping
 from prefkern.train.loop import train, train_run
 from prefkern.train.run import prepare
 
+faulthandler.dump_traceback_later(200, exit=True)  # a rank that waits says where
 settings, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 if settings.get("num_rounds", 1) > 1:
     train(from_mapping(settings))
