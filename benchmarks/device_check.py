@@ -226,12 +226,30 @@ def summary(report: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def record(report: dict[str, dict], file: Path) -> str:
+    """Enters the GPU and the commit of a clean run for every CUDA kernel in `file`, which is what
+    lets automatic choice take the backend; says what was done or why not."""
+    found = report.get("machine", {}).get("found", {})
+    unclean = [n for n in ("tests", "sanitizer") if report.get(n, {}).get("status") != 0]
+    served = found.get("backends", {}).get("cuda") == []
+    if unclean or not served or not found.get("gpu") or not found.get("commit"):
+        why = f"not clean: {', '.join(unclean)}" if unclean else "the cuda backend was not on"
+        return f"nothing recorded ({why})"
+    ran = {"gpu": found["gpu"], "commit": found["commit"]}
+    kernels = dict.fromkeys(json.loads(file.read_text()), ran)
+    file.write_text(json.dumps(kernels, indent=2) + "\n")
+    return f"{len(kernels)} kernels recorded as run on {ran['gpu']} at {ran['commit']}"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON files")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together")
     parser.add_argument("--only", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--smoke", action="store_true", help="tiny inputs on the CPU")
+    parser.add_argument(
+        "--record", action="store_true", help="enter a clean run in prefkern/cuda_ran_on.json"
+    )
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
@@ -246,6 +264,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("no GPU is visible to torch; --smoke checks the script without one")
     report = run_all(given.out, given.minutes, given.smoke, given.only)
     print(summary(report))
+    if given.record:
+        print(record(report, ROOT / "prefkern/cuda_ran_on.json"))
     bad = [n for n, r in report.items() if r["status"] != 0]
     print(f"stages not clean: {', '.join(bad) or 'none'}; full numbers in {given.out}")
     return 0 if given.smoke or not bad else 1

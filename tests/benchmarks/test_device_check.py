@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import device_check
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -42,3 +44,24 @@ def test_a_gpu_is_asked_for(tmp_path):
     command = [sys.executable, "-m", "benchmarks.device_check", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "--smoke" in done.stderr
+
+
+def clean_report() -> dict:
+    found = {"gpu": "NVIDIA H200", "commit": "abc1234", "backends": {"cuda": [], "triton": []}}
+    stages = {name: {"status": 0} for name in ("tests", "sanitizer")}
+    return {"machine": {"status": 0, "found": found}, **stages}
+
+
+def test_a_clean_run_is_recorded_and_another_is_not(tmp_path):
+    file = tmp_path / "ran_on.json"
+    file.write_text(json.dumps({"fold_one": None, "gradient_one": None}))
+    for stage in ("tests", "sanitizer"):
+        report = clean_report() | {stage: {"status": "out of time"}}
+        assert f"not clean: {stage}" in device_check.record(report, file)
+    report = clean_report()
+    report["machine"]["found"]["backends"]["cuda"] = ["the library is not there"]
+    assert "was not on" in device_check.record(report, file)
+    assert set(json.loads(file.read_text()).values()) == {None}
+    assert "2 kernels recorded" in device_check.record(clean_report(), file)
+    ran = json.loads(file.read_text())
+    assert ran["fold_one"] == {"gpu": "NVIDIA H200", "commit": "abc1234"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,25 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load_benchmarks() -> None:
-    """Imports the package `benchmarks` without the root on sys.path (see conftest)."""
-    if "benchmarks" in sys.modules:
-        return
-    folder = ROOT / "benchmarks"
-    spec = importlib.util.spec_from_file_location(
-        "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmarks"] = module
-    spec.loader.exec_module(module)
-
-
-load_benchmarks()
-
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     bench_linear_logps,
     bench_objective,
     harness,
@@ -40,11 +21,12 @@ from benchmarks import (  # noqa: E402
     peaks,
     plot,
 )
-from benchmarks.__main__ import parser  # noqa: E402
-from benchmarks.cases import CASES, STEPS, Case, make_inputs  # noqa: E402
-from benchmarks.peers import VARIANTS  # noqa: E402
-from benchmarks.variants import Variant  # noqa: E402
+from benchmarks.__main__ import parser
+from benchmarks.cases import CASES, STEPS, Case, make_inputs
+from benchmarks.peers import VARIANTS
+from benchmarks.variants import Variant
 
+ROOT = Path(__file__).resolve().parents[2]
 # Compiling takes seconds a shape and tests nothing of ours.
 INTERPRETED = [v for v in VARIANTS.values() if not v.compiled]
 
