@@ -77,13 +77,11 @@ def alpha_score(logratio: Tensor, alpha: float) -> Tensor:
 def log_odds(mean_logp: Tensor) -> Tensor:
     """phi = x - log(1 - exp(x)) of a mean log-probability x <= 0, capped at x = -1e-6.
 
-    log(1 - e^x) is formed as log(-expm1(x)) above -log 2 and as log1p(-e^x) below.
+    log(1 - e^x) is formed as log(-expm1(x)): exact near 0, and where e^x is small its error is one
+    rounding of a number near 1, below that of x itself.
     """
     x = mean_logp.clamp(max=-LOGP_EPS)
-    log_complement = torch.where(
-        x > -math.log(2.0), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x))
-    )
-    return x - log_complement
+    return x - torch.log(-torch.expm1(x))
 
 
 def exo(margin: Tensor, label_smoothing: float) -> Tensor:

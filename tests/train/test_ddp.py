@@ -38,6 +38,8 @@ def two_ranks(settings: Path, folder: Path) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
             "OMP_NUM_THREADS": "1",
+            # both ranks are on this machine: no network interface can come between them
+            "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
         }
         environment.pop("PYTHONPATH", None)
         command = [sys.executable, str(WORKER), str(settings), str(folder)]
