@@ -108,7 +108,7 @@ def build(options: Options) -> dict:
 def tests(options: Options) -> dict:
     folder = "tests/device" if not options.smoke else "tests/test_env.py"
     return run_command(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", folder], options.seconds
+        [sys.executable, "-m", "pytest", "-q", "--maxfail=20", folder], options.seconds
     )
 
 
