@@ -1,5 +1,5 @@
 """Builds the native part: the host module prefkern._C, the CPU op library prefkern/_ops_cpu.so and,
-where nvcc is at hand, the CUDA op library prefkern/_ops_cuda.so.
+where torch has CUDA and nvcc is at hand, the CUDA op library prefkern/_ops_cuda.so.
 
 pyproject.toml holds the metadata. What can keep the native part from being built (no compiler, no
 torch, PREFKERN_NO_EXT) gives a pure wheel, tagged py3-none-any, that carries the reason in
@@ -185,6 +185,15 @@ def why_not_cuda() -> str | None:
         return REASON
     if os.environ.get("PREFKERN_NO_CUDA", "0") not in ("", "0"):
         return "PREFKERN_NO_CUDA was set when prefkern was installed; unset it and install again"
+    folder = torch_folder()
+    assert folder is not None
+    has_cuda = any((folder / "lib").glob("libtorch_cuda*"))
+    if not has_cuda and not os.environ.get("PREFKERN_CUDA_ARCHS"):
+        return (
+            f"torch {importlib.metadata.version('torch')} has no CUDA, so nothing could load the "
+            "library; install a CUDA build of torch first, or name GPUs in PREFKERN_CUDA_ARCHS to "
+            "build it all the same"
+        )
     program = nvcc()
     if program is None:
         return (

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 import prefkern
-from prefkern.types import Loss, SeqStats
+from prefkern.losses.record import Loss
+from prefkern.stats import SeqStats
 
 from . import harness, machine
 

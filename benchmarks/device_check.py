@@ -56,8 +56,8 @@ def run_command(command: list[str], seconds: float, **environment: str) -> dict:
 def machine(options: Options) -> dict:
     import torch
 
-    from prefkern import backends
-    from prefkern.types import Problem
+    from prefkern.backends import choice
+    from prefkern.backends.contract import Problem
 
     from .device import timing
 
@@ -75,8 +75,8 @@ def machine(options: Options) -> dict:
         found["triton"] = None
     dtype = torch.bfloat16
     found["backends"] = {
-        name: backends.unsupported(name, Problem("linear_logps", options.device, dtype))
-        for name in backends.backend_names()
+        name: choice.unsupported(name, Problem("linear_logps", options.device, dtype))
+        for name in choice.backend_names()
     }
     if options.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -117,11 +117,11 @@ def sanitizer(options: Options) -> dict:
     small = [sys.executable, "-m", "benchmarks.device.small"]
     if options.smoke:
         return run_command([*small, "triton", "cpu"], options.seconds, TRITON_INTERPRET="1")
-    from prefkern import backends
-    from prefkern.types import Problem
+    from prefkern.backends import choice
+    from prefkern.backends.contract import Problem
 
     problem = Problem("linear_logps", "cuda", __import__("torch").bfloat16)
-    names = [n for n in ("cuda", "triton") if not backends.unsupported(n, problem)]
+    names = [n for n in ("cuda", "triton") if not choice.unsupported(n, problem)]
     runs = [(tool, name) for name in names for tool in ("memcheck", "racecheck", "initcheck")]
     found = {}
     for tool, name in runs:

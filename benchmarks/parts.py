@@ -66,14 +66,14 @@ def epilogue(size: str) -> list[Part]:
     Raises:
         ImportError: the native library is not there.
     """
-    from prefkern import native
+    from prefkern.backends import cpu
 
-    if reason := native.load_error():
+    if reason := cpu.load_error():
         raise ImportError(f"backend 'cpu' is off: {reason}")
     rows, columns = TILE
     repeats = {"full": 2000, "quick": 200, "tiny": 2}[size]
     times = torch.ops.prefkern_native.bench_epilogue(torch.empty(0), rows, columns, repeats)
-    note = f"tile {rows} x {columns} fp32, {repeats} times, {native.isa()}"
+    note = f"tile {rows} x {columns} fp32, {repeats} times, {cpu.isa()}"
     return [
         Part("epilogue", what, "float32", ns, "ns/logit", note)
         for what, ns in zip(EPILOGUES, times.tolist(), strict=True)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import prefkern
-from prefkern import backends
-from prefkern.types import Problem
+from prefkern.backends import choice
+from prefkern.backends.contract import Problem
 
 from .cases import ALPHA, BETA, IGNORE, Case, Inputs
 from .variants import (
@@ -202,7 +202,7 @@ def _ours(backend: str, budget: int | None, metrics: bool = False):
     def build(case: Case) -> Step:
         op = "linear_logps" if case.step == "dpo" else "linear_divergence"
         problem = Problem(op=op, device="cpu", dtype=case.torch_dtype, stats=("logp",))
-        reasons = backends.unsupported(backend, problem)
+        reasons = choice.unsupported(backend, problem)
         if reasons:
             raise ImportError(f"backend {backend!r} is off: {'; '.join(reasons)}")
         options = {"backend": backend, "memory_budget": budget}
@@ -272,7 +272,7 @@ VARIANTS: dict[str, Variant] = {
                 "prefkern", recompute=_recomputed(GIB), kept_bytes=_kept_bytes(GIB)),
         Variant("prefkern cpu, metrics", ("dpo", "tdpo2"), _ours("cpu", None, metrics=True),
                 "prefkern", recompute=_recomputed(None), kept_bytes=_kept_bytes(None)),
-        Variant("prefkern reference", _ALL, _ours("reference", None), "prefkern"),
+        Variant("prefkern eager", _ALL, _ours("eager", None), "prefkern"),
         Variant("eager log_softmax", _ALL, _eager, recompute=_kept),
         Variant("eager cross_entropy", ("dpo",), _eager_cross_entropy, recompute=_kept),
         Variant("torch.compile", _ALL, _compiled, compiled=True, recompute=_kept),

@@ -1,4 +1,4 @@
-// The text form of list_rank's family and options, as prefkern.list_options.pack writes it.
+// The text form of list_rank's family and options, as prefkern.backends.list_options.pack writes it.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ E choose_named(const std::string& what, const std::string& value,
   for (const auto& [name, meaning] : names) {
     if (value == name) return meaning;
   }
-  STD_TORCH_CHECK(false, what, " has no choice '", value, "'; see prefkern.list_options.");
+  STD_TORCH_CHECK(false, what, " has no choice '", value, "'; see prefkern.backends.list_options.");
 }
 
 inline ListFamily parse_list_family(const std::string& family) {
@@ -87,7 +87,7 @@ inline void set_list_option(ListOptions& o, const std::string& name, const std::
                      : name == "temperature" ? &o.temperature
                                              : nullptr;
     STD_TORCH_CHECK(number != nullptr, "list_rank has no option '", name,
-                    "'; see prefkern.list_options.");
+                    "'; see prefkern.backends.list_options.");
     *number = std::strtod(value.c_str(), nullptr);
   }
 }

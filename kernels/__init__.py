@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from prefkern.sweep.filtering import FilterReport, filter_gradient
-from prefkern.types import Problem
+from prefkern.backends.contract import Problem
+from prefkern.backends.tiled.filtering import FilterReport, filter_gradient
 
 __all__ = ["FilterReport", "filter_gradient", "held_back", "unsupported"]
 

@@ -1,4 +1,4 @@
-"""The Triton kernels as the driver of prefkern.sweep sees them (prefkern/sweep/epilogue.py).
+"""The Triton kernels as prefkern.backends.tiled sees them (prefkern/backends/tiled/epilogue.py).
 
 Launches name every pointer and number of the kernel, absent ones included: the kernels then exist
 in few variants (head_rows.py), and `flags` says at run time what is there.
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefkern.sweep.epilogue import FACTORS, Call, Tile
+from prefkern.backends.tiled.epilogue import FACTORS, Call, Tile
 
 from . import tiles
 from .launches import launch
@@ -61,7 +61,7 @@ def _adv(call: Call, tile: Tile) -> tuple[Tensor, int]:
 
 
 class Kernels:
-    """prefkern.sweep.epilogue.Epilogue in Triton."""
+    """prefkern.backends.tiled.epilogue.Epilogue in Triton."""
 
     def chunk_columns(self, call: Call) -> int:
         dtype = torch.float32 if call.wide else call.working

@@ -1,6 +1,6 @@
 """The forward of the head ops through fused_kernels.py, for calls that keep no logit.
 
-Same functions and results as the forward of prefkern.sweep; a backward may follow and recomputes.
+Same functions and results as the forward of prefkern.backends.tiled; a backward recomputes.
 `tiles.scheme` decides which of the two runs.
 """
 
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefkern.sweep import rows as row_maths
-from prefkern.sweep.epilogue import LogitOptions
-from prefkern.sweep.heads import Head, Operands, gather, parse
-from prefkern.types import SAVED_ROWS
+from prefkern.backends.contract import SAVED_ROWS
+from prefkern.backends.tiled import rows as row_maths
+from prefkern.backends.tiled.epilogue import LogitOptions
+from prefkern.backends.tiled.heads import Head, Operands, gather, parse
 
 from . import tiles
 from .launches import launch, tile_of
@@ -168,6 +168,6 @@ def linear_logps_fwd(
     frozen: bool,
     num_scored: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As in prefkern.reference; see `forward`."""
+    """As in prefkern.backends.eager; see `forward`."""
     head = Head(hidden, weight, LogitOptions(scale, softcap, temperature, bias))
     return forward([head], targets, ignore_index, num_scored, stats, cache_rows, frozen)

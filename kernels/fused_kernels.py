@@ -2,7 +2,7 @@
 
 A program holds BLOCK_M rows and walks over one share of the vocabulary, BLOCK_V columns at a time:
 tl.dot over the hidden size into fp32 accumulators, then the statistics of that block in registers.
-It writes the numbers that a fold kernel writes for a chunk (prefkern/sweep/epilogue.py), one chunk
+It writes the numbers that a fold kernel writes for a chunk, one chunk
 per share, and the same merge puts the shares together: no atomics, no locks, the same bits always.
 
 Precision of the products: 16-bit operands are multiplied exactly and added in fp32 on tensor cores.

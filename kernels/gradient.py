@@ -2,8 +2,8 @@
 
 Every statistic's part is a difference that vanishes where its gradient does, so that a small
 gradient is not what is left of large terms (the formula stands beside COEFFICIENTS in
-prefkern/sweep/epilogue.py). dx may lie over the policy's own tile: each entry is read before it is
-written, by the same program.
+prefkern/backends/tiled/epilogue.py). dx may lie over the policy's own tile: each entry is read
+before it is written, by the same program.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ ROWS: tuple[Launch, ...] = (
         )
     ),
     *(Launch(*row, wide=row[0] != "raise_rows") for row in head_rows.ROWS),
-    # products and statistics in one kernel; fp16 and two models have what prefkern.sweep asks for
+    # products and statistics in one kernel; fp16 and two models have what the sweep asks for
     *(
         Launch("fused_one", "fused_kernels:fused_one",
                f"*{t}:16 *{t}:16 *fp32:16 *i64 *fp32:16 *fp32:16 *fp32 i32 i32 i32:16 i32 i64:16 "

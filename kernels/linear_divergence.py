@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from prefkern.sweep import ops
+from prefkern.backends.tiled import ops
 
 from . import fused
 from .epilogue import KERNELS
 
 
 def linear_divergence_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As in prefkern.reference."""
+    """As in prefkern.backends.eager."""
     hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias, aux_hidden, aux_weight = args[
         :9
     ]

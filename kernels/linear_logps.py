@@ -7,9 +7,9 @@ import functools
 
 from torch import Tensor
 
-from prefkern.sweep import forward, ops
-from prefkern.sweep.epilogue import LogitOptions
-from prefkern.sweep.heads import Head
+from prefkern.backends.tiled import forward, ops
+from prefkern.backends.tiled.epilogue import LogitOptions
+from prefkern.backends.tiled.heads import Head
 
 from . import fused
 from .epilogue import KERNELS

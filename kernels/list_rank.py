@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefkern.list_options import ListOptions, unpack
+from prefkern.backends.list_options import ListOptions, unpack
 
 from .launches import launch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from prefkern.sweep import logits
+from prefkern.backends.tiled import logits
 
 from .epilogue import KERNELS
 

@@ -4,16 +4,16 @@ The [tokens, vocabulary] logits are never held: ops turn hidden states into a fe
 losses are pure functions of their sums. See `preference_loss` and `linear_logps`.
 """
 
-from .backends import use_backend
+from .backends.choice import use_backend
 from .losses import LOSSES
-from .objective import PreferenceLoss, preference_loss
+from .objective.preference_loss import PreferenceLoss, preference_loss
 from .ops.error_sum import ErrorSums, error_sum
 from .ops.linear_divergence import linear_divergence
 from .ops.linear_logps import linear_logps
 from .ops.list_rank import list_rank
 from .ops.logits_logps import logits_logps, selective_log_softmax
 from .ops.segment_sum import segment_sum
-from .types import SeqStats, TokenStats
+from .stats import SeqStats, TokenStats
 
 __version__ = "0.1.0"
 

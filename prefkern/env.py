@@ -9,7 +9,7 @@ import os
 
 VARIABLES: dict[str, str] = {
     "PREFKERN_BACKEND": (
-        "backend where backend='auto': cpu, triton, cuda or reference (default: automatic)"
+        "backend where backend='auto': cpu, triton, cuda or eager (default: automatic)"
     ),
     "PREFKERN_NO_EXT": "1: build and run without the compiled extension",
     "PREFKERN_AUTOTUNE": "1: time the Triton tile candidates on first use and print the winner",

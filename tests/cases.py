@@ -10,8 +10,8 @@ import torch
 from closeness import stat_dtype
 from torch import Tensor
 
-from prefkern import backends
-from prefkern.types import Problem
+from prefkern.backends import choice
+from prefkern.backends.contract import Problem
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = (FP32, BF16, FP16, FP64)
@@ -25,13 +25,13 @@ PLAIN_PROBLEM = Problem(
 def backends_on() -> tuple[str, ...]:
     """Backends that can serve a plain float32 `linear_logps` on this machine."""
     return tuple(
-        name for name in backends.backend_names() if not backends.unsupported(name, PLAIN_PROBLEM)
+        name for name in choice.backend_names() if not choice.unsupported(name, PLAIN_PROBLEM)
     )
 
 
 def device_of(backend: str) -> str:
     """Where a backend is tested: cpu tensors if it takes them, else the GPU."""
-    return "cuda" if backends.unsupported(backend, PLAIN_PROBLEM) else "cpu"
+    return "cuda" if choice.unsupported(backend, PLAIN_PROBLEM) else "cpu"
 
 
 def gpu_backends() -> tuple[str, ...]:
@@ -39,8 +39,8 @@ def gpu_backends() -> tuple[str, ...]:
     if not torch.cuda.is_available():
         return ()
     problem = replace(PLAIN_PROBLEM, device="cuda")
-    names = (n for n in backends.backend_names() if n != "reference")
-    return tuple(n for n in names if not backends.unsupported(n, problem))
+    names = (n for n in choice.backend_names() if n != "eager")
+    return tuple(n for n in names if not choice.unsupported(n, problem))
 
 
 ONE_MODEL = ("logp", "lse", "zy", "ent", "col", "top1", "zmean")

@@ -34,7 +34,7 @@ os.environ.pop("PREFKERN_BACKEND", None)
 from cases import PLAIN_PROBLEM, backends_on  # noqa: E402
 
 import prefkern  # noqa: E402
-from prefkern import backends  # noqa: E402
+from prefkern.backends import choice  # noqa: E402
 
 PACKAGE = str(Path(prefkern.__file__).resolve().parent)
 
@@ -47,8 +47,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_report_header() -> list[str]:
     on = ", ".join(backends_on())
     lines = [f"prefkern {prefkern.__version__} from {PACKAGE}; backends tested: {on}"]
-    for name in backends.backend_names():
-        if reasons := backends.unsupported(name, PLAIN_PROBLEM):
+    for name in choice.backend_names():
+        if reasons := choice.unsupported(name, PLAIN_PROBLEM):
             lines.append(f"  {name} is off: {'; '.join(reasons)}")
     return lines
 
@@ -120,19 +120,19 @@ def golden_dir() -> Path:
 def fresh_backend_module():
     """Registers a module as a backend for one test: fresh_backend_module(module, name)."""
     added: list[str] = []
-    saved_rows, saved_priority = dict(backends._ROWS), backends.PRIORITY
+    saved_rows, saved_priority = dict(choice._ROWS), choice.PRIORITY
 
     def register(module, name: str = "planted") -> str:
         sys.modules[module.__name__] = module
         added.append(module.__name__)
-        backends._ROWS[name] = (module.__name__, "registered by a test")
-        backends.PRIORITY = (*backends.PRIORITY, name)
+        choice._ROWS[name] = (module.__name__, "registered by a test")
+        choice.PRIORITY = (*choice.PRIORITY, name)
         return name
 
     yield register
-    backends._ROWS.clear()
-    backends._ROWS.update(saved_rows)
-    backends.PRIORITY = saved_priority
+    choice._ROWS.clear()
+    choice._ROWS.update(saved_rows)
+    choice.PRIORITY = saved_priority
     for name in added:
         sys.modules.pop(name, None)
     importlib.invalidate_caches()

@@ -15,8 +15,8 @@ import os
 import pytest
 import torch
 
-from prefkern import cuda
-from prefkern.types import Problem
+from prefkern.backends import cuda
+from prefkern.backends.contract import Problem
 
 
 def unsupported(problem: Problem) -> list[str]:

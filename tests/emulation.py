@@ -22,7 +22,7 @@ import torch
 from cases import FP64
 from torch import Tensor
 
-from prefkern.list_options import pack
+from prefkern.backends.list_options import pack
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"

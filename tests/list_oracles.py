@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from prefkern.list_options import ListOptions
+from prefkern.backends.list_options import ListOptions
 
 VARIANTS = [
     ("pair", {}),

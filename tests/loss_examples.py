@@ -10,7 +10,8 @@ import inspect
 import torch
 
 from prefkern import losses
-from prefkern.types import Loss, SeqStats, TokenStats
+from prefkern.losses.record import Loss
+from prefkern.stats import SeqStats, TokenStats
 
 EVERY = sorted(losses.LOSSES)
 # Diffusion losses read prediction errors, not SeqStats: test_diffusion_properties.py.

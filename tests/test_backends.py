@@ -13,8 +13,8 @@ from cases import FP32, SMALL, make_inputs
 from closeness import assert_same_bits
 
 import prefkern
-from prefkern import backends
-from prefkern.types import Problem
+from prefkern.backends import choice
+from prefkern.backends.contract import Problem
 
 PROBLEM = Problem(
     op="linear_logps", device="cpu", dtype=torch.float32, stats=("logp",), N=4, V=5, D=3
@@ -24,7 +24,7 @@ PROBLEM = Problem(
 def recorder(name: str, served: list[str], reasons=()):
     """A backend that notes who was called and lets the reference do the work."""
     module = types.ModuleType(f"prefkern_test_{name}")
-    reference = backends.load_backend("reference")
+    reference = choice.load_backend("eager")
 
     def forward(*args):
         served.append(name)
@@ -66,7 +66,7 @@ def test_use_backend_nests_and_restores_after_an_error(two):
             raise RuntimeError("inside")
         call()
         with prefkern.use_backend("auto"):
-            assert backends.select_backend(PROBLEM) not in ("one", "other")
+            assert choice.select_backend(PROBLEM) not in ("one", "other")
     assert two == ["other", "one"]
 
 
@@ -75,7 +75,7 @@ def test_use_backend_does_not_leak_into_other_threads(two):
 
     seen = []
     with prefkern.use_backend("one"):
-        thread = threading.Thread(target=lambda: seen.append(backends.select_backend(PROBLEM)))
+        thread = threading.Thread(target=lambda: seen.append(choice.select_backend(PROBLEM)))
         thread.start()
         thread.join()
     assert seen and seen[0] != "one"
@@ -96,7 +96,7 @@ def test_an_unknown_name_in_the_environment(monkeypatch):
 
 def test_an_empty_environment_variable_means_automatic(monkeypatch):
     monkeypatch.setenv("PREFKERN_BACKEND", "")
-    assert backends.select_backend(PROBLEM) in backends.backend_names()
+    assert choice.select_backend(PROBLEM) in choice.backend_names()
 
 
 @pytest.mark.parametrize("way", ["argument", "context", "environment"])
@@ -130,7 +130,7 @@ def test_an_explicit_choice_that_cannot_serve_gives_every_reason(
         "V=61",
     ):
         assert word in text, f"{word!r} is missing: {text}"
-    for name in backends.backend_names():
+    for name in choice.backend_names():
         assert name in text
 
 
@@ -138,8 +138,8 @@ def test_automatic_choice_passes_over_and_says_so_once(fresh_backend_module, cap
     served: list[str] = []
     fresh_backend_module(recorder("broken", [], ["is asleep"]), "broken")
     fresh_backend_module(recorder("works", served), "works")
-    monkeypatch.setattr(backends, "PRIORITY", ("broken", "works", *backends.PRIORITY[:-2]))
-    monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(choice, "PRIORITY", ("broken", "works", *choice.PRIORITY[:-2]))
+    monkeypatch.setattr(choice, "_announced", set())
     with caplog.at_level(logging.INFO, logger="prefkern"):
         call()
         call()
@@ -157,7 +157,7 @@ def test_automatic_choice_leaves_out_what_is_held_back(fresh_backend_module, mon
     fresh_backend_module(module, "timid")
     fresh_backend_module(recorder("works", served), "works")
     fresh_backend_module(recorder("broken", [], ["is asleep"]), "broken")
-    monkeypatch.setattr(backends, "PRIORITY", ("timid", "works", "broken"))
+    monkeypatch.setattr(choice, "PRIORITY", ("timid", "works", "broken"))
     call()
     call(backend="timid")
     assert served == ["works", "timid"]
@@ -167,7 +167,7 @@ def test_automatic_choice_leaves_out_what_is_held_back(fresh_backend_module, mon
 
 def test_no_backend_at_all(fresh_backend_module, monkeypatch):
     fresh_backend_module(recorder("broken", [], ["is asleep"]), "broken")
-    monkeypatch.setattr(backends, "PRIORITY", ("broken",))
+    monkeypatch.setattr(choice, "PRIORITY", ("broken",))
     with pytest.raises(ValueError, match="is asleep"):
         call()
 
@@ -185,7 +185,7 @@ def test_automatic_choice_is_one_of_the_explicit_ones(backend):
         V=61,
         D=14,
     )
-    chosen = backends.select_backend(problem)
+    chosen = choice.select_backend(problem)
     automatic = prefkern.linear_logps(inputs.hidden, inputs.weight, inputs.targets).logp
     explicit = prefkern.linear_logps(
         inputs.hidden, inputs.weight, inputs.targets, backend=chosen
@@ -199,7 +199,7 @@ def test_automatic_choice_is_one_of_the_explicit_ones(backend):
 
 def test_the_reference_serves_everything():
     """Whatever the others lack, automatic choice ends somewhere."""
-    reference = backends.load_backend("reference")
+    reference = choice.load_backend("eager")
     for op in ("linear_logps", "linear_divergence", "logits_logps", "segment_sum", "list_rank"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             for device in ("cpu", "cuda"):
@@ -207,8 +207,8 @@ def test_the_reference_serves_everything():
 
 
 def test_backends_have_the_functions_that_the_ops_call():
-    for name in backends.backend_names():
-        module = backends.load_backend(name)
+    for name in choice.backend_names():
+        module = choice.load_backend(name)
         assert callable(module.unsupported)
         for op in ("linear_logps", "linear_divergence", "logits_logps", "segment_sum"):
             if module.unsupported(Problem(op=op, device="cpu", dtype=torch.float32)):
@@ -249,7 +249,7 @@ def test_import_needs_neither_triton_nor_the_extension():
         "import prefkern, torch\n"
         "h = torch.randn(3, 4, requires_grad=True)\n"
         "a = (h, torch.randn(5, 4), torch.tensor([0, 1, 2]))\n"
-        "out = prefkern.linear_logps(*a, backend='reference')\n"
+        "out = prefkern.linear_logps(*a, backend='eager')\n"
         "out.logp.sum().backward()\n"
         "print('prefkern.kernels' in sys.modules, h.grad.shape)\n"
     )
@@ -274,9 +274,9 @@ def test_no_extension_is_a_reason_not_a_crash():
 def test_the_environment_variable_of_a_fresh_process():
     code = (
         "import prefkern, torch\n"
-        "from prefkern import backends\n"
-        "from prefkern.types import Problem\n"
+        "from prefkern.backends import choice\n"
+        "from prefkern.backends.contract import Problem\n"
         "problem = Problem(op='linear_logps', device='cpu', dtype=torch.float32)\n"
-        "print(backends.select_backend(problem))\n"
+        "print(choice.select_backend(problem))\n"
     )
-    assert run_python(code, PREFKERN_BACKEND="reference").strip() == "reference"
+    assert run_python(code, PREFKERN_BACKEND="eager").strip() == "eager"

@@ -9,7 +9,7 @@ import sys
 import pytest
 from tiny_models import save_model, write_data
 
-from prefkern import cli
+from prefkern.cli import main as cli
 from prefkern.losses import LOSSES
 
 
@@ -242,7 +242,7 @@ def test_train_by_name_from_every_family(tmp_path):
          "--loss", loss, *more]
         for loss, layout, more in FAMILIES
     ]  # fmt: skip
-    script = "import json, sys; from prefkern.cli import main\n"
+    script = "import json, sys; from prefkern.cli.main import main\n"
     script += "for call in json.loads(sys.argv[1]): print('status', main(call))\n"
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(calls)],

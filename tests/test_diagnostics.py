@@ -6,13 +6,16 @@ import types
 
 import pytest
 
-from prefkern import backends, diagnostics, env, reference
+from prefkern import env
+from prefkern.backends import choice
+from prefkern.backends import eager as reference
+from prefkern.cli import env_report
 
 
 def test_report_is_json_and_names_every_backend_and_variable(capsys):
-    assert diagnostics.run(as_json=True) == 0
+    assert env_report.run(as_json=True) == 0
     info = json.loads(capsys.readouterr().out)
-    assert [b["name"] for b in info["backends"]] == list(backends.backend_names())
+    assert [b["name"] for b in info["backends"]] == list(choice.backend_names())
     assert set(env.VARIABLES) <= set(info["environment"])
     assert info["versions"]["torch"] and info["versions"]["numpy"]
     for backend in info["backends"]:
@@ -21,8 +24,8 @@ def test_report_is_json_and_names_every_backend_and_variable(capsys):
 
 def test_text_shows_state_and_reason(monkeypatch):
     monkeypatch.setenv("PREFKERN_CPU_ISA", "baseline")
-    text = diagnostics.format_text(diagnostics.collect())
-    assert "reference  on for cpu" in text
+    text = env_report.format_text(env_report.collect())
+    assert "eager      on for cpu" in text
     assert "PREFKERN_CPU_ISA=baseline" in text
     assert "PREFKERN_BACKEND not set (" in text
     if "cpu        on for cpu" in text:
@@ -30,12 +33,12 @@ def test_text_shows_state_and_reason(monkeypatch):
 
 
 def test_a_missing_build_record_says_how_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(diagnostics, "PACKAGE", tmp_path)
-    assert "pip install --no-build-isolation" in diagnostics.build_record()["reason"]
+    monkeypatch.setattr(env_report, "PACKAGE", tmp_path)
+    assert "pip install --no-build-isolation" in env_report.build_record()["reason"]
 
 
 def test_self_test_passes_on_every_backend_that_is_on(capsys):
-    assert diagnostics.run(check=True) == 0
+    assert env_report.run(check=True) == 0
     assert "all passed" in capsys.readouterr().out
 
 
@@ -53,7 +56,7 @@ def test_self_test_catches_a_wrong_backend(fault, fresh_backend_module, capsys):
     module.__dict__.update({name: getattr(reference, name) for name in reference.__all__})
     module.linear_logps_fwd, module.linear_logps_bwd = forward, backward
     fresh_backend_module(module, "planted")
-    assert diagnostics.run(check=True) == 1
+    assert env_report.run(check=True) == 1
     out = capsys.readouterr().out
     assert re.search(r"FAIL planted +cpu +float32 +linear_logps ", out), out
     assert re.search(r"ok +planted +cpu +float32 +linear_divergence ", out), out

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefkern import metrics
-from prefkern.types import SeqStats
+from prefkern.objective import metrics
+from prefkern.stats import SeqStats
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "list.json").read_text())
 

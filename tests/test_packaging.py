@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_library import NO_NVCC, cuda_library
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -24,7 +25,6 @@ import prefkern
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(prefkern.__file__).parent
 OP_LIBRARY = PACKAGE / "_ops_cpu.so"
-CUDA_LIBRARY = PACKAGE / "_ops_cuda.so"
 NOT_SOURCE = ("__pycache__", "*.so", "*.egg-info", "_build.json", ".*_cache", ".venv*", ".git")
 
 needs_native = pytest.mark.skipif(
@@ -126,7 +126,7 @@ def test_wheel_metadata(pure_wheel):
     assert needed == {"torch>=2.10", "numpy>=1.26"}
     assert "Requires-Python: >=3.11" in metadata
     assert "License-Expression: Apache-2.0" in metadata
-    assert "prefkern = prefkern.cli:main" in scripts
+    assert "prefkern = prefkern.cli.main:main" in scripts
     assert "Apache License" in licence and len(licence) > 11_000
 
 
@@ -148,12 +148,12 @@ try:
     prefkern.linear_logps(h, w, t, backend="cpu")
 except ValueError as error:
     print(error)
-from prefkern import diagnostics
+from prefkern.cli import env_report as diagnostics
 print(diagnostics.format_text(diagnostics.collect()))
 """
     out = run_python(code, pure_install)
     assert "no C++ compiler (c++, g++ or clang++) was found; install g++" in out
-    assert "reference  on for cpu" in out
+    assert "eager      on for cpu" in out
     assert re.search(r"^  cpu +off$", out, re.M), out
 
 
@@ -184,20 +184,12 @@ def test_a_failing_compile_is_an_error(tmp_path):
 @needs_native
 def test_native_wheel(tmp_path):
     tree = copy_tree(tmp_path / "prefkern", objects=True)  # object files are reused by ninja
-    wheel = build(tree, "wheel")
+    wheel = build(tree, "wheel", PREFKERN_NO_CUDA="1")
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert f"-{tag}-{tag}-linux_" in wheel.name
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     libraries = {f"prefkern/_C{suffix}", "prefkern/_ops_cpu.so"}
-    if CUDA_LIBRARY.exists():
-        libraries.add("prefkern/_ops_cuda.so")
     assert wheel_content(wheel) == package_files(tree) | libraries
-
-
-@needs_native
-def test_wheel_without_the_cuda_library_says_why(tmp_path):
-    tree = copy_tree(tmp_path / "prefkern", objects=True)
-    wheel = build(tree, "wheel", PREFKERN_NO_CUDA="1")
     with zipfile.ZipFile(wheel) as archive:
         assert "prefkern/_ops_cuda.so" not in archive.namelist()
         record = json.loads(archive.read("prefkern/_build.json"))
@@ -222,8 +214,18 @@ def test_a_missing_and_a_broken_nvcc_are_told_apart(tmp_path):
             program.write_text(script)
             program.chmod(0o755)
         path = f"{tmp_path}:{os.environ['PATH']}"
-        out = run_python(head + "\nprint(CUDA_REASON)", tmp_path, PATH=path, CUDA_HOME="")
+        asked = {"PATH": path, "CUDA_HOME": "", "PREFKERN_CUDA_ARCHS": "sm_80"}
+        out = run_python(head + "\nprint(CUDA_REASON)", tmp_path, **asked)
         assert reason in out, out
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_no_cuda_library_for_a_torch_without_cuda_unless_asked_for(tmp_path):
+    """It could not be loaded, and costs a minute of nvcc."""
+    code = (ROOT / "setup.py").read_text()
+    head = code[: code.index("\nsetup(")].replace("Path(__file__)", f"Path({str(ROOT)!r}, 'x')")
+    out = run_python(head + "\nprint(CUDA_REASON)", tmp_path, PREFKERN_CUDA_ARCHS="")
+    assert "has no CUDA" in out and "PREFKERN_CUDA_ARCHS" in out, out
 
 
 def test_sdist_is_complete(tree, tmp_path):
@@ -261,14 +263,14 @@ def test_import_with_the_extension_switched_off(tmp_path):
 import sys
 sys.modules["triton"] = None
 import torch, prefkern
-from prefkern import diagnostics
+from prefkern.cli import env_report as diagnostics
 logp = prefkern.linear_logps(torch.randn(4, 8), torch.randn(16, 8), torch.zeros(4).long()).logp
 assert logp.shape == (4,) and "prefkern._C" not in sys.modules
 on = [b["name"] for b in diagnostics.collect()["backends"] if b["on"]]
 print(on, diagnostics.host_module()[1])
 """
     out = run_python(code, tmp_path, PREFKERN_NO_EXT="1", PREFKERN_BACKEND="")
-    assert out.strip() == "['reference'] PREFKERN_NO_EXT is set; unset it"
+    assert out.strip() == "['eager'] PREFKERN_NO_EXT is set; unset it"
 
 
 def test_kernels_folder_refuses_to_be_the_other_package():
@@ -295,10 +297,11 @@ def tool(*command: str) -> str:
 
 
 @needs_native
-@pytest.mark.parametrize("library", [OP_LIBRARY, CUDA_LIBRARY], ids=lambda x: x.stem)
-def test_op_library_has_no_torch_cpp_and_no_python_symbol(library):
-    if not library.exists():
-        pytest.skip(f"{library.name} was not built (no nvcc)")
+@pytest.mark.parametrize("name", ["_ops_cpu", "_ops_cuda"])
+def test_op_library_has_no_torch_cpp_and_no_python_symbol(name):
+    library = OP_LIBRARY if name == "_ops_cpu" else cuda_library()
+    if library is None:
+        pytest.skip(NO_NVCC)
     lines = tool("nm", "--dynamic", "--demangle", str(library)).splitlines()
     undefined = [line.split(" U ", 1)[1] for line in lines if " U " in line]
     assert any("torch_call_dispatcher" in name for name in undefined)  # the stable C interface
@@ -316,10 +319,11 @@ def test_op_library_links_no_second_openmp_and_no_python():
     assert [name for name in needed if not re.match(allowed, name)] == []
 
 
-@pytest.mark.skipif(not CUDA_LIBRARY.exists(), reason="no nvcc: the CUDA library was not built")
 def test_cuda_library_needs_torch_and_the_c_library_alone():
     """The CUDA runtime is inside; libtorch_cuda is torch's own, which a CUDA build has loaded."""
-    needed = re.findall(r"NEEDED.*\[(.+)\]", tool("readelf", "--dynamic", str(CUDA_LIBRARY)))
+    if cuda_library() is None:
+        pytest.skip(NO_NVCC)
+    needed = re.findall(r"NEEDED.*\[(.+)\]", tool("readelf", "--dynamic", str(cuda_library())))
     assert {"libtorch_cpu.so", "libtorch_cuda.so"} <= set(needed)
     allowed = r"lib(torch_cpu|torch_cuda|stdc\+\+|gcc_s|m|c|dl|rt|pthread)\.so|ld-linux"
     assert [name for name in needed if not re.match(allowed, name)] == []

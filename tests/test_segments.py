@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from prefkern import segments
-from prefkern.types import SeqStats, TokenStats, TokenWeights
+from prefkern.losses.record import TokenWeights
+from prefkern.objective import segments
+from prefkern.stats import SeqStats, TokenStats
 
 CU = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
 TARGETS = torch.tensor([1, -100, 2, 0, 1, -100, 3])

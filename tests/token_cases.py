@@ -10,10 +10,10 @@ import warnings
 import torch
 import vectors
 
-from prefkern import advantages
+from prefkern.losses import advantages
 from prefkern.losses.pairwise.infifpo import fused_reference
 from prefkern.losses.pointwise import fdpg
-from prefkern.objective import preference_loss
+from prefkern.objective.preference_loss import preference_loss
 
 CASES = {c["id"]: c for c in vectors.load("token")["cases"]}
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from prefkern import losses
-from prefkern.types import Loss, SeqStats
+from prefkern.losses.record import Loss
+from prefkern.stats import SeqStats
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefkern import backends
+from prefkern.backends import choice
+from prefkern.backends.contract import Problem
 from prefkern.ops.list_rank import list_rank
-from prefkern.types import Problem
 
 from . import timing
 
@@ -47,10 +47,10 @@ def measure_epilogues(dtypes: tuple[torch.dtype, ...], rows: int, columns: int) 
         zr = (z.float() + 0.1 * torch.randn(rows, columns, generator=g, device="cuda")).to(dtype)
         for backend in ("triton", "cuda"):
             problem = Problem("logits_logps", "cuda", dtype, None, ("logp",), rows, columns)
-            if reasons := backends.unsupported(backend, problem):
+            if reasons := choice.unsupported(backend, problem):
                 found.append({"backend": backend, "status": "; ".join(reasons)})
                 continue
-            module = backends.load_backend(backend)
+            module = choice.load_backend(backend)
             for stats in EPILOGUES:
                 two = bool(names(stats).intersection(TWO_MODELS))
                 found.append(
@@ -121,7 +121,7 @@ def measure_lists(groups: int, small_groups: int) -> list[dict]:
         for family in LIST_FAMILIES:
             problem = Problem("list_rank", "cuda", torch.float32, family=family)
             row = {"backend": backend, "family": family}
-            if reasons := backends.unsupported(backend, problem):
+            if reasons := choice.unsupported(backend, problem):
                 found.append(row | {"status": "; ".join(reasons)})
                 continue
             large = list_seconds(backend, family, scores, labels, offsets)

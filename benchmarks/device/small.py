@@ -10,10 +10,11 @@ import sys
 import torch
 
 import prefkern
-from prefkern import backends
+from prefkern.backends import choice
+from prefkern.backends.contract import Problem
 from prefkern.ops.list_rank import list_rank
 from prefkern.ops.segment_sum import segment_sum
-from prefkern.types import ONE_MODEL_STATS, Problem
+from prefkern.stats import ONE_MODEL_STATS
 
 TWO_MODEL = (
     "logp", "ref_logp", "ref_lse", "fkl", "rkl", "jsd:0.3", "alpha:0.4", "renyi:0.6", "tv",
@@ -35,7 +36,7 @@ def run(backend: str, device: str = "cuda") -> list[str]:
     targets = targets.to(device)
 
     def serves(op: str, dtype: torch.dtype, family: str | None = None) -> bool:
-        return not backends.unsupported(backend, Problem(op, device, dtype, family=family))
+        return not choice.unsupported(backend, Problem(op, device, dtype, family=family))
 
     # The interpreter takes seconds for what a GPU does at once: one dtype and budget there.
     gpu = device == "cuda"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import prefkern
-from prefkern import backends
-from prefkern.types import Problem
+from prefkern.backends import choice
+from prefkern.backends.contract import Problem
 
 from .cases import STATS, Case, Inputs
 
@@ -44,7 +44,7 @@ def ours(backend: str, budget: int | None):
             op=op, device=device, dtype=case.dtype, weight_dtype=case.dtype, stats=stats,
             N=case.N, V=case.head.V, D=case.head.D,
         )  # fmt: skip
-        if reasons := backends.unsupported(backend, problem):
+        if reasons := choice.unsupported(backend, problem):
             raise missing("; ".join(reasons))
         options = {
             "stats": stats, "backend": backend, "memory_budget": budget, "num_scored": case.N,
@@ -176,5 +176,5 @@ VARIANTS = (
     Variant("torch linear_cross_entropy", torch_chunked, ("logp",)),
     Variant("eager", plain(False), logits=18),
     Variant("torch.compile", plain(True), compiled=True, logits=10),
-    Variant("prefkern reference", ours("reference", 0), logits=30),
+    Variant("prefkern eager", ours("eager", 0), logits=30),
 )

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import prefkern
-from prefkern import backends
-from prefkern.types import Problem
+from prefkern.backends import choice
+from prefkern.backends.contract import Problem
 
 torch.set_num_threads(1)
 N, D, V, S = 16, 8, 32, 4
@@ -20,7 +20,7 @@ N, D, V, S = 16, 8, 32, 4
 _PLAIN = Problem(
     op="linear_logps", device="cpu", dtype=torch.float32, stats=("logp",), N=N, V=V, D=D
 )
-BACKENDS = [name for name in backends.backend_names() if not backends.unsupported(name, _PLAIN)]
+BACKENDS = [name for name in choice.backend_names() if not choice.unsupported(name, _PLAIN)]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

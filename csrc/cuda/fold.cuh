@@ -14,7 +14,7 @@
 
 namespace prefkern {
 
-// What a chunk's sums are called in prefkern/sweep/epilogue.py.
+// What a chunk's sums are called in prefkern/backends/tiled/epilogue.py.
 enum class Field {
   // clang-format off
   max, sum, x, sq, z_sum, z_count, top, round_max, round_sum,

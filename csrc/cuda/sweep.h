@@ -2,7 +2,7 @@
 // torch and no CUDA types, so that the emulation on a CPU has the very same interface.
 //
 // Tile: rows [m] x columns [w] of raw products; column c is vocabulary entry v0 + c. The fields and
-// coefficients are those of prefkern/sweep/epilogue.py, in its order.
+// coefficients are those of prefkern/backends/tiled/epilogue.py, in its order.
 #pragma once
 
 #include <cstdint>

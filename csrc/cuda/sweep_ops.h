@@ -1,4 +1,4 @@
-// Ops on tiles of logits: the kernels of prefkern/sweep/epilogue.py, one op each, and logits_logps.
+// Ops on tiles of logits: the kernels of prefkern/backends/tiled/epilogue.py, one op each, and logits_logps.
 //
 // `numbers` are those of PARAMS there: factor, top, ref_factor, ref_top, slope, alpha, renyi, mix,
 // jsd. `stats` are comma-joined statistic names. `working` is the code of a Dtype.

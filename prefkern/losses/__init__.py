@@ -13,8 +13,8 @@ import pkgutil
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ..types import Loss
 from . import diffusion, listwise, pairwise, pointwise, tokenwise
+from .record import Loss
 
 FAMILIES = (pairwise, pointwise, listwise, tokenwise, diffusion)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.segment_sum import segment_sum
-from ..types import SeqStats
+from ..stats import SeqStats
 
 
 def difference(chosen: Tensor, rejected: Tensor) -> Tensor:  # [P]

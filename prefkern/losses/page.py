@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from ..types import Loss, Supervised
 from . import ALIASES, LOSSES, arguments, required
+from .record import Loss, Supervised
 
 FAMILY_TITLES = {
     "pairwise": "Pairs: a chosen and a rejected answer",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..ops.segment_sum import segment_sum
-from ..token_weights import sequence_of
-from ..types import TokenStats
+from ..stats import TokenStats
 from . import core
+from .weights.token_weights import sequence_of
 
 
 def field(tokens: TokenStats, name: str, scored: Tensor) -> Tensor:  # [N]

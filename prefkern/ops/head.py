@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..types import NO_GRADIENT, Problem, Stat, TokenStats
+from ..backends import choice
+from ..backends.contract import Problem
+from ..stats import NO_GRADIENT, Stat, TokenStats
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -26,7 +27,7 @@ def run(backend: str, function: str, *args):
     """Calls a backend's function. Dtypes are settled by then: autocast must not reach in."""
     device = args[0].device.type
     with torch.autocast(device, enabled=False):
-        return getattr(backends.load_backend(backend), function)(*args)
+        return getattr(choice.load_backend(backend), function)(*args)
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -49,7 +50,7 @@ def resolve(
         op=op, device=device, dtype=dtype, weight_dtype=weight_dtype,
         stats=tuple(stats.split(",")) if stats else (), N=n, V=v, D=d, family=family,
     )  # fmt: skip
-    return backends.select_backend(problem, backend)
+    return choice.select_backend(problem, backend)
 
 
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo (1.2 s).

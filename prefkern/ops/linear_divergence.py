@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..types import ONE_MODEL_STATS, SAVED_ROWS, TWO_MODEL_STATS, Stat, TokenStats, parse_stats
+from ..backends.contract import SAVED_ROWS
+from ..stats import ONE_MODEL_STATS, TWO_MODEL_STATS, Stat, TokenStats, parse_stats
 from . import budget, head
 from .linear_logps import frozen_head, frozen_rows, head_gradients_like, needs_gradient
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..types import FROZEN_STATS, NO_GRADIENT, ONE_MODEL_STATS, TokenStats, parse_stats
+from ..stats import FROZEN_STATS, NO_GRADIENT, ONE_MODEL_STATS, TokenStats, parse_stats
 from . import budget, head
 
 
@@ -50,7 +50,7 @@ def linear_logps(
             costs one synchronisation (and no compaction under graph capture). Default None.
         memory_budget: Bytes of logits kept for the backward; 0 recomputes them. Changes time, not
             one bit of a result. Default: a constant per device.
-        backend: "auto" or a name from `prefkern.backends.backend_names()`.
+        backend: "auto" or a name from `prefkern.backends.choice.backend_names()`.
 
     Returns:
         TokenStats; each requested field has the shape of `targets`, fp32 (fp64 for fp64 input).

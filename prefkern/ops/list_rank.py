@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import checks, list_options
+from .. import checks
+from ..backends import list_options
 from . import head
 
 
@@ -49,11 +50,11 @@ def list_rank(
         scores: `[S]` fp32 or fp64, differentiable.
         labels: `[S]` numbers, higher is better; NaN removes the item. Constant.
         cu_groups: Boundaries `[G+1]`, int32, from 0 to S, never decreasing; empty groups give 0.
-        family: One of prefkern.list_options.FAMILIES, as above.
+        family: One of prefkern.backends.list_options.FAMILIES, as above.
         topk: plackett_luce: number of stages, one number or `[G]` integers >= 1, clamped to the
             group's size. Default None, all.
         backend: "auto" or a backend name.
-        options: Of the family, see prefkern.list_options.ListOptions for names and defaults.
+        options: Of the family; names and defaults in prefkern.backends.list_options.ListOptions.
 
     Returns:
         `[G]` in the dtype of scores.

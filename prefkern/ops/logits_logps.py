@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..types import ONE_MODEL_STATS, SAVED_ROWS, TWO_MODEL_STATS, TokenStats, parse_stats
+from ..backends.contract import SAVED_ROWS
+from ..stats import ONE_MODEL_STATS, TWO_MODEL_STATS, TokenStats, parse_stats
 from . import head
 
 

@@ -8,7 +8,7 @@ import torch
 
 from .. import losses
 from ..integrations import hf, packed_attention
-from ..types import Loss
+from ..losses.record import Loss
 from . import masks as mask_module
 from .config import TrainConfig, nearest
 from .data import Example, collate

@@ -21,10 +21,10 @@ import torch
 
 from .. import linear_logps
 from ..integrations import hf
-from ..plots import Panel, plot_history
 from . import demo_task
 from .config import TrainConfig
 from .data import Example, collate, length_baseline, load_examples, plan_batches
+from .plots import Panel, plot_history
 
 MAX_LENGTH = 32  # the longest row has 21 tokens
 

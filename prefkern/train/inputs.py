@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .. import losses
-from ..terms import filled_here
-from ..types import Loss
+from ..losses.record import Loss
+from ..objective.terms import filled_here
 from .config import TrainConfig, nearest
 from .data import Example
 from .data.extra import KINDS, KINDS_OF_LOSS, TEXT, Extra

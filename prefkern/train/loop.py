@@ -190,7 +190,7 @@ def train_run(run: Run, *, final_run: bool = True) -> dict[str, Any]:
             ckpt.write_json(output_dir / states.FILE, run.step.states.as_dict())
         ckpt.write_json(output_dir / "trainer_state.json", hf_state())
         if config.plots:
-            from ..plots import plot_history
+            from .plots import plot_history
 
             plot_history(history.rows, output_dir)
     run.accelerator.wait_for_everyone()

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import advantages, losses
-from ..data import pairs_from_lists
-from ..data.prompts import SEPARATOR, prefixed
+from .. import losses
 from ..integrations import hf
+from ..losses import advantages
 from ..losses.pointwise import fdpg
-from ..types import Loss
+from ..losses.record import Loss
+from ..prep import pairs_from_lists
+from ..prep.prompts import SEPARATOR, prefixed
 from .config import TrainConfig
 from .judges import Judge, Row, answer_logps, completion, training_row
 from .sampling import Answer
@@ -340,9 +341,9 @@ def direction_prompts(
 
     The prompts of a DPA round (arXiv 2402.18571): the judge returns direction . rewards, pairs are
     best_vs_worst, the loss is sft, which reads the best answer alone. The condition reads as in
-    `prefkern.data.direction_conditioned`.
+    `prefkern.prep.direction_conditioned`.
     """
-    from ..data.conditioning import DIRECTION_TEMPLATE, direction_words
+    from ..prep.conditioning import DIRECTION_TEMPLATE, direction_words
 
     return [
         {**row, "prompt": prefixed(row["prompt"], words, separator), "direction": list(vector)}

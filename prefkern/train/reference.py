@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import losses
 from ..integrations import hf
 from ..ops.linear_logps import linear_logps
-from ..types import TWO_MODEL_STATS, SeqStats
+from ..stats import TWO_MODEL_STATS, SeqStats
 from . import activations
 from .config import TrainConfig
 from .data import Example, PreferenceBatch, Sequence, collate

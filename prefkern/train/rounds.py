@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from ..data import curriculum, split_stages
 from ..integrations import hf
+from ..prep import curriculum, split_stages
 from . import checkpoint as ckpt
 from . import checks, judges, models, online, sampling, sync
 from .config import TrainConfig, check_same_run
@@ -344,6 +344,6 @@ def _finish(config: TrainConfig, out: Path, model: Path, history: list[dict[str,
     lines = "".join(json.dumps(row) + "\n" for row in history)
     (out / "log_history.jsonl").write_text(lines, encoding="utf-8")
     if config.plots:
-        from ..plots import plot_history
+        from .plots import plot_history
 
         plot_history(history, out)

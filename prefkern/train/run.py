@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..integrations import hf, packed_attention
-from ..types import Loss
+from ..losses.record import Loss
 from . import checkpoint as ckpt
 from . import checks, fuse, inputs, models, reference_cache, speeds, sync
 from . import masks as mask_module

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .. import segments
 from ..integrations import hf
+from ..objective import segments
 from . import checkpoint as ckpt
 from .config import TrainConfig
 from .data import PreferenceBatch

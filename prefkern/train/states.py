@@ -22,7 +22,8 @@ from torch import Tensor
 from .. import losses
 from ..losses.pairwise import beta_dpo, selfie
 from ..losses.pointwise import bco
-from ..types import Loss, SeqStats
+from ..losses.record import Loss
+from ..stats import SeqStats
 from .checkpoint import STATE_FILE, read_json
 from .data.extra import UNKNOWN
 

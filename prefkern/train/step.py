@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations import hf
-from ..objective import preference_loss
-from ..token_weights import SparseMasks
-from ..types import Loss, SeqStats
+from ..losses.record import Loss
+from ..losses.weights.token_weights import SparseMasks
+from ..objective.preference_loss import preference_loss
+from ..stats import SeqStats
 from . import masks as mask_module
 from .config import TrainConfig
 from .data import PreferenceBatch

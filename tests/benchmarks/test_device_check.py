@@ -30,7 +30,7 @@ def test_the_script_runs_and_says_what_is_missing(tmp_path):
     rows = report["heads"]["rows"]
     ours = [r for r in rows if r["variant"].startswith("prefkern triton")]
     assert len(ours) == 9 and all(r["status"] == "ok" and r["over_bare"] > 0 for r in ours), ours
-    reference = [r for r in rows if r["variant"] == "prefkern reference"]
+    reference = [r for r in rows if r["variant"] == "prefkern eager"]
     assert all(r["status"] == "ok" and r["err_d_hidden"] < 1e-2 for r in reference), reference
     others = {r["variant"]: r["status"] for r in rows if not r["variant"].startswith("prefkern")}
     assert others["eager"] == "ok" and others["bare products"] == "ok", others

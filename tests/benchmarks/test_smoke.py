@@ -52,7 +52,7 @@ def test_case(name, tmp_path):
             assert row["reason"]
         else:
             assert row["wall_s"] > 0 and row["ratio"] > 0
-    assert rows["prefkern reference"]["status"] == "ok"
+    assert rows["prefkern eager"]["status"] == "ok"
     assert rows["eager log_softmax"]["status"] == "ok"
 
     results = bench_linear_logps.Results(tmp_path / "linear_logps.csv")
@@ -156,7 +156,7 @@ def test_command_line(tmp_path):
     """The way `prefkern bench` starts it: worker processes, memory, CSV, pictures."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--quick", "--repeats", "1", "--out", str(tmp_path),
-         "--cases", "dpo-masked-t1", "--variants", "prefkern reference"],
+         "--cases", "dpo-masked-t1", "--variants", "prefkern eager"],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -13,10 +13,10 @@ import torch
 from cases import BF16, FP16, FP32
 from closeness import assert_same_bits
 
-from prefkern import cuda
-from prefkern.sweep import rows
-from prefkern.sweep.epilogue import COEFFICIENTS, NORMS, SECOND_FIELDS, LogitOptions, Tile
-from prefkern.sweep.heads import make_call, parse
+from prefkern.backends import cuda
+from prefkern.backends.tiled import rows
+from prefkern.backends.tiled.epilogue import COEFFICIENTS, NORMS, SECOND_FIELDS, LogitOptions, Tile
+from prefkern.backends.tiled.heads import make_call, parse
 
 OPS = torch.ops.prefkern_cuda
 ONE = ("logp", "ent", "col", "top1", "zmean")

@@ -11,8 +11,7 @@ import pytest
 import torch
 from cases import PLAIN_PROBLEM
 
-from prefkern import backends, cuda
-from prefkern.backends import Choice
+from prefkern.backends import choice, cuda
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc/cuda"
 ON_GPU = replace(PLAIN_PROBLEM, device="cuda")
@@ -41,37 +40,14 @@ def test_automatic_choice_waits_for_a_recorded_run(monkeypatch):
     monkeypatch.setattr(cuda, "unsupported", lambda problem: [])
     monkeypatch.setattr("prefkern.kernels.unsupported", lambda problem: ["not here"])
     assert any("no recorded run on a GPU" in reason for reason in cuda.held_back(ON_GPU))
-    assert backends.select_backend(ON_GPU) != "cuda"
-    assert backends.select_backend(ON_GPU, "cuda") == "cuda"
+    assert choice.select_backend(ON_GPU) != "cuda"
+    assert choice.select_backend(ON_GPU, "cuda") == "cuda"
     run = {"gpu": "test", "commit": "0" * 7}
     kernels = cuda.KERNELS["linear_logps"]
     monkeypatch.setattr(cuda, "ran_on", lambda: {k: run for k in kernels})
-    monkeypatch.setattr("prefkern.native.unsupported", lambda problem: ["cpu only"])
+    monkeypatch.setattr("prefkern.backends.cpu.unsupported", lambda problem: ["cpu only"])
     assert cuda.held_back(ON_GPU) == []
-    assert backends.select_backend(ON_GPU) == "cuda"
-
-
-def test_a_measurement_changes_the_order_and_is_named(monkeypatch):
-    for name in ("cuda", "triton"):
-        module = backends.load_backend(name)
-        monkeypatch.setattr(module, "unsupported", lambda problem: [])
-        monkeypatch.setattr(module, "held_back", lambda problem: [])
-    monkeypatch.setattr("prefkern.native.unsupported", lambda problem: ["cpu only"])
-    assert backends.explain(ON_GPU)[0] == "triton"
-    choice = Choice("cuda", "some card, 3 % faster", "abc1234", "prefkern bench")
-    monkeypatch.setitem(backends.MEASURED, "linear_logps", choice)
-    name, why = backends.explain(ON_GPU)
-    assert name == "cuda" and all(
-        text in why for text in ("some card", "abc1234", "prefkern bench")
-    )
-    assert backends.explain(replace(ON_GPU, op="logits_logps"))[0] == "triton"
-
-
-def test_no_choice_without_evidence():
-    """The table is empty until a GPU was measured; entries name a backend and what to run."""
-    for op, choice in backends.MEASURED.items():
-        assert op in cuda.KERNELS and choice.first in backends.PRIORITY
-        assert choice.gpu and choice.commit and choice.command
+    assert choice.select_backend(ON_GPU) == "cuda"
 
 
 @pytest.mark.parametrize("variable", ["PREFKERN_NO_CUDA", "PREFKERN_NO_EXT"])

@@ -8,7 +8,7 @@ from cases import BF16, FP16, FP32, FP64
 from closeness import assert_same_bits
 from emulation import Errors, needed, program
 
-from prefkern.reference import error_sum as reference
+from prefkern.backends.eager import error_sum as reference
 
 pytestmark = needed
 

@@ -11,8 +11,8 @@ from closeness import assert_same_bits
 from emulation import Segments, needed, program
 from torch import Tensor
 
-from prefkern import token_weights
-from prefkern.reference import segment_sum as reference_sum
+from prefkern.backends.eager import segment_sum as reference_sum
+from prefkern.losses.weights import token_weights
 
 pytestmark = needed
 

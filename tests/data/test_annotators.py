@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefkern.data import (
+from prefkern.prep import (
     number_annotators,
     pair_weights,
     pairs_per_annotator,

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from prefkern.data import (
+from prefkern.prep import (
     control_prefix,
     direction_conditioned,
     pairs_from_lists,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefkern.data import curriculum, split_stages, triples_from_lists
+from prefkern.prep import curriculum, split_stages, triples_from_lists
 
 FOUR = {"prompt": "p", "completions": ["A", "B", "C", "D"], "scores": [4.0, 5.0, 2.0, 3.0]}
 THREE = {"prompt": "q", "completions": ["X", "Y", "Z"], "scores": [1.0, 9.0, 9.0]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefkern.data import mutual_scores, pairs_from_lists, rank_by_run_time, rank_programs
+from prefkern.prep import mutual_scores, pairs_from_lists, rank_by_run_time, rank_programs
 
 PASSED = [[1, 1], [1, 0], [0, 0]]
 

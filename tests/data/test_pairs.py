@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from prefkern.data import drop_duplicates, pairs_from_judgements, pairs_from_lists
-from prefkern.data.table import read_rows
+from prefkern.prep import drop_duplicates, pairs_from_judgements, pairs_from_lists
+from prefkern.prep.table import read_rows
 
 # Ranking: C 3, A 2, D 2, B 1; A before D by position.
 LIST = {"prompt": "p", "completions": ["A", "B", "C", "D"], "scores": [2.0, 1.0, 3.0, 2.0]}
@@ -126,7 +126,7 @@ def test_tables():
 
 
 def test_importing_the_package_leaves_datasets_alone():
-    code = "import sys, prefkern.data; assert 'datasets' not in sys.modules"
+    code = "import sys, prefkern.prep; assert 'datasets' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

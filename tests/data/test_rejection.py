@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from prefkern.data import rejection_sample, tournament_pairs
-from prefkern.data.rejection import accept
+from prefkern.prep import rejection_sample, tournament_pairs
+from prefkern.prep.rejection import accept
 
 POOL = {"prompt": "p", "completions": ["A", "B", "C", "D"], "scores": [0.0, 1.0, 0.5, -2.0]}
 

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 from tiny_tokenizer import byte_tokenizer
 
-from prefkern.data import (
-    divergence_weights,
-    pairs_from_lists,
-    shared_steps_to_prompt,
-    visit_labels,
-)
+from prefkern.prep import divergence_weights, pairs_from_lists, shared_steps_to_prompt, visit_labels
 
 
 def test_weights_begin_at_the_first_differing_token(check):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny_tokenizer import byte_tokenizer
 
-from prefkern.data import (
+from prefkern.prep import (
     control_prefix,
     curriculum,
     direction_conditioned,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from cases import gpu_backends
 
-from prefkern import backends, list_options
+from prefkern.backends import choice, list_options
+from prefkern.backends.contract import Problem
 from prefkern.ops.list_rank import list_rank
 from prefkern.ops.segment_sum import segment_sum
-from prefkern.types import Problem
 
 BACKENDS = gpu_backends()
 pytestmark = pytest.mark.skipif(not BACKENDS, reason="needs a GPU that prefkern's kernels serve")
@@ -18,7 +18,7 @@ on_gpu = pytest.mark.parametrize("gpu", BACKENDS or ("none",))
 
 def skip_unless_served(gpu: str, op: str, family: str | None = None) -> None:
     problem = Problem(op, "cuda", torch.float32, family=family)
-    if reasons := backends.unsupported(gpu, problem):
+    if reasons := choice.unsupported(gpu, problem):
         pytest.skip("; ".join(reasons))
 
 
@@ -42,7 +42,7 @@ def test_list_rank(gpu, family):
     found = list_rank(leaf, labels.cuda(), offsets.cuda(), family=family, backend=gpu)
     found.sum().backward()
     truth = scores.double().requires_grad_(True)
-    want = list_rank(truth, labels.double(), offsets, family=family, backend="reference")
+    want = list_rank(truth, labels.double(), offsets, family=family, backend="eager")
     want.sum().backward()
     torch.testing.assert_close(found.cpu().double(), want, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(leaf.grad.cpu().double(), truth.grad, rtol=2e-4, atol=2e-5)
@@ -70,5 +70,5 @@ def test_segment_sum(gpu, weighted):
         (out * upstream.to(device)).sum().backward()
         return [t.cpu() for t in (out.detach(), x.grad, *(() if w is None else (w.grad,)))]
 
-    for got, want in zip(run("cuda", gpu), run("cpu", "reference"), strict=True):
+    for got, want in zip(run("cuda", gpu), run("cpu", "eager"), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)

@@ -11,7 +11,7 @@ from cases import BF16, FP32, FP64, backends_on
 from closeness import assert_same_bits
 from prefkern.kernels import error_sum as kernel
 
-from prefkern.reference import error_sum as eager
+from prefkern.backends.eager import error_sum as eager
 
 pytestmark = pytest.mark.skipif("triton" not in backends_on(), reason="the triton backend is off")
 

@@ -14,10 +14,10 @@ from closeness import stat_floor
 from prefkern.kernels import fused, tiles
 
 import prefkern
+from prefkern.backends.eager import linear_logps as reference
+from prefkern.backends.tiled.epilogue import LogitOptions
+from prefkern.backends.tiled.heads import Head
 from prefkern.ops import budget
-from prefkern.reference import linear_logps as reference
-from prefkern.sweep.epilogue import LogitOptions
-from prefkern.sweep.heads import Head
 
 pytestmark = pytest.mark.skipif("triton" not in backends_on(), reason="the triton backend is off")
 

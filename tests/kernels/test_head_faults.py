@@ -14,7 +14,7 @@ from closeness import assert_same_bits
 from prefkern.kernels.epilogue import Kernels
 
 import prefkern
-from prefkern.sweep import backward, forward, plan, products
+from prefkern.backends.tiled import backward, forward, plan, products
 
 pytestmark = pytest.mark.skipif("triton" not in backends_on(), reason="the triton backend is off")
 

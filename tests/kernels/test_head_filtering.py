@@ -9,7 +9,7 @@ from checks import inputs_of, run_op
 from closeness import assert_same_bits
 from prefkern.kernels import filter_gradient
 
-from prefkern.sweep import filtering, plan
+from prefkern.backends.tiled import filtering, plan
 
 pytestmark = pytest.mark.skipif("triton" not in backends_on(), reason="the triton backend is off")
 

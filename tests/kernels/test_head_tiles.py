@@ -29,10 +29,10 @@ from oracles import top_k
 from prefkern.kernels.epilogue import KERNELS, Kernels
 
 import prefkern
-from prefkern.sweep import forward, plan, products
-from prefkern.sweep.epilogue import COEFFICIENTS, LogitOptions, Tile
-from prefkern.sweep.heads import make_call, parse
-from prefkern.sweep.topset import TopSet
+from prefkern.backends.tiled import forward, plan, products
+from prefkern.backends.tiled.epilogue import COEFFICIENTS, LogitOptions, Tile
+from prefkern.backends.tiled.heads import make_call, parse
+from prefkern.backends.tiled.topset import TopSet
 
 pytestmark = pytest.mark.skipif("triton" not in backends_on(), reason="the triton backend is off")
 
@@ -158,8 +158,8 @@ def test_a_second_backward_gives_the_same_bits(small_tiles):
 @pytest.mark.parametrize("op", ["linear_logps", "linear_divergence"])
 def test_masking_instead_of_compaction(op, small_tiles, monkeypatch):
     """Under graph capture no row is dropped: the kernels skip ignored rows, whatever they hold."""
-    from prefkern.reference.rows import Scored
-    from prefkern.sweep import heads
+    from prefkern.backends.eager.rows import Scored
+    from prefkern.backends.tiled import heads
 
     def masked(targets, ignore_index, num_scored):
         return Scored(torch.arange(targets.numel()), targets != ignore_index)
@@ -240,7 +240,7 @@ def test_repeated_columns_of_sparse_values_add_up(small_tiles):
     index[::2, 3] = index[::2, 0]
     value = torch.randn(TILES.N, 4)
     found = []
-    for backend in ("triton", "reference"):
+    for backend in ("triton", "eager"):
         leaf = inputs.hidden.clone().requires_grad_()
         ev = prefkern.linear_divergence(
             leaf, inputs.weight, inputs.targets, inputs.ref_hidden, inputs.ref_weight,

@@ -16,10 +16,10 @@ from closeness import assert_no_worse, assert_same_bits
 from list_oracles import VARIANTS
 from prefkern.kernels import list_rank as host
 
-from prefkern import backends
-from prefkern.list_options import pack
+from prefkern.backends import choice
+from prefkern.backends.contract import Problem
+from prefkern.backends.list_options import pack
 from prefkern.ops.list_rank import list_rank
-from prefkern.types import Problem
 
 pytestmark = pytest.mark.skipif("triton" not in backends_on(), reason="the triton backend is off")
 
@@ -64,7 +64,7 @@ def run(backend, scores, labels, cu, family, options):
 def check(sizes, family, options, scale=1.0):
     """fp64 sums in another order: 1e-12 of the group's largest number."""
     scores, labels, cu = ragged(sizes, scale=scale)
-    got, want = (run(b, scores, labels, cu, family, options) for b in ("triton", "reference"))
+    got, want = (run(b, scores, labels, cu, family, options) for b in ("triton", "eager"))
     torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-14)
     for start, end in itertools.pairwise(cu.tolist()):
         size = want[1][start:end].abs().max().item() if end > start else 0.0
@@ -108,7 +108,7 @@ def test_fp32_scores_are_rounded_once(family):
     """No worse than half a unit of the last place, of each result and beside the eager twin."""
     scores, labels, cu = ragged([4, 9, 18], scale=5.0)
     scores, labels = scores.to(FP32), labels.to(FP32)
-    got, base = (run(b, scores, labels, cu, family, {}) for b in ("triton", "reference"))
+    got, base = (run(b, scores, labels, cu, family, {}) for b in ("triton", "eager"))
     truth = run("triton", scores.double(), labels.double(), cu, family, {})
     for what, a, b, c in zip(("loss", "slope"), got, base, truth, strict=True):
         assert a.dtype == FP32
@@ -154,7 +154,7 @@ def test_host_and_kernels_agree_on_the_bits_of_flags():
 
 def test_a_family_without_a_kernel_is_named():
     problem = Problem(op="list_rank", device="cpu", dtype=FP64, family="neural_ndcg")
-    assert any("neural_ndcg" in reason for reason in backends.unsupported("triton", problem))
+    assert any("neural_ndcg" in reason for reason in choice.unsupported("triton", problem))
     args = (torch.zeros(2), torch.zeros(2), torch.tensor([0, 2], dtype=torch.int32), None)
     with pytest.raises(ValueError, match="neural_ndcg"):
         host.list_rank_fwd(*args, "neural_ndcg", pack("neural_ndcg", {}))

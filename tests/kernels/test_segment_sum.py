@@ -11,7 +11,7 @@ from cases import FP32, FP64, backends_on
 from closeness import assert_same_bits
 from prefkern.kernels import segment_sum as kernel
 
-from prefkern.reference import segment_sum as eager
+from prefkern.backends.eager import segment_sum as eager
 
 pytestmark = pytest.mark.skipif("triton" not in backends_on(), reason="the triton backend is off")
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from prefkern.kernels import tiles
 
-from prefkern import backends, kernels
-from prefkern.types import Problem
+from prefkern import kernels
+from prefkern.backends import choice
+from prefkern.backends.contract import Problem
 
 
 def problem(**changes):
@@ -37,9 +38,9 @@ def test_cpu_tensors_need_the_interpreter(compiled, monkeypatch):
 def test_interpreted_kernels_serve_only_when_named(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     asked = problem(device="cpu", dtype=torch.float32)
-    assert "name the backend" in " ".join(backends.held_back("triton", asked))
-    assert backends.select_backend(asked) != "triton"
-    assert backends.select_backend(asked, "triton") == "triton"
+    assert "name the backend" in " ".join(choice.held_back("triton", asked))
+    assert choice.select_backend(asked) != "triton"
+    assert choice.select_backend(asked, "triton") == "triton"
 
 
 @pytest.mark.parametrize("name", ["sm_75", "sm_89", "gfx90a"])

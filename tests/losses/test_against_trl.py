@@ -72,7 +72,7 @@ class Data:
     def ours(self, **args: object) -> torch.Tensor:
         loss, _ = preference_loss(
             self.hidden, self.weight, self.labels, layout="halves", ref_logp=self.ref_logp,
-            backend="reference", **args,
+            backend="eager", **args,
         )  # fmt: skip
         return loss
 
@@ -233,7 +233,7 @@ def test_triples(name, args):
     trainer = bare(module.TPOTrainer, loss_type=name, tpo_alpha=0.6, tpo_l_gamma=0.2)
     theirs = trainer._compute_loss(data.model, inputs, False)
     loss, _ = preference_loss(
-        data.hidden, data.weight, data.labels, layout="halves", backend="reference",
+        data.hidden, data.weight, data.labels, layout="halves", backend="eager",
         loss="tpo" if name == "sigmoid" else name, beta=BETA, tpo_alpha=0.6, **args,
     )  # fmt: skip
     agree(theirs, loss, data)

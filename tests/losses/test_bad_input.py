@@ -23,8 +23,9 @@ from loss_examples import (
     spread,
 )  # fmt: skip
 
-from prefkern import losses, preference_loss, types
-from prefkern.types import SeqStats
+from prefkern import losses, preference_loss
+from prefkern.losses import record as declaration
+from prefkern.stats import SeqStats
 
 pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
 NEEDS_REFERENCE = [
@@ -186,7 +187,7 @@ def test_unknown_arguments(name):
 
 @pytest.mark.parametrize("name", [n for n in EVERY if losses.LOSSES[n].provisional])
 def test_provisional_losses_warn_once_however_they_are_called(name, monkeypatch):
-    monkeypatch.setattr(types, "_warned", set())
+    monkeypatch.setattr(declaration, "_warned", set())
     record = losses.LOSSES[name]
     with pytest.warns(UserWarning, match=f"loss {name!r} is provisional"), pytest.raises(TypeError):
         record()  # before anything else, also where the call then fails
@@ -195,13 +196,13 @@ def test_provisional_losses_warn_once_however_they_are_called(name, monkeypatch)
         losses.bind(record, {}, supplied=losses.required(record))
         with pytest.raises(TypeError):
             record()
-    monkeypatch.setattr(types, "_warned", set())
+    monkeypatch.setattr(declaration, "_warned", set())
     with pytest.warns(UserWarning, match=f"loss {name!r} is provisional"):
         losses.bind(record, {}, supplied=losses.required(record))
 
 
 def test_only_provisional_losses_warn(monkeypatch):
-    monkeypatch.setattr(types, "_warned", set())
+    monkeypatch.setattr(declaration, "_warned", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in sorted({*PAIRWISE, *POINTWISE, *TOKENWISE}):

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from prefkern import contrast_weights, losses
-from prefkern.types import SeqStats
+from prefkern import losses
+from prefkern.losses.weights import contrast
+from prefkern.stats import SeqStats
 
 
 def answers(*logratios, length=8.0, **fields):
@@ -88,7 +89,7 @@ def test_scir_gates_dpo_by_agreement():
 def test_tisdpo_without_models_is_dpo():
     scored = torch.ones(4, dtype=torch.bool)
     same = -torch.rand(4)
-    stage = contrast_weights.tisdpo(same, same, torch.ones(4), scored, cu(0, 4))
+    stage = contrast.tisdpo(same, same, torch.ones(4), scored, cu(0, 4))
     assert torch.equal(stage.weights, torch.ones(4))
 
 
@@ -98,7 +99,7 @@ def test_tisdpo_transforms():
     sign = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
 
     def weights(transform, **options):
-        stage = contrast_weights.tisdpo(
+        stage = contrast.tisdpo(
             positive, torch.zeros(6), sign, scored, cu(0, 3, 6), transform=transform, **options
         )
         return [round(w, 4) for w in stage.weights.tolist()]
@@ -115,16 +116,16 @@ def test_tisdpo_transforms():
         ({"keep": 0.0}, "keep must be in"),
     ):
         with pytest.raises(ValueError, match=message):
-            contrast_weights.tisdpo(positive, positive, sign, scored, cu(0, 6), **options)
+            contrast.tisdpo(positive, positive, sign, scored, cu(0, 6), **options)
     with pytest.raises(ValueError, match=r"positive_logp must be \[N\]"):
-        contrast_weights.tisdpo(positive[:3], positive, sign, scored, cu(0, 6))
+        contrast.tisdpo(positive[:3], positive, sign, scored, cu(0, 6))
 
 
 def test_tree_weights_are_a_mean_of_step_means():
     scored = torch.tensor([True, True, True, False, True, True])
     step = torch.tensor([1, 1, 2, 2, 0, 0])  # the second sequence has no step at all
     cosine = torch.tensor([1.0, 1.0, -0.5, -0.5, 0.3, 0.3])
-    stage = contrast_weights.tree_tpo(cu(0, 4, 6), scored, step, cosine)
+    stage = contrast.tree_tpo(cu(0, 4, 6), scored, step, cosine)
     torch.testing.assert_close(stage.weights, torch.tensor([0.4, 0.4, 0.2, 0.0, 0.0, 0.0]).double())
     with pytest.raises(ValueError, match="step_index must be"):
-        contrast_weights.tree_tpo(cu(0, 6), scored, step - 1, cosine)
+        contrast.tree_tpo(cu(0, 6), scored, step - 1, cosine)

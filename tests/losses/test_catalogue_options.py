@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefkern import contrast_weights, losses, preference_loss
+from prefkern import losses, preference_loss
 from prefkern.losses.pointwise import fdpg
-from prefkern.types import SeqStats, TokenStats
+from prefkern.losses.weights import contrast
+from prefkern.stats import SeqStats, TokenStats
 
 
 def cu(*bounds: int) -> torch.Tensor:
@@ -122,7 +123,7 @@ def test_step_cosines_against_a_loop():
     steps = torch.tensor([1, 1, 2, 4, 0, 1, 2, 2, 3, 1, 2, 2, 0, 1])
     scored = torch.ones(14, dtype=torch.bool)
     scored[7] = False
-    got = contrast_weights.step_cosine(states, bounds, groups, labels, scored, steps)
+    got = contrast.step_cosine(states, bounds, groups, labels, scored, steps)
     best = {0: 1, 1: 1, 2: 1, 3: 3}
 
     def mean(answer, k):
@@ -138,7 +139,7 @@ def test_step_cosines_against_a_loop():
             if k and scored[t] and other is not None:
                 want = torch.nn.functional.cosine_similarity(own, other, dim=0).item()
             assert got[t].item() == pytest.approx(want, abs=1e-12), t
-    weights = contrast_weights.tree_tpo(bounds, scored, steps, got).weights
+    weights = contrast.tree_tpo(bounds, scored, steps, got).weights
     # a step the best answer lacks (4) weighs nothing, the best answer's own steps weigh alike
     assert weights[3] == 0 and torch.isfinite(weights).all()
     assert weights[5].item() == pytest.approx(1 / 3) and weights[13].item() == 1.0

@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 
-from prefkern import losses, surrogates
+from prefkern import losses
+from prefkern.losses import links
 from prefkern.losses.pairwise import beta_dpo
 from prefkern.losses.pointwise.bco import density_weight
 from prefkern.losses.pointwise.kto import kl_baseline
-from prefkern.types import SeqStats
+from prefkern.stats import SeqStats
 
 
 def answers(*logratios, ref=-20.0, length=8.0):
@@ -60,13 +61,13 @@ def test_dpo_options():
     assert torch.equal(weighted, plain * torch.tensor([1.0, 0.0, 2.0]))
     offset = torch.tensor([0.3, -0.2, 0.0], dtype=torch.float64)
     margin = 0.1 * (chosen.logratio - rejected.logratio) - offset
-    assert torch.allclose(losses.dpo(chosen, rejected, offset=offset), surrogates.logistic(margin))
+    assert torch.allclose(losses.dpo(chosen, rejected, offset=offset), links.logistic(margin))
     per_pair = losses.dpo(chosen, rejected, beta=torch.tensor([0.1, 0.2, 0.3]))
     assert per_pair[0].item() == pytest.approx(plain[0].item(), rel=1e-7)
     free = losses.dpo(
         chosen._replace(ref_logp=None), rejected._replace(ref_logp=None), reference_free=True
     )
-    assert torch.allclose(free, surrogates.logistic(0.1 * (chosen.logp - rejected.logp)))
+    assert torch.allclose(free, links.logistic(0.1 * (chosen.logp - rejected.logp)))
     smoothed = losses.dpo(chosen, rejected, label_smoothing=0.2)
     m = 0.1 * (chosen.logratio - rejected.logratio)
     want = [0.8 * math.log1p(math.exp(-v)) + 0.2 * math.log1p(math.exp(v)) for v in m.tolist()]
@@ -146,7 +147,7 @@ def test_relations_between_losses():
     ):
         contrast = fn(rejected, chosen, beta=0.2) - fn(chosen, rejected, beta=0.2)
         w = torch.sigmoid(contrast + math.log(9.0)).detach()
-        want = surrogates.logistic(contrast, w, 1 - w)
+        want = links.logistic(contrast, w, 1 - w)
         assert torch.allclose(losses.lcpo(chosen, rejected, beta=0.2, base=base), want)
     flagged = losses.selfie(
         chosen,

@@ -10,7 +10,7 @@ import torch
 import vectors
 
 import prefkern
-from prefkern.objective import preference_loss
+from prefkern.objective.preference_loss import preference_loss
 
 NAMES = {
     "DPO": "dpo", "LD-DPO": "ld_dpo", "SimPO": "simpo", "TDPO1": "tdpo1", "TDPO2": "tdpo2",

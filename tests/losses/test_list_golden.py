@@ -8,8 +8,9 @@ import pytest
 import torch
 import vectors
 
-from prefkern import backends, losses, use_backend
-from prefkern.types import Problem
+from prefkern import losses, use_backend
+from prefkern.backends import choice
+from prefkern.backends.contract import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
 
@@ -131,7 +132,7 @@ def _tolerance(case: dict, dtype: torch.dtype) -> float:
 def test_vectors(case, dtype, backend):
     family = EAGER.get(case["loss"])
     problem = Problem(op="list_rank", device="cpu", dtype=dtype, family=family)
-    if family and backends.unsupported(backend, problem):
+    if family and choice.unsupported(backend, problem):
         pytest.skip(f"{backend} has no family {family}; automatic choice takes the reference")
     if backend == "triton" and dtype == torch.float32:
         pytest.skip("its kernels are fp64, and tests/kernels covers what rounds: seconds saved")

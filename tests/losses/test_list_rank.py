@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from list_oracles import IDS, VARIANTS, oracle, oracle_slope, ragged
 
-from prefkern import backends, use_backend
-from prefkern.list_options import FAMILIES, ListOptions, pack, unpack
+from prefkern import use_backend
+from prefkern.backends import choice
+from prefkern.backends.contract import Problem
+from prefkern.backends.list_options import FAMILIES, ListOptions, pack, unpack
 from prefkern.ops.list_rank import list_rank
-from prefkern.types import Problem
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +105,7 @@ def test_opcheck(family, backend):
             "an interpreted kernel takes seconds, and opcheck does not depend on the family"
         )
     problem = Problem(op="list_rank", device="cpu", dtype=torch.float64, family=family)
-    if backends.unsupported(backend, problem):
+    if choice.unsupported(backend, problem):
         pytest.skip(f"{backend} has no family {family}; automatic choice takes the reference")
     scores, labels, cu = ragged([3, 0, 5])
     args = (scores, labels, cu, None, family, "", backend)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from prefkern import cli, losses
+from prefkern import losses
+from prefkern.cli import main as cli
 from prefkern.losses import page
 
 PAGE = page.page()

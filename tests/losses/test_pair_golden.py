@@ -13,7 +13,7 @@ from prefkern.losses.pairwise import beta_dpo, lcpo, madpo
 from prefkern.losses.pointwise.bco import BcoState
 from prefkern.losses.pointwise.bco import update as bco_update
 from prefkern.losses.pointwise.kto import kl_baseline
-from prefkern.types import SeqStats
+from prefkern.stats import SeqStats
 
 # Vectors of losses that are not there yet. A loss that appears must leave this list.
 NOT_THERE: set[str] = set()

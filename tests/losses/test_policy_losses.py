@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 import vectors
 
-from prefkern import advantages, contrast_weights, losses
+from prefkern import losses
+from prefkern.losses import advantages
 from prefkern.losses.pointwise import fdpg
-from prefkern.types import SeqStats, TokenStats
+from prefkern.losses.weights import contrast
+from prefkern.stats import SeqStats, TokenStats
 
 
 def answers(*logratios, length=8.0, **fields):
@@ -187,7 +189,7 @@ def test_refusals_of_divergences():
 def test_rank_transform_example():
     example = vectors.load("token")["aux"]["tisdpo_rank_based_example"]
     x = vectors.tensor(example["input"])
-    got = contrast_weights.tisdpo(
+    got = contrast.tisdpo(
         x, torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64),
         torch.ones(4, dtype=torch.bool), torch.tensor([0, 4], dtype=torch.int32),
         transform="rank_based",

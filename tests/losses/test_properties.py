@@ -21,7 +21,8 @@ from loss_examples import (
 )  # fmt: skip
 
 from prefkern import losses
-from prefkern.types import Loss, SeqStats, TokenStats
+from prefkern.losses.record import Loss
+from prefkern.stats import SeqStats, TokenStats
 
 # A provisional loss says so once; test_bad_input.py asserts it.
 pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")

@@ -12,7 +12,7 @@ from prefkern import losses
 from prefkern.losses.listwise.dpa_rag import sup_con
 from prefkern.losses.listwise.more import head_gradients, source_weights
 from prefkern.losses.listwise.pal import bound_penalty, ideal_point_scores, ideal_points
-from prefkern.min_norm import min_norm_weights
+from prefkern.losses.min_norm import min_norm_weights
 
 
 def cu(*bounds: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import vectors
 from token_cases import CASES, METHODS, RUN, Case, run, tight
 
-from prefkern.objective import preference_loss
+from prefkern.objective.preference_loss import preference_loss
 
 # Proven in test_token_golden.py (stages and pair losses) or with the ops (statistics).
 ELSEWHERE = {

@@ -10,9 +10,10 @@ import pytest
 import torch
 import vectors
 
-from prefkern import losses, token_weights
+from prefkern import losses
+from prefkern.losses.weights import token_weights
 from prefkern.ops.segment_sum import segment_sum
-from prefkern.types import SeqStats
+from prefkern.stats import SeqStats
 
 CASES = {c["id"]: c for c in vectors.load("token")["cases"]}
 FIELDS = {"logp": "logp", "fkl:ref": "fkl", "rkl:ref": "rkl"}  # statistics a loss here hands back

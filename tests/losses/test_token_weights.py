@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefkern import token_weights
+from prefkern.losses.weights import token_weights
 
 NAN = float("nan")
 CU = torch.tensor([0, 5, 5, 9], dtype=torch.int32)  # the second sequence is empty

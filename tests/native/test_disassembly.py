@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import pytest
 
-from prefkern import native
+from prefkern.backends import cpu
 
 pytestmark = [
-    pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library is not built"),
+    pytest.mark.skipif(not cpu.LIBRARY.exists(), reason="the native library is not built"),
     pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump"),
     pytest.mark.skipif(
         platform.machine().lower() not in ("x86_64", "amd64"), reason="x86-64 instructions"
@@ -36,7 +36,7 @@ class Instruction(NamedTuple):
 def functions() -> dict[str, list[Instruction]]:
     """Demangled name -> instructions; every function of the library."""
     done = subprocess.run(
-        ["objdump", "-dC", "--no-show-raw-insn", str(native.LIBRARY)],
+        ["objdump", "-dC", "--no-show-raw-insn", str(cpu.LIBRARY)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     found: dict[str, list[Instruction]] = {}
@@ -138,7 +138,7 @@ def test_no_shared_function_carries_a_variant(isa):
     """Weak symbols would be merged across variants, so that a baseline CPU could meet AVX-512: the
     only defined symbols of a variant lie in its own namespace."""
     done = subprocess.run(
-        ["nm", "-C", "--defined-only", str(native.LIBRARY)],
+        ["nm", "-C", "--defined-only", str(cpu.LIBRARY)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     weak = [x for x in done.stdout.splitlines() if re.match(r"[0-9a-f]+ [WVu] ", x)]

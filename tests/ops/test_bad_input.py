@@ -107,7 +107,7 @@ HEAD = {
         ["num_scored", "6", "5"],
     ),
     "num_scored_negative": ({"num_scored": -1}, ["num_scored", "-1"]),
-    "backend_unknown": ({"backend": "cudnn"}, ["backend", "cudnn", "reference", "cpu", "auto"]),
+    "backend_unknown": ({"backend": "cudnn"}, ["backend", "cudnn", "eager", "cpu", "auto"]),
     "backend_none": ({"backend": None}, ["backend", "None"]),
 }
 PAIR = {

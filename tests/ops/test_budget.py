@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prefkern.backends.tiled.plan import Kept, Plan, Step
 from prefkern.ops import budget
-from prefkern.sweep.plan import Kept, Plan, Step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

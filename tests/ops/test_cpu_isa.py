@@ -26,8 +26,8 @@ sys.path.insert(0, {tests!r})
 import torch
 from cases import DTYPES, ONE_MODEL, OPTIONS, TWO_MODEL, Regime, make_inputs
 from checks import check_closeness, check_masked_rows, inputs_of
-from prefkern import native
-assert native.isa() == {isa!r}, native.isa()
+from prefkern.backends import cpu
+assert cpu.isa() == {isa!r}, cpu.isa()
 for dtype in DTYPES:
     wide = Regime("wide", N=3, V=3001, D=8)
     for regime in (wide, Regime("ragged", N=37, V=131, D=29)):

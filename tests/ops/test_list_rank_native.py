@@ -13,7 +13,7 @@ import torch
 from cases import FP32, FP64, backends_on
 from closeness import assert_no_worse, assert_same_bits
 
-from prefkern.list_options import pack
+from prefkern.backends.list_options import pack
 from prefkern.ops.list_rank import list_rank
 
 pytestmark = pytest.mark.skipif("cpu" not in backends_on(), reason="the native backend is off")
@@ -89,9 +89,7 @@ def check(sizes, family, options, **layout):
     """
     unit = 1e-12 if family != "neural_ndcg" else 1e-12 * max(1.0, 10.0 * layout.get("scale", 1.0))
     scores, labels, cu = ragged(sizes, **layout)
-    got, want = (
-        value_and_slope(scores, labels, cu, b, family, options) for b in ("cpu", "reference")
-    )
+    got, want = (value_and_slope(scores, labels, cu, b, family, options) for b in ("cpu", "eager"))
     torch.testing.assert_close(got[0], want[0], rtol=unit, atol=1e-14)
     for g in range(len(sizes)):
         rows = slice(int(cu[g]), int(cu[g + 1]))
@@ -135,10 +133,8 @@ def test_fp32_is_no_worse_than_the_eager_twin(family, options):
     """The native kernels compute fp32 input in fp64 and round once."""
     scores, labels, cu = ragged(SMALL, scale=5.0)
     scores, labels = scores.to(FP32), labels.to(FP32)
-    got, base = (
-        value_and_slope(scores, labels, cu, b, family, options) for b in ("cpu", "reference")
-    )
-    truth = value_and_slope(scores.double(), labels.double(), cu, "reference", family, options)
+    got, base = (value_and_slope(scores, labels, cu, b, family, options) for b in ("cpu", "eager"))
+    truth = value_and_slope(scores.double(), labels.double(), cu, "eager", family, options)
     for what, a, b, c in zip(("loss", "slope"), got, base, truth, strict=True):
         assert a.dtype == FP32
         floor = torch.finfo(FP32).eps * c.abs().max().item()
@@ -177,9 +173,7 @@ def test_wide_margins(difference):
     scores = torch.tensor([difference, -difference, 0.0], dtype=FP64)
     labels, cu = torch.tensor([0.0, 2.0, 1.0], dtype=FP64), torch.tensor([0, 3], dtype=torch.int32)
     for family in ("pair", "plackett_luce", "pro", "nca", "softmax"):
-        got, want = (
-            value_and_slope(scores, labels, cu, b, family, {}) for b in ("cpu", "reference")
-        )
+        got, want = (value_and_slope(scores, labels, cu, b, family, {}) for b in ("cpu", "eager"))
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -216,8 +210,8 @@ CODE = """
 import sys
 sys.path[:0] = [{tests!r}, {ops!r}]
 import test_list_rank_native as t
-from prefkern import native
-assert native.isa() == {isa!r}, native.isa()
+from prefkern.backends import cpu
+assert cpu.isa() == {isa!r}, native.isa()
 for family, options in t.VARIANTS:
     for labels in ("distinct", "tied"):
         t.check(t.SMALL, family, options, labels=labels, scale=30.0)

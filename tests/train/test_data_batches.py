@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import byte_tokenizer
 
-from prefkern.diagnostics import host_module
+from prefkern.cli.env_report import host_module
 from prefkern.train.data import IGNORE, collate, load_examples, plan_batches, plan_in_order
 
 TOKENIZER = byte_tokenizer()

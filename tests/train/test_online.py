@@ -10,7 +10,7 @@ import torch
 from online_model import JUDGE, letters_model, write_rows
 from tiny_models import config
 
-from prefkern.cli import main
+from prefkern.cli.main import main
 from prefkern.losses import resolve
 from prefkern.train import judges, models, online, rounds
 from prefkern.train.loop import train

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib")
 from matplotlib.image import imread
 
-from prefkern.plots import COLOURS, PANELS, Panel, plot_history, read_log
+from prefkern.train.plots import COLOURS, PANELS, Panel, plot_history, read_log
 
 KEYS = [key for panel in PANELS if not panel.optional for key, _ in panel.keys[:1]]
 
@@ -115,7 +115,7 @@ def test_pyplot_is_left_alone(tmp_path):
     import sys
 
     code = (
-        "import sys; from prefkern.plots import plot_history; "
+        "import sys; from prefkern.train.plots import plot_history; "
         f"plot_history([{{'step': 1, 'loss': 1.0}}], {str(tmp_path)!r}); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

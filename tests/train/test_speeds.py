@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import config, save_model, write_data
 
-from prefkern.cli import main
+from prefkern.cli.main import main
 from prefkern.train import models, speeds
 from prefkern.train.loop import make_optimizer, train, train_run
 from prefkern.train.run import prepare

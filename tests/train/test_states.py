@@ -11,12 +11,12 @@ from tiny_models import config, save_model, write_data
 
 from prefkern.losses import LOSSES
 from prefkern.losses.pairwise import lcpo
+from prefkern.stats import SeqStats
 from prefkern.train import loop
 from prefkern.train.evaluate import evaluate
 from prefkern.train.loop import train, train_run
 from prefkern.train.run import prepare
 from prefkern.train.states import RULES, LossStates
-from prefkern.types import SeqStats
 
 
 def seq(*logratios: float) -> SeqStats:

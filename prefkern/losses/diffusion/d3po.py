@@ -6,9 +6,9 @@ import math
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss
 from .. import core as shared
+from .. import links
+from ..record import Loss
 from . import core
 
 
@@ -60,7 +60,7 @@ def d3po(
     u_w = -precision * core.change(chosen_err, ref_chosen_err, "chosen_err")
     u_l = -precision * core.change(rejected_err, ref_rejected_err, "rejected_err")
     margin = beta * shared.difference(u_w.clamp(low, high), u_l.clamp(low, high))
-    return surrogates.logistic(margin if h is None else shared.data("h", h, margin) * margin)
+    return links.logistic(margin if h is None else shared.data("h", h, margin) * margin)
 
 
 def spo_step(

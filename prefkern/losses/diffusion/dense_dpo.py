@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss
 from .. import core as shared
+from .. import links
+from ..record import Loss
 from . import core
 
 
@@ -52,7 +52,7 @@ def dense_dpo(
     signs = shared.data("labels", labels, delta)
     # select, not multiply: a tied segment contributes nothing, whatever its error is
     voted = torch.where(signs == 0, 0.0, signs * delta).sum(1)
-    return surrogates.logistic(-beta * voted)
+    return links.logistic(-beta * voted)
 
 
 DENSE_DPO = Loss(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss
 from .. import core as shared
+from .. import links
+from ..record import Loss
 from . import core
 
 KINDS = ("logistic", "hinge", "ipo")
@@ -48,9 +48,9 @@ def diff_dpo(
     core.one_per_sample("chosen_err", chosen_err)
     delta = core.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
     if kind == "ipo":
-        return surrogates.squared(delta + 0.5 / kappa)
+        return links.squared(delta + 0.5 / kappa)
     margin = -kappa * delta
-    return surrogates.hinge(margin) if kind == "hinge" else surrogates.logistic(margin)
+    return links.hinge(margin) if kind == "hinge" else links.logistic(margin)
 
 
 def diff_npo(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from ...types import Loss
 from .. import core as shared
+from ..record import Loss
 from . import core
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import checks, surrogates
-from ...types import Loss
+from ... import checks
 from .. import core as shared
+from .. import links
+from ..record import Loss
 from . import core
 
 SERIES_BELOW = 1e-2  # there the series is exact to 3e-17, and x / (e^x - 1) starts to lose digits
@@ -59,7 +60,7 @@ def diffusion_mapo(
         checks.check_float(name, err)
         core.one_per_sample(name, err)
     margin = T * shared.difference(link(snr * chosen_err), link(snr * rejected_err))
-    return chosen_err + surrogates.logistic(margin, beta_mapo)
+    return chosen_err + links.logistic(margin, beta_mapo)
 
 
 DIFFUSION_MAPO = Loss(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss
 from .. import core as shared
+from .. import links
+from ..record import Loss
 from . import core
 
 
@@ -40,7 +40,7 @@ def dro(
     shared.not_negative("margin", margin)
     core.one_per_sample("chosen_err", chosen_err)
     delta = core.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
-    return surrogates.hinge(-delta, margin)
+    return links.hinge(-delta, margin)
 
 
 DRO = Loss(

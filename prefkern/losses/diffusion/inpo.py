@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...types import Loss
 from .. import core as shared
+from ..record import Loss
 from . import core
 from .diff_dpo import diff_dpo
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import checks
-from ...types import Loss
 from .. import core as shared
+from ..record import Loss
 from . import core
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss
 from .. import core as shared
+from .. import links
+from ..record import Loss
 from . import core
 
 
@@ -47,7 +47,7 @@ def smpo(
     core.one_per_sample("chosen_err", chosen_err)
     delta = core.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
     strength = gamma * (2.0 * shared.data("p_win", p_win, delta) - 1.0)
-    return surrogates.logistic(-0.5 * beta * strength * delta)
+    return links.logistic(-0.5 * beta * strength * delta)
 
 
 SMPO = Loss(

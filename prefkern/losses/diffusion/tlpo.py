@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss
 from .. import core as shared
+from .. import links
+from ..record import Loss
 from . import core
 
 
@@ -45,7 +45,7 @@ def tlpo(
             f"the errors must be [P, K], one column per dimension, got {list(delta.shape)}; for "
             "one dimension use diff_dpo."
         )
-    return surrogates.logistic(-beta * delta).sum(1)
+    return links.logistic(-beta * delta).sum(1)
 
 
 TLPO = Loss(

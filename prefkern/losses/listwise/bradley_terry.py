@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ...ops.list_rank import list_rank
 from ...ops.segment_sum import segment_sum
-from ...types import Loss
 from .. import core
+from ..record import Loss
 
 
 def bradley_terry(

@@ -2,7 +2,7 @@
 
 Pairs: bradley_terry on the logit of the "relevant" class. Points: the two-class cross-entropy is
 point_sigmoid(beta=1) on the difference of the two logits. The authors add the three with the
-weights of prefkern.min_norm.min_norm_weights over the encoder's gradients.
+weights of prefkern.losses.min_norm.min_norm_weights over the encoder's gradients.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...token_weights import sequence_of
 from .. import core
+from ..weights.token_weights import sequence_of
 
 
 def sup_con(

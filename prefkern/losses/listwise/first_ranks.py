@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...types import Loss
 from .. import core
+from ..record import Loss
 from .plackett_luce import plackett_luce
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ...ops.list_rank import list_rank
-from ...types import Loss
 from .. import core
+from ..record import Loss
 
 
 def lipo(

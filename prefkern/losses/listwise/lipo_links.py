@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import surrogates
 from ...ops.list_rank import list_rank
-from ...types import Loss
-from .. import core
+from .. import core, links
+from ..record import Loss
 from .lipo import lipo
 from .plackett_luce import plackett_luce
 
@@ -115,7 +114,7 @@ def point_mse(
     """
     core.positive("beta", beta)
     label = core.labels_like(labels, scores)
-    return core.group_sum(surrogates.squared(label - beta * scores), labels, cu_groups)
+    return core.group_sum(links.squared(label - beta * scores), labels, cu_groups)
 
 
 def point_sigmoid(
@@ -147,7 +146,7 @@ def point_sigmoid(
     core.positive("beta", beta)
     label = core.labels_like(labels, scores).clamp(0.0, 1.0)
     # y softplus(-s) + (1 - y) softplus(s): no difference of two large numbers.
-    return core.group_sum(surrogates.logistic(beta * scores, label, 1.0 - label), labels, cu_groups)
+    return core.group_sum(links.logistic(beta * scores, label, 1.0 - label), labels, cu_groups)
 
 
 def list_mle(

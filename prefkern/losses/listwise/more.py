@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...min_norm import min_norm_weights
 from ...ops.list_rank import list_rank
-from ...token_weights import sequence_of
-from ...types import Loss
 from .. import core
+from ..min_norm import min_norm_weights
+from ..record import Loss
+from ..weights.token_weights import sequence_of
 
 NORMALIZERS = ("none", "l2", "loss", "loss+")
 

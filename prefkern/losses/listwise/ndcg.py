@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...ops.list_rank import list_rank
-from ...types import Loss
 from .. import core
+from ..record import Loss
 
 
 def approx_ndcg(

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ...ops.list_rank import list_rank
 from ...ops.segment_sum import segment_sum
-from ...token_weights import sequence_of
-from ...types import Loss
 from .. import core
+from ..record import Loss
+from ..weights.token_weights import sequence_of
 
 
 def pro(

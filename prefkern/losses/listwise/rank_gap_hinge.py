@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...ops.list_rank import list_rank
-from ...types import Loss
 from .. import core
+from ..record import Loss
 
 
 def rank_gap_hinge(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...ops.list_rank import list_rank
 from ...ops.segment_sum import segment_sum
-from ...types import Loss
 from .. import core
+from ..record import Loss
 from .pro import best_of_group
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import surrogates
-from ...token_weights import sequence_of
-from ...types import Loss
-from .. import core
+from .. import core, links
+from ..record import Loss
+from ..weights.token_weights import sequence_of
 
 
 def soft_pairs(
@@ -52,7 +51,7 @@ def soft_pairs(
     score = beta * torch.where(labels.isnan(), 0.0, scores)
     margin = score[first] - score[second]
     q = core.data("pref_prob", pref_prob, margin)
-    values = surrogates.logistic(margin, q, 1.0 - q)
+    values = links.logistic(margin, q, 1.0 - q)
     kept = ~(labels.isnan()[first] | labels.isnan()[second])
     group = sequence_of(cu_groups, scores)[first]
     total = scores.new_zeros(cu_groups.numel() - 1)

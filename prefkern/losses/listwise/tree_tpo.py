@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import contrast_weights
 from ...ops.list_rank import list_rank
-from ...types import Loss, WeightStage
 from .. import core
+from ..record import Loss, WeightStage
+from ..weights import contrast
 
 
 def tree_tpo(
@@ -25,7 +25,7 @@ def tree_tpo(
     l = 1 / |pairs| sum_{y_i > y_j} w_ij softplus(-(R_i - R_j)),
     R = beta sum_k c_k (mean log-ratio of step k) / sum_k c_k
 
-    with the step weights of contrast_weights.tree_tpo, which make R = beta logratio. A definition
+    with the step weights of contrast.tree_tpo, which make R = beta logratio. A definition
     of this package in the style of tree preference optimization (arXiv 2410.12854): the paper's
     equations were not read and its released loss trains the wrong way.
 
@@ -61,7 +61,7 @@ TREE_TPO = Loss(
     status="provisional: own definition in the style of the paper, whose equations were not read",
     source="arXiv 2410.12854",
     weights=WeightStage(
-        contrast_weights.tree_tpo,
+        contrast.tree_tpo,
         given=("cu_seqlens", "scored"),
         extra=("step_index", "cosine"),
     ),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def alphapo(
@@ -38,10 +38,10 @@ def alphapo(
     """
     core.positive("beta", beta)
     score = core.difference(
-        surrogates.alpha_score(chosen.mean_logp, alpha),
-        surrogates.alpha_score(rejected.mean_logp, alpha),
+        links.alpha_score(chosen.mean_logp, alpha),
+        links.alpha_score(rejected.mean_logp, alpha),
     )
-    return surrogates.logistic(beta * score - gamma)
+    return links.logistic(beta * score - gamma)
 
 
 ALPHAPO = Loss(

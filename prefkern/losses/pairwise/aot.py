@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def aot(
@@ -49,7 +49,7 @@ def aot(
         u, v = chosen.logratio, rejected.logratio
     # Stable sorts: a tie does not change the loss, but it decides which row receives the gradient.
     gap = torch.sort(u, stable=True).values - torch.sort(v, stable=True).values
-    return surrogates.smoothed_logistic(beta * gap, label_smoothing)
+    return links.smoothed_logistic(beta * gap, label_smoothing)
 
 
 AOT = Loss(

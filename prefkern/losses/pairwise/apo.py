@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def apo_zero(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.1) -> Tensor:  # [P]
@@ -28,8 +28,8 @@ def apo_zero(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.1) -> Tens
     """
     core.positive("beta", beta)
     core.same_items(chosen, rejected)
-    good = surrogates.zero_one(beta * chosen.logratio)
-    return good + surrogates.zero_one(-beta * rejected.logratio)
+    good = links.zero_one(beta * chosen.logratio)
+    return good + links.zero_one(-beta * rejected.logratio)
 
 
 def apo_down(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.1) -> Tensor:  # [P]
@@ -52,7 +52,7 @@ def apo_down(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.1) -> Tens
     """
     core.positive("beta", beta)
     gap = core.logratio_gap(chosen, rejected)
-    return surrogates.zero_one(-beta * chosen.logratio) + surrogates.zero_one(beta * gap)
+    return links.zero_one(-beta * chosen.logratio) + links.zero_one(beta * gap)
 
 
 APO_ZERO, APO_DOWN = (

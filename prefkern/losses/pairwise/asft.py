@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats, Supervised
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss, Supervised
 
 
 def asft(
@@ -35,8 +35,8 @@ def asft(
     core.not_negative("lam", lam)
     core.positive("beta", beta)
     core.same_items(chosen, rejected)
-    good = surrogates.logistic(beta * surrogates.log_odds(chosen.mean_logp))
-    bad = surrogates.logistic(-beta * surrogates.log_odds(rejected.mean_logp))
+    good = links.logistic(beta * links.log_odds(chosen.mean_logp))
+    bad = links.logistic(-beta * links.log_odds(rejected.mean_logp))
     return lam * (good + bad)
 
 

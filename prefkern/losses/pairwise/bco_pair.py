@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def bco_pair(
@@ -37,8 +37,8 @@ def bco_pair(
     core.positive("beta", beta)
     core.same_items(chosen, rejected)
     shift = core.scalar("delta", delta, chosen.logratio)
-    good = surrogates.logistic(beta * chosen.logratio - shift)
-    return good + surrogates.logistic(shift - beta * rejected.logratio)
+    good = links.logistic(beta * chosen.logratio - shift)
+    return good + links.logistic(shift - beta * rejected.logratio)
 
 
 BCO_PAIR = Loss(

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 class BetaState(NamedTuple):
@@ -57,7 +57,7 @@ def beta_dpo(
     gap = core.logratio_gap(chosen, rejected)
     kept = core.data("keep", keep, gap)
     strength = batch_beta(gap, kept, gap_mean, beta=beta, a=a, ema=ema)
-    return torch.where(kept > 0, kept * surrogates.logistic(strength * gap), 0.0)
+    return torch.where(kept > 0, kept * links.logistic(strength * gap), 0.0)
 
 
 def batch_beta(

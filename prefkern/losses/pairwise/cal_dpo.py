@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def cal_dpo(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.001) -> Tensor:  # [P]
@@ -31,9 +31,9 @@ def cal_dpo(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.001) -> Ten
     """
     core.positive("beta", beta)
     target = 1.0 / (2.0 * beta)
-    loss = surrogates.logistic(core.logratio_gap(chosen, rejected))
-    loss = loss + surrogates.squared(chosen.logratio - target)
-    return loss + surrogates.squared(rejected.logratio + target)
+    loss = links.logistic(core.logratio_gap(chosen, rejected))
+    loss = loss + links.squared(chosen.logratio - target)
+    return loss + links.squared(rejected.logratio + target)
 
 
 def _rewards(seq: SeqStats, **_: Any) -> Tensor:

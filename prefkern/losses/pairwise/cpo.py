@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats, Supervised
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss, Supervised
 
 
 def cpo(
@@ -36,7 +36,7 @@ def cpo(
     """
     core.positive("beta", beta)
     gap = core.difference(chosen.require("logp"), rejected.require("logp"))
-    return surrogates.smoothed_logistic(beta * gap, label_smoothing)
+    return links.smoothed_logistic(beta * gap, label_smoothing)
 
 
 CPO = Loss(

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def d2o(
@@ -47,7 +47,7 @@ def d2o(
         if samples.shape[1] == 0:
             raise ValueError("d2o needs at least one self-sample per prompt, got [P, 0].")
         samples = samples.mean(1)
-    return surrogates.logistic(core.difference(beta * samples, alpha * rejected.logratio))
+    return links.logistic(core.difference(beta * samples, alpha * rejected.logratio))
 
 
 def _rewards(seq: SeqStats, *, beta: float, **_: Any) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def discopop(
@@ -36,7 +36,7 @@ def discopop(
         ValueError: beta <= 0, tau outside (0, 1], shapes that differ.
     """
     core.positive("beta", beta)
-    return surrogates.log_ratio_modulated(beta * core.logratio_gap(chosen, rejected), tau)
+    return links.log_ratio_modulated(beta * core.logratio_gap(chosen, rejected), tau)
 
 
 DISCOPOP = Loss(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def dpo(
@@ -53,7 +53,7 @@ def dpo(
         core.sequence_logratio(rejected, reference_free),
     )
     margin = core.per_item("beta", beta, gap) * gap - core.per_item("offset", offset, gap)
-    return core.per_item("pair_weight", pair_weight, gap) * surrogates.smoothed_logistic(
+    return core.per_item("pair_weight", pair_weight, gap) * links.smoothed_logistic(
         margin, label_smoothing
     )
 

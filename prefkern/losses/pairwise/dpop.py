@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def dpop(
@@ -39,7 +39,7 @@ def dpop(
     core.positive("beta", beta)
     core.not_negative("lam", lam)
     gap = core.logratio_gap(chosen, rejected)
-    return surrogates.logistic(beta * (gap - lam * torch.relu(-chosen.logratio)))
+    return links.logistic(beta * (gap - lam * torch.relu(-chosen.logratio)))
 
 
 DPOP = Loss(

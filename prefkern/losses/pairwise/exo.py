@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def exo_pair(
@@ -36,7 +36,7 @@ def exo_pair(
         ValueError: beta <= 0, label_smoothing outside (0, 0.5], shapes that differ.
     """
     core.positive("beta", beta)
-    return surrogates.exo(beta * core.logratio_gap(chosen, rejected), label_smoothing)
+    return links.exo(beta * core.logratio_gap(chosen, rejected), label_smoothing)
 
 
 EXO_PAIR = Loss(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
@@ -46,13 +46,11 @@ def fdpo(
         raise ValueError(f"alpha must be in [0, 1], got {alpha}.")
     score = {
         "reverse_kl": lambda a: a,
-        "forward_kl": surrogates.forward_kl_score,
-        "js": surrogates.jensen_shannon_score,
-        "alpha": lambda a: surrogates.alpha_score(a, alpha),
+        "forward_kl": links.forward_kl_score,
+        "js": links.jensen_shannon_score,
+        "alpha": lambda a: links.alpha_score(a, alpha),
     }[divergence]
-    return surrogates.logistic(
-        beta * core.difference(score(chosen.logratio), score(rejected.logratio))
-    )
+    return links.logistic(beta * core.difference(score(chosen.logratio), score(rejected.logratio)))
 
 
 FDPO = Loss(

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def flex_dpo(
@@ -38,7 +38,7 @@ def flex_dpo(
     core.positive("beta_plus", beta_plus)
     core.positive("beta_minus", beta_minus)
     margin = core.difference(beta_plus * chosen.logratio, beta_minus * rejected.logratio)
-    return surrogates.logistic(margin)
+    return links.logistic(margin)
 
 
 def _rewards(seq: SeqStats, *, beta_plus: float, **_: Any) -> Tensor:

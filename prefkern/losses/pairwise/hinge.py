@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def hinge(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.05) -> Tensor:  # [P]
@@ -27,7 +27,7 @@ def hinge(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.05) -> Tensor
         ValueError: beta <= 0, shapes that differ.
     """
     core.positive("beta", beta)
-    return surrogates.hinge(beta * core.logratio_gap(chosen, rejected))
+    return links.hinge(beta * core.logratio_gap(chosen, rejected))
 
 
 HINGE = Loss(

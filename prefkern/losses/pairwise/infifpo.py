@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def infifpo(
@@ -59,7 +59,7 @@ def infifpo(
             got = list(sources.shape) if isinstance(sources, Tensor) else type(sources).__name__
             raise ValueError(f"{name} must be [P, M] = [{len(pivot)}, models], got {got}.")
         margins.append(mean - fused_reference(pivot, sources.to(pivot.dtype), side, fusion))
-    return surrogates.logistic(beta * core.difference(*margins))
+    return links.logistic(beta * core.difference(*margins))
 
 
 def fused_reference(

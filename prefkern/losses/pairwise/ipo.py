@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def ipo(
@@ -41,7 +41,7 @@ def ipo(
         margin = core.difference(chosen.mean_logratio, rejected.mean_logratio)
     else:
         margin = core.difference(chosen.logratio, rejected.logratio)
-    return surrogates.squared(margin - 1.0 / (2.0 * beta))
+    return links.squared(margin - 1.0 / (2.0 * beta))
 
 
 IPO = Loss(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def ipo_md(
@@ -44,7 +44,7 @@ def ipo_md(
     field = "logratio" if reduction == "sum" else "mean_logratio"
     margin = core.difference(getattr(chosen, field), getattr(rejected, field))
     preference = core.per_item("preference_prob", preference_prob, margin)
-    return surrogates.squared(margin - (preference - 0.5) / tau)
+    return links.squared(margin - (preference - 0.5) / tau)
 
 
 def _rewards(seq: SeqStats, *, tau: float = 0.1, **_: object) -> Tensor:

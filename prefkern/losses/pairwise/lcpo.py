@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 BASES = ("dpo", "ipo")
 
@@ -44,7 +44,7 @@ def lcpo(
     """
     contrast = _contrast(chosen, rejected, beta, base)
     weight = posterior(contrast, eta)
-    return surrogates.logistic(contrast, weight, 1.0 - weight)
+    return links.logistic(contrast, weight, 1.0 - weight)
 
 
 def posterior(contrast: Tensor, eta: float | Tensor) -> Tensor:  # [P]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def ln_dpo(
@@ -37,7 +37,7 @@ def ln_dpo(
     """
     core.positive("beta", beta)
     margin = beta * core.difference(chosen.mean_logratio, rejected.mean_logratio)
-    return surrogates.smoothed_logistic(margin, label_smoothing)
+    return links.smoothed_logistic(margin, label_smoothing)
 
 
 LN_DPO = Loss(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def madpo(
@@ -52,7 +52,7 @@ def madpo(
         raise ValueError(f"c_min < 1 < c_max must hold, got c_min={c_min}, c_max={c_max}.")
     gap = core.logratio_gap(chosen, rejected)
     weight = pair_weight(core.data("rm_margin", rm_margin, gap), c_max, c_min, lam, tau)
-    return weight * surrogates.logistic(beta * gap)
+    return weight * links.logistic(beta * gap)
 
 
 def pair_weight(h: Tensor, c_max: float, c_min: float, lam: float, tau: float) -> Tensor:  # [P]

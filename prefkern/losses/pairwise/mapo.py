@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import token_weights
-from ...types import Loss, SeqStats, WeightStage
+from ...stats import SeqStats
 from .. import core
+from ..record import Loss, WeightStage
+from ..weights import token_weights
 from .sparsepo import sparsepo
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def mm_dpo(
@@ -44,9 +44,9 @@ def mm_dpo(
         ValueError: beta <= 0, shapes that differ.
     """
     core.positive("beta", beta)
-    text = surrogates.logistic(beta * core.logratio_gap(chosen, rejected))
-    visual = surrogates.logistic(beta * core.logratio_gap(chosen, cond))
-    anchor = surrogates.logistic(beta * chosen.logratio - delta)
+    text = links.logistic(beta * core.logratio_gap(chosen, rejected))
+    visual = links.logistic(beta * core.logratio_gap(chosen, cond))
+    anchor = links.logistic(beta * chosen.logratio - delta)
     return w_text * text + w_visual * visual + w_anchor * anchor
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def modpo(
@@ -53,7 +53,7 @@ def modpo(
         "margin_reward_rejected", margin_reward_rejected, like
     )
     margin = (beta * gap - rewards @ torch.tensor(w[1:], dtype=gap.dtype, device=gap.device)) / w[0]
-    return surrogates.hinge(margin) if link == "hinge" else surrogates.logistic(margin)
+    return links.hinge(margin) if link == "hinge" else links.logistic(margin)
 
 
 def _rewards(seq: SeqStats, *, beta: float, w: Sequence[float], **_: Any) -> Tensor:

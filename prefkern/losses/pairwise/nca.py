@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def nca_pair(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.01) -> Tensor:  # [P]
@@ -29,8 +29,8 @@ def nca_pair(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.01) -> Ten
     """
     core.positive("beta", beta)
     core.same_items(chosen, rejected)
-    good = surrogates.logistic(beta * chosen.logratio, 1.0, 0.5)
-    return good + 0.5 * surrogates.logistic(-beta * rejected.logratio)
+    good = links.logistic(beta * chosen.logratio, 1.0, 0.5)
+    return good + 0.5 * links.logistic(-beta * rejected.logratio)
 
 
 NCA_PAIR = Loss(

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats, Supervised
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss, Supervised
 
 
 def orpo(chosen: SeqStats, rejected: SeqStats, *, lam: float = 0.1) -> Tensor:  # [P]
@@ -32,10 +32,8 @@ def orpo(chosen: SeqStats, rejected: SeqStats, *, lam: float = 0.1) -> Tensor:  
         ValueError: lam < 0, shapes that differ.
     """
     core.not_negative("lam", lam)
-    odds = core.difference(
-        surrogates.log_odds(chosen.mean_logp), surrogates.log_odds(rejected.mean_logp)
-    )
-    return lam * surrogates.logistic(odds)
+    odds = core.difference(links.log_odds(chosen.mean_logp), links.log_odds(rejected.mean_logp))
+    return lam * links.logistic(odds)
 
 
 def _rewards(seq: SeqStats, **_: Any) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def r_dpo(
@@ -38,7 +38,7 @@ def r_dpo(
     core.positive("beta", beta)
     gap = core.logratio_gap(chosen, rejected)
     longer = (chosen.require("length") - rejected.require("length")).to(gap.dtype)
-    return surrogates.logistic(beta * gap + alpha * longer)
+    return links.logistic(beta * gap + alpha * longer)
 
 
 R_DPO = Loss(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def robust(
@@ -44,7 +44,7 @@ def robust(
         )
     scale = 1.0 - 2.0 * label_smoothing
     margin = beta * core.logratio_gap(chosen, rejected)
-    return surrogates.logistic(margin, (1.0 - label_smoothing) / scale, -label_smoothing / scale)
+    return links.logistic(margin, (1.0 - label_smoothing) / scale, -label_smoothing / scale)
 
 
 ROBUST = Loss(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...types import Loss, SeqStats, Supervised
+from ...stats import SeqStats
 from .. import core
+from ..record import Loss, Supervised
 from .dpo import dpo
 
 

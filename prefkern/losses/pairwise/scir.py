@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def scir(
@@ -68,7 +68,7 @@ class _Agreement(torch.autograd.Function):
     @staticmethod
     def forward(ctx, margin, judge, lam, lambda_entropy, consistent_only):  # [P], [P] -> [P]
         half = 0.5 * lam
-        doubt, other = surrogates.logistic(margin), surrogates.logistic(judge)
+        doubt, other = links.logistic(margin), links.logistic(judge)
         lose, judge_lose = torch.sigmoid(-margin), torch.sigmoid(-judge)
         apart, gap = lose - judge_lose, judge - margin
         if consistent_only:

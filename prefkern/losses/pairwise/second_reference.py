@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def dpo_second_reference(
@@ -47,7 +47,7 @@ def dpo_second_reference(
     slow = core.data("slow_chosen_logps", slow_chosen_logps, gap) - core.data(
         "slow_rejected_logps", slow_rejected_logps, gap
     )
-    return surrogates.logistic(beta * margin) + alpha * surrogates.logistic(beta * (gap - slow))
+    return links.logistic(beta * margin) + alpha * links.logistic(beta * (gap - slow))
 
 
 DPO_SECOND_REFERENCE = Loss(

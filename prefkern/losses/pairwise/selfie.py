@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 WINDOW = 50  # batches whose mean margins the threshold looks back on
 
@@ -59,7 +59,7 @@ def selfie(
     margin = beta * core.logratio_gap(chosen, rejected)
     mixed = confidence(chosen, rejected, mix_chosen_logps, mix_rejected_logps, beta)
     q = torch.where(mixed <= threshold, 1.0 - alpha, torch.ones_like(margin))
-    return surrogates.logistic(margin, q, 1.0 - q)
+    return links.logistic(margin, q, 1.0 - q)
 
 
 def confidence(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...types import Loss, SeqStats, Supervised
+from ...stats import SeqStats
 from .. import core
+from ..record import Loss, Supervised
 
 
 def sft(chosen: SeqStats, rejected: SeqStats) -> Tensor:  # [P]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats, Supervised
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss, Supervised
 
 
 def simpo(
@@ -43,8 +43,8 @@ def simpo(
     core.choice("link", link, ("sigmoid", "hinge"))
     margin = beta * (core.difference(chosen.mean_logp, rejected.mean_logp) - gamma_beta_ratio)
     if link == "hinge":
-        return surrogates.hinge(margin)
-    return surrogates.smoothed_logistic(margin, label_smoothing)
+        return links.hinge(margin)
+    return links.smoothed_logistic(margin, label_smoothing)
 
 
 SIMPO = Loss(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats, Supervised
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss, Supervised
 
 
 def slic_hf(chosen: SeqStats, rejected: SeqStats, *, delta: float = 1.0) -> Tensor:  # [P]
@@ -29,7 +29,7 @@ def slic_hf(chosen: SeqStats, rejected: SeqStats, *, delta: float = 1.0) -> Tens
     """
     core.positive("delta", delta)
     gap = core.difference(chosen.require("logp"), rejected.require("logp"))
-    return surrogates.hinge(gap, delta)
+    return links.hinge(gap, delta)
 
 
 SLIC_HF = Loss(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def soft_label(
@@ -37,7 +37,7 @@ def soft_label(
     core.positive("beta", beta)
     margin = beta * core.logratio_gap(chosen, rejected)
     q = core.data("pref_prob", pref_prob, margin)
-    return surrogates.logistic(margin, q, 1.0 - q)
+    return links.logistic(margin, q, 1.0 - q)
 
 
 SOFT_LABEL = Loss(

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import surrogates, token_weights
-from ...types import Loss, SeqStats, WeightStage
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss, WeightStage
+from ..weights import token_weights
 
 KL_FIELD = token_weights.KL_FIELD
 
@@ -53,7 +54,7 @@ def sparsepo(
     field = KL_FIELD[kl_direction]
     gap = core.difference(chosen.logratio, rejected.logratio)
     kl_gap = chosen.require(field) - rejected.require(field)
-    return surrogates.logistic(beta * (gap + kl_sign * kl_gap))
+    return links.logistic(beta * (gap + kl_sign * kl_gap))
 
 
 def _stats(*, kl_direction: str = "ref_pol", **_: Any) -> tuple[str, ...]:

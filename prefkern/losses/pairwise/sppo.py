@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def sppo(
@@ -42,8 +42,8 @@ def sppo(
     core.positive("beta", beta)
     core.same_items(chosen, rejected)
     a, b = chosen.logratio, rejected.logratio
-    loss = surrogates.squared(a - (core.per_item("p_win", p_win, a) - 0.5) / beta)
-    loss = loss + surrogates.squared(b - (core.per_item("p_lose", p_lose, b) - 0.5) / beta)
+    loss = links.squared(a - (core.per_item("p_win", p_win, a) - 0.5) / beta)
+    loss = loss + links.squared(b - (core.per_item("p_lose", p_lose, b) - 0.5) / beta)
     return 0.5 * loss if half else loss
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def tdpo1(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.1) -> Tensor:  # [P]
@@ -29,7 +29,7 @@ def tdpo1(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.1) -> Tensor:
     """
     core.positive("beta", beta)
     gap = core.difference(chosen.logratio, rejected.logratio)
-    return surrogates.logistic(beta * (gap + (chosen.require("fkl") - rejected.require("fkl"))))
+    return links.logistic(beta * (gap + (chosen.require("fkl") - rejected.require("fkl"))))
 
 
 def tdpo2(
@@ -62,7 +62,7 @@ def tdpo2(
         raise ValueError(f"alpha must be >= 0, got {alpha}; 0 is plain DPO.")
     gap = core.difference(chosen.logratio, rejected.logratio)
     kl_gap = rejected.require("fkl") - chosen.require("fkl").detach()
-    return surrogates.logistic(beta * (gap - alpha * kl_gap))
+    return links.logistic(beta * (gap - alpha * kl_gap))
 
 
 TDPO1, TDPO2 = (

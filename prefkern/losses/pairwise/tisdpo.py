@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import contrast_weights, surrogates
-from ...types import Loss, SeqStats, WeightStage
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss, WeightStage
+from ..weights import contrast
 
 
 def tisdpo(
@@ -21,7 +22,7 @@ def tisdpo(
     l = softplus(-beta [logratio(chosen) - logratio(rejected)
                         - alpha (rkl(chosen) - rkl(rejected))])
 
-    with every token weighted by contrast_weights.tisdpo; rkl = sum of KL(policy || reference),
+    with every token weighted by contrast.tisdpo; rkl = sum of KL(policy || reference),
     with gradient. Note its sign, opposite to TDPO's.
 
     Liu et al. 2024 (arXiv 2410.04350). The paper has alpha = 1, the released code none by default
@@ -44,7 +45,7 @@ def tisdpo(
     gap = core.logratio_gap(chosen, rejected)
     if alpha:
         gap = gap - alpha * core.difference(chosen.require("rkl"), rejected.require("rkl"))
-    return surrogates.logistic(beta * gap)
+    return links.logistic(beta * gap)
 
 
 def _stats(*, alpha: float = 0.0, **_: object) -> tuple[str, ...]:
@@ -60,7 +61,7 @@ TISDPO = Loss(
     "bounds of the weights second-hand",
     source="arXiv 2410.04350 eq. 19",
     weights=WeightStage(
-        contrast_weights.tisdpo,
+        contrast.tisdpo,
         given=("sign", "scored", "cu_seqlens"),
         extra=("positive_logp", "negative_logp"),
     ),

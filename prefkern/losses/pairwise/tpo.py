@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats, Supervised
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss, Supervised
 
 
 def tpo(
@@ -39,7 +39,7 @@ def tpo(
     core.positive("beta", beta)
     core.same_items(chosen, gold)
     gap = core.difference(chosen.require("logp"), rejected.require("logp"))
-    return surrogates.smoothed_logistic(beta * gap, label_smoothing)
+    return links.smoothed_logistic(beta * gap, label_smoothing)
 
 
 def tpo_l(
@@ -75,7 +75,7 @@ def tpo_l(
     core.positive("beta", beta)
     core.same_items(chosen, gold)
     gap = core.difference(chosen.mean_logp, rejected.mean_logp)
-    return surrogates.smoothed_logistic(beta * gap - gamma, label_smoothing)
+    return links.smoothed_logistic(beta * gap - gamma, label_smoothing)
 
 
 TPO, TPO_L = (

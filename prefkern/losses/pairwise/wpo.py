@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def wpo(
@@ -44,7 +44,7 @@ def wpo(
     weight = torch.exp(_aligned_mean(chosen) + _aligned_mean(rejected))
     if clamp:
         weight = weight.clamp(max=1.0)
-    return weight * surrogates.smoothed_logistic(margin, label_smoothing)
+    return weight * links.smoothed_logistic(margin, label_smoothing)
 
 
 def _aligned_mean(seq: SeqStats) -> Tensor:  # [P]

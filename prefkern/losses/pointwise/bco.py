@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 class BcoState(NamedTuple):
@@ -54,7 +54,7 @@ def bco(
     label = core.boolean("label", label, reward)
     above = reward - core.scalar("delta", delta, reward)
     weight = core.per_item("undesirable_weight", undesirable_weight, reward)
-    return torch.where(label, surrogates.logistic(above), weight * surrogates.logistic(-above))
+    return torch.where(label, links.logistic(above), weight * links.logistic(-above))
 
 
 def update(state: BcoState, seq: SeqStats, *, beta: float = 0.1) -> BcoState:

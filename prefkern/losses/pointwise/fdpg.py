@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 WINDOW = 1024  # samples whose mean is the baseline, as in the authors' code
 
@@ -68,7 +68,7 @@ def fdpg(
     if proposal_logp is None:
         return -advantage * logp
     gap = logp.detach() - core.data("proposal_logp", proposal_logp, logp)
-    return -torch.exp(gap.clamp(max=surrogates.EXP_CLAMP)) * advantage * logp
+    return -torch.exp(gap.clamp(max=links.EXP_CLAMP)) * advantage * logp
 
 
 def advantages(logp: Tensor, log_target_prob: Tensor, divergence: str) -> Tensor:  # [S]
@@ -76,7 +76,7 @@ def advantages(logp: Tensor, log_target_prob: Tensor, divergence: str) -> Tensor
     capped at 80."""
     core.choice("divergence", divergence, DIVERGENCES)
     logt = logp.detach() - core.data("log_target_prob", log_target_prob, logp)
-    cap = surrogates.EXP_CLAMP
+    cap = links.EXP_CLAMP
     if divergence == "forward_kl":
         return torch.exp((-logt).clamp(max=cap))
     if divergence == "reverse_kl":

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...types import Loss, SeqStats
+from ...stats import SeqStats
 from .. import core
+from ..record import Loss
 
 # Closer to 0 or 1 than this, an alpha or Renyi divergence is its limit, a KL.
 ORDER_LIMIT = 1e-4

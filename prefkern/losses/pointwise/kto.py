@@ -7,9 +7,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def kto(
@@ -51,8 +51,8 @@ def kto(
         )
     margin = beta * (seq.logratio - core.scalar("kl_baseline", kl_baseline, seq.logratio))
     label = core.boolean("label", label, margin)
-    good = desirable_weight * surrogates.zero_one(margin)
-    bad = undesirable_weight * surrogates.zero_one(-margin)
+    good = desirable_weight * links.zero_one(margin)
+    bad = undesirable_weight * links.zero_one(-margin)
     return torch.where(label, good, bad)
 
 

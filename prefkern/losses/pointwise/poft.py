@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, SeqStats
-from .. import core
+from ...stats import SeqStats
+from .. import core, links
+from ..record import Loss
 
 
 def poft(
@@ -39,7 +39,7 @@ def poft(
     core.positive("beta", beta)
     mean = seq.mean_logp
     gap = mean - core.data("baseline_mean_logps", baseline_mean_logps, mean)
-    return surrogates.logistic(beta * gap + gamma)
+    return links.logistic(beta * gap + gamma)
 
 
 POFT = Loss(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
 from ...ops.segment_sum import segment_sum
-from ...types import Loss, TokenStats
-from .. import core
+from ...stats import TokenStats
+from .. import core, links
 from .. import tokens as token
+from ..record import Loss
 
 AGGREGATIONS = ("grpo", "bnpo", "dapo", "dr_grpo")
 
@@ -37,7 +37,7 @@ def grpo(
     "dr_grpo" max_length.
 
     Shao et al. 2024 (arXiv 2402.03300); with advantages of several objectives
-    (prefkern.advantages.group_advantages) multi-objective GRPO (arXiv 2503.21819).
+    (prefkern.losses.advantages.group_advantages) multi-objective GRPO (arXiv 2503.21819).
 
     Args:
         tokens: Token statistics, each field `[N]`; needs `logp`, and `ref_logp` for beta > 0.
@@ -64,9 +64,9 @@ def grpo(
     logp = token.field(tokens, "logp", scored)
     old = logp.detach() if old_logp is None else token.given("old_logp", old_logp, logp, scored)
     advantage = token.spread("advantages", advantages, scored, cu_seqlens).to(logp.dtype)
-    value = surrogates.clipped_gain(logp - old, advantage, eps)
+    value = links.clipped_gain(logp - old, advantage, eps)
     if beta:
-        value = value + beta * surrogates.kl_estimate(
+        value = value + beta * links.kl_estimate(
             logp - token.field(tokens, "ref_logp", scored), "k3"
         )
     if aggregation == "grpo":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, TokenStats
-from .. import core
+from ...stats import TokenStats
+from .. import core, links
 from .. import tokens as token
+from ..record import Loss
 
 
 def kl_penalty(
@@ -41,7 +41,7 @@ def kl_penalty(
         ValueError: an unknown estimator, a missing statistic, shapes that do not fit.
     """
     gap = token.field(tokens, "logp", scored) - token.field(tokens, "ref_logp", scored)
-    return coef * surrogates.kl_estimate(gap, estimator)
+    return coef * links.kl_estimate(gap, estimator)
 
 
 KL_PENALTY = Loss(

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import surrogates
 from ...ops.segment_sum import segment_sum
-from ...token_weights import sequence_of
-from ...types import Loss, TokenStats
-from .. import core
+from ...stats import TokenStats
+from .. import core, links
 from .. import tokens as token
+from ..record import Loss
+from ..weights.token_weights import sequence_of
 
 
 def oreo(
@@ -71,9 +71,7 @@ def oreo(
     core.difference(value, logp)
     value = torch.where(scored, value, 0.0).double()
     terminal = core.data("reward", reward, segment_sum(rho.detach(), cu_seqlens))
-    divergence = (
-        surrogates.kl_estimate(rho, "k3") if kl == "k3" else token.field(tokens, kl, scored)
-    )
+    divergence = links.kl_estimate(rho, "k3") if kl == "k3" else token.field(tokens, kl, scored)
     penalty = alpha * token.sequence_mean(divergence, scored, cu_seqlens)
     total = segment_sum(rho, cu_seqlens)
     if level == "response":

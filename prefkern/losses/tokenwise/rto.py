@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import surrogates
-from ...types import Loss, TokenStats
-from .. import core
+from ...stats import TokenStats
+from .. import core, links
 from .. import tokens as token
+from ..record import Loss
 
 
 def rto(
@@ -30,8 +30,9 @@ def rto(
         + 1/2 mean_t max((V - G)^2, (V_old + clip(V - V_old, -value_clip, value_clip) - G)^2),
     r = exp(logp - old_logp)
 
-    Zhong et al. 2024 (arXiv 2404.18922). Token rewards: prefkern.advantages.rto_rewards; advantages
-    and returns G: prefkern.advantages.gae, whitened over the buffer.
+    Zhong et al. 2024 (arXiv 2404.18922). Token rewards:
+    prefkern.losses.advantages.rto_rewards; advantages and returns G: prefkern.losses.advantages.gae,
+    whitened over the buffer.
 
     Args:
         tokens: Token statistics, each field `[N]`; needs `logp`.
@@ -57,7 +58,7 @@ def rto(
     logp = token.field(tokens, "logp", scored)
     old = logp.detach() if old_logp is None else token.given("old_logp", old_logp, logp, scored)
     advantage = token.spread("advantages", advantages, scored, cu_seqlens).to(logp.dtype)
-    actor = surrogates.clipped_gain(logp - old, advantage, eps_clip)
+    actor = links.clipped_gain(logp - old, advantage, eps_clip)
     loss = token.sequence_mean(actor, scored, cu_seqlens)
     if value_pred is None:
         return loss

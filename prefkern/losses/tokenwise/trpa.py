@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import surrogates
 from ...ops.list_rank import list_rank
 from ...ops.segment_sum import segment_sum
-from ...token_weights import sequence_of
-from ...types import Loss, TokenStats
-from .. import core
+from ...stats import TokenStats
+from .. import core, links
 from .. import tokens as token
+from ..record import Loss
+from ..weights.token_weights import sequence_of
 
 
 def trpa(
@@ -88,10 +88,10 @@ def trpa(
     fewest = torch.where(pairs > 0, pairs, 1.0)  # a share of a step's pairs may be below 1
     preference = ((rest + best) / size.clamp(min=1))[group] * g.numel() / fewest
     if fallback:
-        lone = surrogates.logistic(torch.where(top, g, -g))
+        lone = links.logistic(torch.where(top, g, -g))
         preference = torch.where(pairs > 0, preference, lone)
     old = logp.detach() if old_logp is None else token.given("old_logp", old_logp, logp, scored)
-    k3 = surrogates.kl_estimate(logp - old, "k3").clamp(-10.0, 10.0)
+    k3 = links.kl_estimate(logp - old, "k3").clamp(-10.0, 10.0)
     length = token.count(scored, cu_seqlens)
     share = core.per_token(segment_sum(k3, cu_seqlens), length, tokens_per_sequence)
     if sqrt_kl:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...diagnostics import host_module
+from ...cli.env_report import host_module
 from .extra import batch_extras
 from .records import Example, PreferenceBatch
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.cells import BadRow, floats, number
+from ...prep.cells import BadRow, floats, number
 
 ROW, VECTOR, ANSWER, TOKEN, EITHER, PAIRS, ALONG, NAME, TEXT = (
     "row", "vector", "answer", "token", "either", "pairs", "along", "name", "text",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ...data.cells import (
+from ...prep.cells import (
     BadRow,
     Messages,
     Text,

@@ -1,0 +1,1 @@
+"""From token statistics to one scalar and the metrics trainers log."""

@@ -1,0 +1,295 @@
+"""One loss of an objective: token weights, sequence sums, the loss, its denominator, its metrics.
+
+Shapes: N tokens, S sequences, P pairs, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .. import checks, losses
+from ..losses.record import Loss, TokenWeights
+from ..stats import SeqStats, TokenStats
+from . import segments
+from .metrics import list_metrics, pair_metrics, sequence_metrics, unpaired_metrics
+
+
+class Term(NamedTuple):
+    """One loss of the objective with its arguments."""
+
+    record: Loss
+    call: losses.Bound
+    weight: float
+
+
+# (record, detached statistics of its rows, hyper-parameters) -> arguments from the loss's state.
+StateArguments = Callable[[Loss, list[SeqStats], Mapping[str, Any]], Mapping[str, Any]]
+
+
+# Denominator of each family, a key of num_items.
+_ITEMS = {
+    "pairwise": "pairs", "pointwise": "sequences", "listwise": "groups", "tokenwise": "sequences",
+}  # fmt: skip
+# Tensors of a tokenwise loss that come from the batch.
+_FROM_BATCH = ("scored", "cu_groups")
+
+
+def filled_here(record: Loss) -> tuple[str, ...]:
+    """Extra tensors of a loss that are filled here: fields of SeqStats, parts of the batch."""
+    known = _FROM_BATCH if record.family == "tokenwise" else SeqStats._fields
+    return tuple(name for name in record.extra if name in known)
+
+
+class Batch(NamedTuple):
+    """What every term of the objective reads."""
+
+    tokens: TokenStats
+    targets: Tensor
+    cu_seqlens: Tensor  # [S+1]
+    layout: str
+    cu_groups: Tensor | None
+    labels: Tensor | None
+    ignore_index: int
+    backend: str
+    user_weights: Tensor | dict[str, Tensor] | None
+    item_weights: Tensor | None  # [P], [G] or [S]
+    ref_seq_logp: Tensor | None
+    loss_stats: frozenset[str]  # names of the statistics that losses read
+    likelihood: SeqStats | None = None  # logp, length over likelihood_targets, where given
+
+    @property
+    def scored(self) -> Tensor:  # [N] bool
+        return (self.targets != self.ignore_index).reshape(-1)
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    def sequences(self, stage: TokenWeights | None) -> SeqStats:
+        """SeqStats under a stage's weights times the caller's."""
+        here = tuple(f for f in self.tokens._fields if getattr(self.tokens, f) is not None)
+        weighted = tuple(
+            f for f in here if f in self.loss_stats
+        )  # what is only logged is not weighted
+        weights = segments.combine_weights(stage, self.user_weights, weighted)
+        seq = segments.sequence_stats(
+            self.tokens, self.targets, self.cu_seqlens, token_weights=weights,
+            ignore_index=self.ignore_index, backend=self.backend,
+        )  # fmt: skip
+        if self.ref_seq_logp is not None:
+            if tuple(self.ref_seq_logp.shape) != (self.num_sequences,):
+                raise ValueError(
+                    f"ref_seq_logp must be [S] = [{self.num_sequences}], one sum per sequence, got "
+                    f"{checks.shape_text(self.ref_seq_logp)}; for values per token use ref_logp."
+                )
+            seq = seq._replace(ref_logp=self.ref_seq_logp.to(torch.float64))
+        return seq
+
+
+def weight_stage(term: Term, batch: Batch) -> TokenWeights | None:
+    """Runs the loss's token-weight stage with the inputs it names."""
+    stage = term.record.weights
+    if stage is None:
+        return None
+    rows = len(term.record.rows)
+    role = segments.role_of_sequence(batch.num_sequences, rows, batch.layout, batch.targets.device)
+    n = batch.targets.numel()
+
+    def public_length() -> Tensor:
+        length = segments.segment_sum(
+            batch.scored.float(), batch.cu_seqlens, backend=batch.backend
+        ).long()
+        split = segments.split_rows(SeqStats(length=length), rows, batch.layout, term.record.rows)
+        shortest = torch.stack([seq.require("length") for seq in split]).amin(0)  # [P]
+        return (
+            shortest.repeat_interleave(rows) if batch.layout == "pairs" else shortest.repeat(rows)
+        )
+
+    makers = {
+        "cu_seqlens": lambda: batch.cu_seqlens,
+        "scored": lambda: batch.scored,
+        "ref_logp": lambda: cast(Tensor, batch.tokens.ref_logp).reshape(-1).detach(),
+        "logp": lambda: cast(Tensor, batch.tokens.logp).reshape(-1).detach(),
+        "sign": lambda: segments.spread(1 - 2 * role.clamp(max=1), batch.cu_seqlens, n),
+        "public_length": public_length,
+    }
+    return stage.fn(**{name: makers[name]() for name in stage.given}, **term.call.stage)
+
+
+def with_state(term: Term, seq: SeqStats, batch: Batch, ask: StateArguments | None) -> Term:
+    """The term with the arguments that the state of its loss gives, where it has one."""
+    if term.record.update is None or ask is None:
+        return term
+    rows = _split(term, seq, batch) if term.record.family == "pairwise" else [seq]
+    fixed = [SeqStats(*(None if f is None else f.detach() for f in row)) for row in rows]
+    found = ask(term.record, fixed, term.call.hyper)
+    return term._replace(call=term.call._replace(args={**term.call.args, **found}))
+
+
+def reduce(
+    term: Term, seq: SeqStats, stage: TokenWeights | None, batch: Batch, num_items: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss over its denominator, plus the stage's penalty and the likelihood term."""
+    record, call = term.record, term.call
+    filled = {
+        name: _fill(name, record, seq, batch)
+        for name in filled_here(record)
+        if name not in call.args
+    }
+    args = {**call.args, **filled}
+    parts: dict[str, Tensor] = {}
+    if record.family == "pairwise":
+        values = record(*_split(term, seq, batch), **args)
+    elif record.family == "pointwise":
+        if "label" in record.extra:
+            args["label"] = _labels(record, batch)
+        values = record(seq, **args)
+    elif record.family == "listwise":
+        labels, cu = _labels(record, batch), _groups(record, batch)
+        values = record(getattr(seq, record.score), labels, cu, **args)
+    else:  # tokenwise
+        flat = TokenStats(*(None if x is None else x.reshape(-1) for x in batch.tokens))
+        values = record(flat, batch.cu_seqlens, **args)
+    items = record.items or _ITEMS[record.family]
+    count = num_items.get(items)
+    if count is None:
+        scored = items == "scored_tokens"
+        count = batch.scored.sum().clamp(min=1) if scored else values.numel()
+    value = _weighted(values, batch).sum() / count
+    if stage is not None and stage.penalty is not None:
+        penalty = stage.penalty.sum() / count
+        parts["penalty"] = penalty.detach()
+        value = value + penalty
+    if call.supervised:
+        nll = _likelihood(term, seq, batch, num_items, count)
+        parts["nll_loss"] = nll.detach()
+        value = value + call.supervised * nll
+    return value, parts
+
+
+def _weighted(values: Tensor, batch: Batch) -> Tensor:
+    """values [items] times the caller's weight of each; a weight of 0 hides any value.
+
+    A loss over sequences or tokens takes the weight of their group, or of their sequence.
+    """
+    weights, cu = batch.item_weights, batch.cu_groups
+    if weights is None:
+        return values
+    fits = weights.shape == values.shape
+    if not fits and cu is not None and weights.numel() == cu.numel() - 1:
+        weights = segments.spread(weights, cu, batch.num_sequences)
+    if weights.numel() == batch.num_sequences and values.numel() == batch.targets.numel():
+        weights = segments.spread(weights, batch.cu_seqlens, values.numel())
+    if weights.shape != values.shape:
+        raise ValueError(
+            f"item_weights must be {list(values.shape)}, one per pair, list or sequence, got "
+            f"{checks.shape_text(weights)}."
+        )
+    weights = weights.detach().to(values.dtype)
+    return torch.where(weights == 0, torch.zeros_like(values), weights * values)
+
+
+def _likelihood(
+    term: Term, seq: SeqStats, batch: Batch, num_items: dict[str, Any], count: Any
+) -> Tensor:
+    """Negative log-likelihood of the rows a loss names, with its own denominator."""
+    spec = term.record.supervised
+    assert spec is not None
+    rows = _split(term, seq if batch.likelihood is None else batch.likelihood, batch)
+    row = rows[term.record.rows.index(spec.rows)]
+    if spec.mode == "token":
+        return -row.require("logp").sum() / num_items.get(
+            "tokens", row.require("length").sum().clamp(min=1)
+        )
+    per_sequence = row.mean_logp if spec.mode == "seq" else row.require("logp")
+    return -per_sequence.sum() / count
+
+
+def check_likelihood_targets(
+    terms: list[Term], wide: Tensor, targets: Tensor, ignore_index: int
+) -> None:
+    """Refuses likelihood targets that no term reads or that leave out what `targets` scores."""
+    if wide is targets:
+        return
+    checks.check_integer_targets("likelihood_targets", wide)
+    if not any(t.record.supervised is not None for t in terms):
+        names = ", ".join(t.record.name for t in terms)
+        raise ValueError(
+            f"likelihood_targets serve likelihood terms, and loss {names} has none; add 'sft'."
+        )
+    if wide.shape != targets.shape:
+        raise ValueError(
+            f"likelihood_targets must have the shape of targets {list(targets.shape)}, got "
+            f"{checks.shape_text(wide)}."
+        )
+    # values are read on the CPU only: elsewhere that would wait for the device
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = (targets != ignore_index) & (wide != targets)
+        if bool(bad.any()):
+            where = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"likelihood_targets must equal targets where those are scored, got "
+                f"{wide[tuple(where)].item()} for {targets[tuple(where)].item()} at {where}."
+            )
+
+
+def only_scored(tokens: TokenStats, scored: Tensor) -> TokenStats:
+    """The statistics of scored tokens, exactly 0 (and without gradient) elsewhere."""
+    return TokenStats(*(None if x is None else torch.where(scored, x, 0.0) for x in tokens))
+
+
+def _fill(name: str, record: Loss, seq: SeqStats, batch: Batch) -> Tensor:
+    if name in SeqStats._fields:
+        return seq.require(name)
+    return batch.scored if name == "scored" else _groups(record, batch)
+
+
+def _split(term: Term, seq: SeqStats, batch: Batch) -> list[SeqStats]:
+    return segments.split_rows(seq, len(term.record.rows), batch.layout, term.record.rows)
+
+
+def _labels(record: Loss, batch: Batch) -> Tensor:
+    if batch.labels is None:
+        raise ValueError(
+            f"loss {record.name!r} needs labels [S] = [{batch.num_sequences}] (bool for "
+            "unpaired, relevance "
+            "for lists), got none."
+        )
+    if tuple(batch.labels.shape) != (batch.num_sequences,):
+        raise ValueError(
+            f"labels must be [S] = [{batch.num_sequences}], one per sequence, got "
+            f"{checks.shape_text(batch.labels)}."
+        )
+    return batch.labels
+
+
+def _groups(record: Loss, batch: Batch) -> Tensor:
+    if batch.cu_groups is None:
+        raise ValueError(
+            f"loss {record.name!r} ranks lists and needs cu_groups [G+1] on the sequence axis, "
+            "got none."
+        )
+    return checks.check_cu_seqlens(
+        batch.cu_groups, batch.num_sequences, name="cu_groups", of="sequences"
+    )
+
+
+def term_metrics(term: Term, seq: SeqStats, batch: Batch) -> dict[str, Tensor]:
+    """What trainers log for the first loss of the objective."""
+    record, call = term.record, term.call
+    fn = record.rewards
+    rewards = None if fn is None else lambda s: fn(s, **call.hyper)
+    seq = SeqStats(*(None if f is None else f.detach() for f in seq))
+    if record.family == "pairwise":
+        chosen, rejected = _split(term, seq, batch)[:2]
+        return pair_metrics(chosen, rejected, rewards, record.logps)
+    if record.family == "pointwise" and "label" in record.extra:
+        return unpaired_metrics(seq, _labels(record, batch), rewards)
+    if record.family == "listwise":
+        scores = getattr(seq, record.score)
+        return list_metrics(seq, scores, _labels(record, batch), _groups(record, batch), rewards)
+    return sequence_metrics(seq, rewards)
