@@ -212,7 +212,7 @@ def _ours(backend: str, budget: int | None, metrics: bool = False):
             def step(x: Inputs) -> Tensor:
                 loss, _ = prefkern.preference_loss(
                     x.hidden, x.weight, x.targets, x.cu_seqlens, loss=case.step, layout="halves",
-                    ref_hidden=x.ref_hidden, ref_weight=x.ref_weight, metrics=metrics,
+                    ref_hidden=x.ref_hidden, ref_head=x.ref_weight, metrics=metrics,
                     **hyper, **options,
                 )  # fmt: skip
                 return loss

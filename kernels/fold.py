@@ -2,8 +2,9 @@
 
 One program holds BLOCK_M rows and BLOCK_V columns, which are one chunk; fields and scalars are
 listed in prefkern/backends/tiled/epilogue.py. Lanes beyond the tile or in rows that do not count
-are -inf before any exp, so no masked lane can turn into NaN. Offsets of rows are 64-bit: rows times columns can
-pass 2^31. Pointers that a call has no use for point anywhere; `flags` says which are read.
+are -inf before any exp, so no masked lane can turn into NaN. Offsets of rows are 64-bit:
+rows times columns can pass 2^31. Pointers that a call has no use for point anywhere; `flags` says
+which are read.
 """
 
 from __future__ import annotations

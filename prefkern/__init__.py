@@ -5,8 +5,9 @@ losses are pure functions of their sums. See `preference_loss` and `linear_logps
 """
 
 from .backends.choice import use_backend
+from .head import Head
 from .losses import LOSSES
-from .objective.preference_loss import PreferenceLoss, preference_loss
+from .objective.preference_loss import PreferenceLoss, loss_from_stats, preference_loss
 from .ops.error_sum import ErrorSums, error_sum
 from .ops.linear_divergence import linear_divergence
 from .ops.linear_logps import linear_logps
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LOSSES",
     "ErrorSums",
+    "Head",
     "PreferenceLoss",
     "SeqStats",
     "TokenStats",
@@ -29,6 +31,7 @@ __all__ = [
     "linear_logps",
     "list_rank",
     "logits_logps",
+    "loss_from_stats",
     "preference_loss",
     "segment_sum",
     "selective_log_softmax",

@@ -62,18 +62,25 @@ def check_head(
     prefix: str = "",
 ) -> None:
     """Shapes and devices of one model's head: hidden [..., D], weight [V, D], targets [...]."""
+    head = f"{prefix}head: weight"
     check_float(f"{prefix}hidden", hidden)
-    check_float(f"{prefix}weight", weight)
+    check_float(head, weight)
     if weight.dim() != 2:
         raise ValueError(
-            f"{prefix}weight must be [V, D] (one row per vocabulary entry), got "
+            f"{head} must be [V, D] (one row per vocabulary entry), got "
             f"{shape_text(weight)}; "
             "pass lm_head.weight."
+        )
+    if hidden.dim() in (2, 3) and hidden.shape[-1] == weight.shape[0] != weight.shape[1]:
+        raise ValueError(
+            f"{head} must be [V, D] with D = {hidden.shape[-1]} to match {prefix}hidden "
+            f"{shape_text(hidden)}, got {shape_text(weight)}, which looks transposed; pass "
+            "weight.T (lm_head.weight is [V, D] as it is)."
         )
     if hidden.dim() not in (2, 3) or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{prefix}hidden must be [N, D] or [B, T, D] with D = {weight.shape[1]} to match "
-            f"{prefix}weight {shape_text(weight)}, got {shape_text(hidden)}."
+            f"{head} {shape_text(weight)}, got {shape_text(hidden)}."
         )
     if tuple(targets.shape) != tuple(hidden.shape[:-1]):
         raise ValueError(
@@ -82,17 +89,17 @@ def check_head(
             f"got {shape_text(targets)}; pass the shifted labels, one per hidden row."
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"{prefix}weight must not be empty, got {shape_text(weight)}.")
-    check_same_device(f"{prefix}weight", weight, f"{prefix}hidden", hidden)
+        raise ValueError(f"{head} must not be empty, got {shape_text(weight)}.")
+    check_same_device(head, weight, f"{prefix}hidden", hidden)
     check_same_device("targets", targets, f"{prefix}hidden", hidden)
     if bias is not None:
-        check_float(f"{prefix}bias", bias)
+        check_float(f"{prefix}head: bias", bias)
         if tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(
-                f"{prefix}bias must be [V] = [{weight.shape[0]}] to match {prefix}weight, "
+                f"{prefix}head: bias must be [V] = [{weight.shape[0]}] to match the weight, "
                 f"got {shape_text(bias)}."
             )
-        check_same_device(f"{prefix}bias", bias, f"{prefix}hidden", hidden)
+        check_same_device(f"{prefix}head: bias", bias, f"{prefix}hidden", hidden)
 
 
 def check_logit_options(
@@ -152,8 +159,8 @@ def check_constant(name: str, tensor: Tensor | None) -> None:
     """A reference input must not ask for a gradient: none is computed for it."""
     if tensor is not None and tensor.requires_grad:
         raise ValueError(
-            f"{name} must not require grad: the reference is a constant here; compute it under "
-            f"torch.no_grad() or pass {name}.detach()."
+            f"{name} must not require grad: the reference is a constant here; pass it detached "
+            "(.detach()), or compute it under torch.no_grad()."
         )
 
 

@@ -26,6 +26,7 @@ from closeness import assert_no_worse, assert_same_bits, grad_floor, stat_dtype,
 from torch import Tensor
 
 import prefkern
+from prefkern import Head
 
 
 def leaves(inputs: Inputs, wanted=("hidden", "weight", "bias")) -> dict[str, Tensor]:
@@ -44,6 +45,17 @@ def weighted_sum(stats: dict[str, Tensor], upstream: dict[str, Tensor]) -> Tenso
     return sum((stats[s] * u).sum() for s, u in upstream.items())
 
 
+NUMBERS = ("scale", "softcap", "temperature")
+
+
+def heads(weight, bias, inputs: Inputs, numbers: dict) -> tuple[Head, Head | None]:
+    """The policy's head, and the reference's with the same numbers (None for one model)."""
+    ref = None
+    if inputs.ref_hidden is not None:
+        ref = Head(inputs.ref_weight, inputs.ref_bias, **numbers)
+    return Head(weight, bias, **numbers), ref
+
+
 def run_op(
     backend: str,
     inputs: Inputs,
@@ -59,31 +71,15 @@ def run_op(
     device = device_of(backend)
     inputs = inputs.to(device)
     leaf = leaves(inputs, wanted if upstream else ())
-    if inputs.ref_hidden is None:
-        result = prefkern.linear_logps(
-            leaf["hidden"],
-            leaf["weight"],
-            inputs.targets,
-            bias=leaf.get("bias"),
-            stats=tuple(stats),
-            backend=backend,
-            **option.numbers(),
-            **arguments,
-        )
+    head, ref_head = heads(leaf["weight"], leaf.get("bias"), inputs, option.numbers())
+    arguments |= {"stats": tuple(stats), "backend": backend}
+    if ref_head is None:
+        result = prefkern.linear_logps(leaf["hidden"], head, inputs.targets, **arguments)
     else:
+        if "ev" in stats:
+            arguments["values"] = inputs.values
         result = prefkern.linear_divergence(
-            leaf["hidden"],
-            leaf["weight"],
-            inputs.targets,
-            inputs.ref_hidden,
-            inputs.ref_weight,
-            bias=leaf.get("bias"),
-            ref_bias=inputs.ref_bias,
-            stats=tuple(stats),
-            backend=backend,
-            **({"values": inputs.values} if "ev" in stats else {}),
-            **option.numbers(),
-            **arguments,
+            leaf["hidden"], head, inputs.targets, inputs.ref_hidden, ref_head, **arguments
         )
     values = {s: getattr(result, field_of(s)) for s in stats}
     grads = {}
@@ -259,24 +255,20 @@ def inputs_of(op, regime, dtype, **arguments):
 
 
 def call(op, backend, inputs, hidden, weight, stats, bias=None, **arguments):
-    """The public op as a dict {stat: [N]} of live tensors."""
+    """The public op as a dict {stat: [N]} of live tensors; the numbers of the logits are for both
+    models, and the reference of a policy without a bias has none."""
+    numbers = {k: arguments.pop(k) for k in NUMBERS if k in arguments}
+    if bias is None:
+        inputs = inputs.replace(ref_bias=None)
+    head, ref_head = heads(weight, bias, inputs, numbers)
+    arguments |= {"stats": stats, "backend": backend}
     if op == "linear_logps":
-        out = prefkern.linear_logps(
-            hidden, weight, inputs.targets, bias=bias, stats=stats, backend=backend, **arguments
-        )
+        out = prefkern.linear_logps(hidden, head, inputs.targets, **arguments)
     else:
         if "ev" in stats:
             arguments["values"] = inputs.values
         out = prefkern.linear_divergence(
-            hidden,
-            weight,
-            inputs.targets,
-            inputs.ref_hidden,
-            inputs.ref_weight,
-            bias=bias,
-            stats=stats,
-            backend=backend,
-            **arguments,
+            hidden, head, inputs.targets, inputs.ref_hidden, ref_head, **arguments
         )
     return {s: getattr(out, field_of(s)) for s in stats}
 

@@ -40,7 +40,7 @@ def extra(record: Loss, n: int) -> dict:
     """The tensors a loss requires beside its sequences, apart from weight stages."""
     g = torch.Generator().manual_seed(7)
     make = {
-        "label": lambda: torch.rand(n, generator=g) > 0.5,
+        "desirable": lambda: torch.rand(n, generator=g) > 0.5,
         "kl_baseline": lambda: torch.tensor(0.3, dtype=torch.float64),
         "delta": lambda: torch.tensor(0.2, dtype=torch.float64),
         "rm_margin": lambda: torch.randn(n, generator=g, dtype=torch.float64) * 5,

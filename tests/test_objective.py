@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import prefkern
-from prefkern import PreferenceLoss, preference_loss
+from prefkern import Head, PreferenceLoss, preference_loss
 
 B, T, D, V = 6, 7, 5, 13
 
@@ -30,7 +30,7 @@ class Inputs:
 
     @property
     def ref(self):
-        return {"ref_hidden": self.ref_hidden, "ref_weight": self.ref_weight}
+        return {"ref_hidden": self.ref_hidden, "ref_head": self.ref_weight}
 
     def call(self, **args):
         return preference_loss(self.hidden, self.weight, self.targets, **args)
@@ -92,13 +92,13 @@ def test_packed_and_halves_equal_padded_pairs():
     cu = torch.arange(0, B + 1, dtype=torch.int32) * T
     packed, m1 = preference_loss(
         flat["hidden"], x.weight, x.targets.reshape(-1), cu, loss="tdpo2",
-        ref_hidden=flat["ref_hidden"], ref_weight=x.ref_weight,
+        ref_hidden=flat["ref_hidden"], ref_head=x.ref_weight,
     )  # fmt: skip
     assert torch.equal(base, packed)
     order = torch.tensor([0, 2, 4, 1, 3, 5])
     halves, m2 = preference_loss(
         x.hidden[order], x.weight, x.targets[order], loss="tdpo2", layout="halves",
-        ref_hidden=x.ref_hidden[order], ref_weight=x.ref_weight,
+        ref_hidden=x.ref_hidden[order], ref_head=x.ref_weight,
     )  # fmt: skip
     torch.testing.assert_close(base, halves)
     for k in m0:
@@ -114,7 +114,7 @@ def test_ragged_pack_drops_padding():
     packed, _ = preference_loss(
         torch.cat(rows), x.weight, torch.cat([x.targets[i, :n] for i, n in enumerate(keep)]), cu,
         loss="dpo", ref_hidden=torch.cat([x.ref_hidden[i, :n] for i, n in enumerate(keep)]),
-        ref_weight=x.ref_weight,
+        ref_head=x.ref_weight,
     )  # fmt: skip
     torch.testing.assert_close(packed, x.call(loss="dpo", **x.ref)[0])
 
@@ -123,7 +123,7 @@ def test_ragged_pack_drops_padding():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_step_zero_is_exact(name, dtype):
     x = Inputs(dtype)
-    same = {"ref_hidden": x.hidden.detach(), "ref_weight": x.weight.detach()}
+    same = {"ref_hidden": x.hidden.detach(), "ref_head": x.weight.detach()}
     _, m = x.call(loss=name, **same)
     assert m["rewards/margins"] == 0 and m["rewards/chosen"] == 0 and m["rewards/accuracies"] == 0
     _, shared = x.call(loss=name, ref_hidden=x.hidden.detach())  # the same head by default
@@ -174,7 +174,7 @@ def test_accumulation_with_global_denominators():
     for rows in (slice(0, 2), slice(2, 6)):
         loss, _ = preference_loss(
             y.hidden[rows], y.weight, y.targets[rows], loss="tdpo2", num_items={"pairs": 3},
-            ref_hidden=y.ref_hidden[rows], ref_weight=y.ref_weight,
+            ref_hidden=y.ref_hidden[rows], ref_head=y.ref_weight,
         )  # fmt: skip
         loss.backward()
     torch.testing.assert_close(x.hidden.grad, y.hidden.grad)
@@ -193,16 +193,19 @@ def test_listwise_and_unpaired():
     x = Inputs()
     labels = torch.tensor([2.0, 1.0, 0.0, 3.0, math.nan, 1.0], dtype=torch.float64)
     cu = torch.tensor([0, 3, 4, 6], dtype=torch.int32)  # one group has a single member
-    loss, m = x.call(loss="plackett_luce", labels=labels, cu_groups=cu, **x.ref)
+    loss, m = x.call(loss="plackett_luce", relevance=labels, cu_groups=cu, **x.ref)
     assert loss.isfinite() and {"rank/ndcg", "rank/pair_accuracy", "rewards/margins"} <= m.keys()
     logp, ref, _ = (t.sum(1) for t in x.full())
     s = 0.1 * (logp - ref)[:3]
     want = -(F.log_softmax(s, 0)[0] + F.log_softmax(s[1:], 0)[0]) / 3
     beta = torch.tensor(0.1)
-    got = x.call(loss="plackett_luce", labels=labels, cu_groups=cu, beta=beta.item(), **x.ref)[0]
+    got = x.call(loss="plackett_luce", relevance=labels, cu_groups=cu, beta=beta.item(), **x.ref)[0]
     torch.testing.assert_close(got, want)
     loss, m = x.call(
-        loss="kto", labels=torch.tensor([True, False] * 3), kl_baseline=torch.tensor(0.0), **x.ref
+        loss="kto",
+        desirable=torch.tensor([True, False] * 3),
+        kl_baseline=torch.tensor(0.0),
+        **x.ref,
     )
     assert loss.isfinite() and "rewards/margins" in m
 
@@ -222,7 +225,7 @@ def test_compile_fullgraph():
 
     def step(hidden, weight, ref_hidden, ref_weight):
         return preference_loss(
-            hidden, weight, x.targets, loss="tdpo2", ref_hidden=ref_hidden, ref_weight=ref_weight
+            hidden, weight, x.targets, loss="tdpo2", ref_hidden=ref_hidden, ref_head=ref_weight
         )[0]
 
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(
@@ -275,13 +278,14 @@ def test_loss_dtype():
         ),
         ({"loss": "simpo", "layout": "columns"}, "layout"),
         ({"loss": "simpo", "loss_weights": [1.0, 2.0]}, "one number per loss"),
-        ({"loss": []}, "at least one loss"),
+        ({"loss": []}, "loss must be a name"),
         (
             {"loss": "kto", "ref_logp": torch.zeros(B, T), "kl_baseline": torch.tensor(0.0)},
-            "labels",
+            "desirable",
         ),
+        ({"loss": "plackett_luce", "ref_logp": torch.zeros(B, T)}, "relevance"),
         (
-            {"loss": "plackett_luce", "ref_logp": torch.zeros(B, T), "labels": torch.zeros(B)},
+            {"loss": "plackett_luce", "ref_logp": torch.zeros(B, T), "relevance": torch.zeros(B)},
             "cu_groups",
         ),
         ({"loss": "simpo", "backend": "fast"}, "backend must be one of"),
@@ -324,7 +328,7 @@ def test_item_weights():
     per_pair = [
         preference_loss(
             x.hidden[i : i + 2], x.weight, x.targets[i : i + 2], loss="dpo",
-            ref_hidden=x.ref_hidden[i : i + 2], ref_weight=x.ref_weight,
+            ref_hidden=x.ref_hidden[i : i + 2], ref_head=x.ref_weight,
         )[0]
         for i in (0, 2, 4)
     ]  # fmt: skip
@@ -357,15 +361,31 @@ def test_a_diffusion_loss_is_refused_before_any_work():
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_reference_options_default_to_the_policys_on_both_roads(shared):
+def test_each_head_brings_its_own_numbers_on_both_roads(shared):
     """dpo reads the reference by linear_logps, tdpo2 (alpha = 0 is dpo) by linear_divergence."""
     x = Inputs()
     bias = torch.linspace(-1, 1, V, dtype=torch.float64)
-    ref = {"ref_hidden": x.ref_hidden} if shared else x.ref
-    for options in (
-        {"softcap": 2.0, "scale": 1.3, "bias": bias},
-        {"softcap": 2.0, "ref_softcap": None, "ref_scale": None, "ref_bias": None, "bias": bias},
-        {"softcap": 2.0, "ref_softcap": 3.0, "ref_scale": 0.7, "ref_bias": 2 * bias},
-    ):
-        dpo = x.call(loss="dpo", **ref, **options)[0]
-        torch.testing.assert_close(dpo, x.call(loss="tdpo2", alpha=0.0, **ref, **options)[0])
+    for numbers in ({}, {"softcap": 3.0, "scale": 0.7, "temperature": 1.2}):
+        head = Head(x.weight, bias, softcap=2.0, scale=1.3)
+        ref = {"ref_hidden": x.ref_hidden}
+        if not shared:
+            ref["ref_head"] = Head(x.ref_weight, 2 * bias, **numbers)
+        dpo, tdpo = (
+            preference_loss(x.hidden, head, x.targets, loss=loss, **ref, **args)[0]
+            for loss, args in (("dpo", {}), ("tdpo2", {"alpha": 0.0}))
+        )
+        torch.testing.assert_close(dpo, tdpo)
+        y = Inputs()
+        y.weight = y.weight.detach()
+        z = 2.0 * torch.tanh(1.3 * (y.hidden @ y.weight.T + bias) / 2.0)
+        own = ref.get("ref_head", Head(y.weight, bias, softcap=2.0, scale=1.3))
+        zr = own.scale * (y.ref_hidden @ own.weight.detach().T + own.bias)
+        if own.softcap is not None:
+            zr = own.softcap * torch.tanh(zr / own.softcap)
+        zr = zr / own.temperature
+        mask, at = y.targets != -100, y.targets.clamp(min=0)[..., None]
+        logp, ref_logp = (
+            (F.log_softmax(t, -1).gather(-1, at)[..., 0] * mask).sum(1) for t in (z, zr)
+        )
+        rho = logp - ref_logp
+        torch.testing.assert_close(dpo, -F.logsigmoid(0.1 * (rho[0::2] - rho[1::2])).mean())

@@ -156,7 +156,7 @@ def adpa_fused(c: Case) -> None:
     """A formed from two heads in the tile."""
     c.args = dict(
         loss="adpa", ref_hidden=c.logits("aux2"), aux_hidden=c.logits("aux1"),
-        aux_weight=torch.eye(5, dtype=c.dtype), sft_on_chosen=1.0, adpa_weight=1.0,
+        aux_head=torch.eye(5, dtype=c.dtype), sft_on_chosen=1.0, adpa_weight=1.0,
     )  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def entropy(c: Case) -> None:
 def bialign(c: Case) -> None:
     c.args = dict(
         loss="bialign", ref_hidden=c.logits("aux1"), cu_groups=group(c),
-        labels=c.number(c.out["teacher_scores"]), lam=c.hyper["lambda"],
+        relevance=c.number(c.out["teacher_scores"]), lam=c.hyper["lambda"],
     )  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def tree_tpo(c: Case) -> None:
     ]
     c.args = dict(
         loss="tree_tpo", ref_hidden=c.logits("ref"), cu_groups=group(c),
-        labels=c.number(c.extra["scores"]), step_index=torch.tensor(step),
+        relevance=c.number(c.extra["scores"]), step_index=torch.tensor(step),
         cosine=c.number(cosine), **c.hyper,
     )  # fmt: skip
 

@@ -6,11 +6,9 @@ variable PREFKERN_BACKEND, then the first backend of PRIORITY that can serve the
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import importlib
 import logging
-from collections.abc import Iterator
 from types import ModuleType
 
 from .. import env
@@ -57,18 +55,34 @@ def held_back(name: str, problem: Problem) -> list[str]:
     return module.held_back(problem) if hasattr(module, "held_back") else []
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+class use_backend:
     """Within the block, op calls with backend='auto' use `name` ('auto' restores automatic choice).
+
+    Works inside compiled code: the choice is then made while tracing.
 
     Raises:
         ValueError: unknown name.
     """
-    token = _override.set(_check_name(name, auto=True))
-    try:
-        yield
-    finally:
-        _override.reset(token)
+
+    def __init__(self, name: str) -> None:
+        self.name = _check_name(name, auto=True)
+
+    def __enter__(self) -> None:
+        self.before = _set_override(self.name)
+
+    def __exit__(self, *error: object) -> None:
+        _set_override(self.before)
+
+
+def _set_override(name: str) -> str:
+    """Sets the override; returns what was there."""
+    before = _override.get() or "auto"
+    _override.set(None if name == "auto" else name)
+    return before
+
+
+# Evaluated while tracing, like the choice itself (ops/shared.resolve).
+_set_override._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def select_backend(problem: Problem, backend: str = "auto") -> str:
@@ -80,7 +94,7 @@ def select_backend(problem: Problem, backend: str = "auto") -> str:
     _check_name(backend, auto=True)
     asked_by = "backend="
     if backend == "auto":
-        backend, asked_by = _override.get() or "auto", "use_backend"
+        backend, asked_by = _override.get() or "auto", "use_backend or backend="
     if backend == "auto":
         backend, asked_by = env.get("PREFKERN_BACKEND") or "auto", "PREFKERN_BACKEND"
         _check_name(backend, auto=True, what="the environment variable PREFKERN_BACKEND")

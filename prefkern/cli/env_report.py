@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import __version__, env
 from ..backends import choice, cpu
 from ..backends.contract import Problem
+from ..head import Head
 from ..ops.linear_divergence import linear_divergence
 from ..ops.linear_logps import linear_logps
 
@@ -249,10 +250,11 @@ def check_op(op: str, backend: str, device: str, dtype: torch.dtype) -> dict[str
 
     def fused(h: Tensor, w: Tensor) -> Tensor:
         if op == "linear_logps":
-            got = linear_logps(h, w, targets, softcap=20.0, stats=stats, backend=backend)
+            got = linear_logps(h, Head(w, softcap=20.0), targets, stats=stats, backend=backend)
         else:
+            heads = Head(w, softcap=20.0), Head(ref_weight, softcap=20.0)
             got = linear_divergence(
-                h, w, targets, ref_hidden, ref_weight, softcap=20.0, stats=stats, backend=backend
+                h, heads[0], targets, ref_hidden, heads[1], stats=stats, backend=backend
             )
         return torch.stack([getattr(got, name) for name in stats])
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import inspect
 import sys
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..head import Head
 from . import packed_attention
 
 # A transformers causal model, or a PEFT model around one. nn.Module would be less than the truth:
@@ -25,23 +26,6 @@ _MULTIPLIES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _MULTIPLIES_BY_LOGITS_SCALING = frozenset({"hyperclovax", "hyperclovax_vision_v2"})
 # Configs that carry a name which their modelling file never applies.
 _NOT_APPLIED = {"mpt": frozenset({"logit_scale"})}
-
-
-class Head(NamedTuple):
-    """The last layer: logits = softcap * tanh(scale * (h . w + b) / softcap)."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    scale: float
-    softcap: float | None
-
-    def options(self, prefix: str = "") -> dict[str, Any]:
-        """Keyword arguments of the fused ops; prefix "ref_" for a reference head."""
-        return {
-            f"{prefix}bias": self.bias,
-            f"{prefix}scale": self.scale,
-            f"{prefix}softcap": self.softcap,
-        }
 
 
 def causal_lm(model: Model) -> Model:
@@ -132,7 +116,7 @@ def read_head(model: Model) -> Head:
     real = getattr(config, "unpadded_vocab_size", None)
     if real is not None and real < weight.shape[0]:  # the model cuts its logits there
         weight, bias = weight[:real], None if bias is None else bias[:real]
-    return Head(weight, bias, scale, softcap)
+    return Head(weight, bias, scale=scale, softcap=softcap)
 
 
 def backbone(model: Model) -> Model:
@@ -199,7 +183,7 @@ def fused_logps(
         model, input_ids, position_ids=position_ids, attention_mask=attention_mask
     )
     head = read_head(model)
-    stats = prefkern.linear_logps(hidden, head.weight, targets, **head.options(), backend=backend)
+    stats = prefkern.linear_logps(hidden, head, targets, backend=backend)
     assert stats.logp is not None
     return stats.logp
 

@@ -10,10 +10,11 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from . import diffusion, listwise, pairwise, pointwise, tokenwise
+from .foreign_names import FOREIGN
 from .record import Loss
 
 FAMILIES = (pairwise, pointwise, listwise, tokenwise, diffusion)
@@ -94,6 +95,25 @@ def required(record: Loss) -> tuple[str, ...]:
     return record.extra + (() if record.weights is None else record.weights.extra)
 
 
+def check_arguments(records: Sequence[Loss], names: Iterable[str]) -> None:
+    """Refuses names that none of the losses takes as an argument.
+
+    Raises:
+        ValueError: with the nearest names, and ours where another library's name came.
+    """
+    known = {name: None for record in records for name in arguments(record)}
+    for name in names:
+        if name in known:
+            continue
+        who = " or ".join(repr(record.name) for record in records)
+        if name in FOREIGN:
+            hint = f"write {FOREIGN[name]} instead"
+        else:
+            near = difflib.get_close_matches(name, known, n=3) or tuple(known)
+            hint = f"nearest: {', '.join(near) or 'none'}"
+        raise ValueError(f"loss {who} has no argument {name!r}; {hint}.")
+
+
 def bind(record: Loss, given: Mapping[str, Any], *, supplied: Iterable[str] = ()) -> Bound:
     """Sorts the loss arguments `given` by who takes them, refusing what nobody takes.
 
@@ -108,13 +128,7 @@ def bind(record: Loss, given: Mapping[str, Any], *, supplied: Iterable[str] = ()
     """
     record.warn_if_provisional()
     known = arguments(record)
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or tuple(known)
-            raise ValueError(
-                f"loss {record.name!r} has no argument {name!r}; nearest: "
-                f"{', '.join(near) or 'none'}."
-            )
+    check_arguments([record], given)
     missing = [n for n in required(record) if n not in given and n not in set(supplied)]
     if missing:
         raise ValueError(

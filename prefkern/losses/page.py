@@ -20,7 +20,7 @@ FAMILY_TITLES = {
 _SIGNATURES = {
     "pairwise": "`(chosen: SeqStats, rejected: SeqStats, *, ...) -> [P]`, through "
     '`preference_loss` with neighbouring sequences (or `layout="halves"`).',
-    "pointwise": "`(seq: SeqStats, *, ...) -> [S]`; `label` is bool, True where an answer is good.",
+    "pointwise": "`(seq: SeqStats, *, ...) -> [S]`; `desirable` [S] is bool, True for a good one.",
     "listwise": "`(scores, labels, cu_groups, *, ...) -> [G]` on ragged lists.",
     "tokenwise": "`(tokens: TokenStats, cu_seqlens, *, ...)`: not linear in the tokens.",
     "diffusion": "Per-sample prediction errors of `prefkern.error_sum`; not for `preference_loss`.",

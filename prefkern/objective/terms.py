@@ -5,7 +5,7 @@ Shapes: N tokens, S sequences, P pairs, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,31 +34,90 @@ StateArguments = Callable[[Loss, list[SeqStats], Mapping[str, Any]], Mapping[str
 _ITEMS = {
     "pairwise": "pairs", "pointwise": "sequences", "listwise": "groups", "tokenwise": "sequences",
 }  # fmt: skip
-# Tensors of a tokenwise loss that come from the batch.
+# Tensors of a tokenwise loss that come from the objective.
 _FROM_BATCH = ("scored", "cu_groups")
 
 
+def bind_terms(
+    loss: str | Loss | Sequence[str | Loss],
+    loss_weights: Sequence[float] | None,
+    args: Mapping[str, Any],
+    *,
+    stateful: bool = False,
+) -> list[Term]:
+    """Resolves names and binds arguments; each argument must serve at least one loss.
+
+    `stateful`: the states of losses that keep one give their arguments later.
+
+    Raises:
+        ValueError: an unknown loss or argument, a missing argument, weights that do not fit.
+    """
+    resolved, factors = check_names(loss, loss_weights, args)
+    terms = []
+    for (record, fixed), factor in zip(resolved, factors, strict=True):
+        # a single loss refuses what it does not take, with the nearest names
+        known = losses.arguments(record)
+        own = {k: v for k, v in args.items() if len(resolved) == 1 or k in known}
+        if record.family == "diffusion":
+            raise ValueError(
+                f"loss {record.name!r} is of the family 'diffusion' and reads no hidden states; "
+                f"call prefkern.losses.{record.name} on prediction errors (prefkern.error_sum)."
+            )
+        supplied: tuple[str, ...] = ("desirable", *filled_here(record))
+        if stateful and record.update is not None:  # what its state gives comes later
+            supplied = (*supplied, *record.extra)
+        terms.append(Term(record, losses.bind(record, {**fixed, **own}, supplied=supplied), factor))
+    return terms
+
+
+def check_names(
+    loss: str | Loss | Sequence[str | Loss],
+    loss_weights: Sequence[float] | None,
+    args: Iterable[str],
+) -> tuple[list[tuple[Loss, dict[str, Any]]], list[float]]:
+    """(loss, the arguments its alias fixes) and the factor of every loss.
+
+    Raises:
+        ValueError: an unknown loss, an argument that no loss takes, weights that do not fit.
+    """
+    if isinstance(loss, (str, Loss)):
+        names: list[str | Loss] = [loss]
+    elif isinstance(loss, Sequence) and loss:
+        names = list(loss)
+    else:
+        raise ValueError(
+            f"loss must be a name of prefkern.LOSSES, a Loss or a list of them, got {loss!r}."
+        )
+    factors = [1.0] * len(names) if loss_weights is None else [float(w) for w in loss_weights]
+    if len(factors) != len(names):
+        raise ValueError(
+            f"loss_weights must have one number per loss ({len(names)}), got {len(factors)}."
+        )
+    resolved = [(name, {}) if isinstance(name, Loss) else losses.resolve(name) for name in names]
+    losses.check_arguments([record for record, _ in resolved], args)
+    return resolved, factors
+
+
 def filled_here(record: Loss) -> tuple[str, ...]:
-    """Extra tensors of a loss that are filled here: fields of SeqStats, parts of the batch."""
+    """Extra tensors of a loss that are filled here: fields of SeqStats, parts of the objective."""
     known = _FROM_BATCH if record.family == "tokenwise" else SeqStats._fields
     return tuple(name for name in record.extra if name in known)
 
 
-class Batch(NamedTuple):
-    """What every term of the objective reads."""
+class Objective(NamedTuple):
+    """What every term of an objective reads."""
 
     tokens: TokenStats
     targets: Tensor
     cu_seqlens: Tensor  # [S+1]
     layout: str
     cu_groups: Tensor | None
-    labels: Tensor | None
+    relevance: Tensor | None  # [S]
+    desirable: Tensor | None  # [S] bool
     ignore_index: int
-    backend: str
     user_weights: Tensor | dict[str, Tensor] | None
     item_weights: Tensor | None  # [P], [G] or [S]
     ref_seq_logp: Tensor | None
-    loss_stats: frozenset[str]  # names of the statistics that losses read
     likelihood: SeqStats | None = None  # logp, length over likelihood_targets, where given
 
     @property
@@ -69,16 +128,15 @@ class Batch(NamedTuple):
     def num_sequences(self) -> int:
         return self.cu_seqlens.numel() - 1
 
-    def sequences(self, stage: TokenWeights | None) -> SeqStats:
-        """SeqStats under a stage's weights times the caller's."""
-        here = tuple(f for f in self.tokens._fields if getattr(self.tokens, f) is not None)
-        weighted = tuple(
-            f for f in here if f in self.loss_stats
-        )  # what is only logged is not weighted
+    def sequences(self, stage: TokenWeights | None, read: frozenset[str]) -> SeqStats:
+        """SeqStats under a stage's weights times the caller's; what is only logged, and not `read`
+        by a loss, is not weighted."""
+        here = (f for f in self.tokens._fields if getattr(self.tokens, f) is not None)
+        weighted = tuple(f for f in here if f in read)
         weights = segments.combine_weights(stage, self.user_weights, weighted)
         seq = segments.sequence_stats(
             self.tokens, self.targets, self.cu_seqlens, token_weights=weights,
-            ignore_index=self.ignore_index, backend=self.backend,
+            ignore_index=self.ignore_index,
         )  # fmt: skip
         if self.ref_seq_logp is not None:
             if tuple(self.ref_seq_logp.shape) != (self.num_sequences,):
@@ -90,100 +148,109 @@ class Batch(NamedTuple):
         return seq
 
 
-def weight_stage(term: Term, batch: Batch) -> TokenWeights | None:
+def weight_stage(term: Term, objective: Objective) -> TokenWeights | None:
     """Runs the loss's token-weight stage with the inputs it names."""
     stage = term.record.weights
     if stage is None:
         return None
     rows = len(term.record.rows)
-    role = segments.role_of_sequence(batch.num_sequences, rows, batch.layout, batch.targets.device)
-    n = batch.targets.numel()
+    role = segments.role_of_sequence(
+        objective.num_sequences, rows, objective.layout, objective.targets.device
+    )
+    n = objective.targets.numel()
 
     def public_length() -> Tensor:
-        length = segments.segment_sum(
-            batch.scored.float(), batch.cu_seqlens, backend=batch.backend
-        ).long()
-        split = segments.split_rows(SeqStats(length=length), rows, batch.layout, term.record.rows)
+        length = segments.segment_sum(objective.scored.float(), objective.cu_seqlens).long()
+        split = segments.split_rows(
+            SeqStats(length=length), rows, objective.layout, term.record.rows
+        )
         shortest = torch.stack([seq.require("length") for seq in split]).amin(0)  # [P]
         return (
-            shortest.repeat_interleave(rows) if batch.layout == "pairs" else shortest.repeat(rows)
+            shortest.repeat_interleave(rows)
+            if objective.layout == "pairs"
+            else shortest.repeat(rows)
         )
 
     makers = {
-        "cu_seqlens": lambda: batch.cu_seqlens,
-        "scored": lambda: batch.scored,
-        "ref_logp": lambda: cast(Tensor, batch.tokens.ref_logp).reshape(-1).detach(),
-        "logp": lambda: cast(Tensor, batch.tokens.logp).reshape(-1).detach(),
-        "sign": lambda: segments.spread(1 - 2 * role.clamp(max=1), batch.cu_seqlens, n),
+        "cu_seqlens": lambda: objective.cu_seqlens,
+        "scored": lambda: objective.scored,
+        "ref_logp": lambda: cast(Tensor, objective.tokens.ref_logp).reshape(-1).detach(),
+        "logp": lambda: cast(Tensor, objective.tokens.logp).reshape(-1).detach(),
+        "sign": lambda: segments.spread(1 - 2 * role.clamp(max=1), objective.cu_seqlens, n),
         "public_length": public_length,
     }
     return stage.fn(**{name: makers[name]() for name in stage.given}, **term.call.stage)
 
 
-def with_state(term: Term, seq: SeqStats, batch: Batch, ask: StateArguments | None) -> Term:
+def with_state(term: Term, seq: SeqStats, objective: Objective, ask: StateArguments | None) -> Term:
     """The term with the arguments that the state of its loss gives, where it has one."""
     if term.record.update is None or ask is None:
         return term
-    rows = _split(term, seq, batch) if term.record.family == "pairwise" else [seq]
+    rows = _split(term, seq, objective) if term.record.family == "pairwise" else [seq]
     fixed = [SeqStats(*(None if f is None else f.detach() for f in row)) for row in rows]
     found = ask(term.record, fixed, term.call.hyper)
     return term._replace(call=term.call._replace(args={**term.call.args, **found}))
 
 
 def reduce(
-    term: Term, seq: SeqStats, stage: TokenWeights | None, batch: Batch, num_items: dict[str, Any]
+    term: Term,
+    seq: SeqStats,
+    stage: TokenWeights | None,
+    objective: Objective,
+    num_items: dict[str, Any],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss over its denominator, plus the stage's penalty and the likelihood term."""
     record, call = term.record, term.call
     filled = {
-        name: _fill(name, record, seq, batch)
+        name: _fill(name, record, seq, objective)
         for name in filled_here(record)
         if name not in call.args
     }
     args = {**call.args, **filled}
     parts: dict[str, Tensor] = {}
     if record.family == "pairwise":
-        values = record(*_split(term, seq, batch), **args)
+        values = record(*_split(term, seq, objective), **args)
     elif record.family == "pointwise":
-        if "label" in record.extra:
-            args["label"] = _labels(record, batch)
+        if "desirable" in record.extra:
+            args["desirable"] = _per_sequence("desirable", record, objective)
         values = record(seq, **args)
     elif record.family == "listwise":
-        labels, cu = _labels(record, batch), _groups(record, batch)
-        values = record(getattr(seq, record.score), labels, cu, **args)
+        relevance = _per_sequence("relevance", record, objective)
+        scores = getattr(seq, record.score)
+        values = record(scores, relevance, _groups(record, objective), **args)
     else:  # tokenwise
-        flat = TokenStats(*(None if x is None else x.reshape(-1) for x in batch.tokens))
-        values = record(flat, batch.cu_seqlens, **args)
+        flat = TokenStats(*(None if x is None else x.reshape(-1) for x in objective.tokens))
+        values = record(flat, objective.cu_seqlens, **args)
     items = record.items or _ITEMS[record.family]
     count = num_items.get(items)
     if count is None:
         scored = items == "scored_tokens"
-        count = batch.scored.sum().clamp(min=1) if scored else values.numel()
-    value = _weighted(values, batch).sum() / count
+        count = objective.scored.sum().clamp(min=1) if scored else values.numel()
+    value = _weighted(values, objective).sum() / count
     if stage is not None and stage.penalty is not None:
         penalty = stage.penalty.sum() / count
         parts["penalty"] = penalty.detach()
         value = value + penalty
     if call.supervised:
-        nll = _likelihood(term, seq, batch, num_items, count)
+        nll = _likelihood(term, seq, objective, num_items, count)
         parts["nll_loss"] = nll.detach()
         value = value + call.supervised * nll
     return value, parts
 
 
-def _weighted(values: Tensor, batch: Batch) -> Tensor:
+def _weighted(values: Tensor, objective: Objective) -> Tensor:
     """values [items] times the caller's weight of each; a weight of 0 hides any value.
 
     A loss over sequences or tokens takes the weight of their group, or of their sequence.
     """
-    weights, cu = batch.item_weights, batch.cu_groups
+    weights, cu = objective.item_weights, objective.cu_groups
     if weights is None:
         return values
     fits = weights.shape == values.shape
     if not fits and cu is not None and weights.numel() == cu.numel() - 1:
-        weights = segments.spread(weights, cu, batch.num_sequences)
-    if weights.numel() == batch.num_sequences and values.numel() == batch.targets.numel():
-        weights = segments.spread(weights, batch.cu_seqlens, values.numel())
+        weights = segments.spread(weights, cu, objective.num_sequences)
+    if weights.numel() == objective.num_sequences and values.numel() == objective.targets.numel():
+        weights = segments.spread(weights, objective.cu_seqlens, values.numel())
     if weights.shape != values.shape:
         raise ValueError(
             f"item_weights must be {list(values.shape)}, one per pair, list or sequence, got "
@@ -194,12 +261,12 @@ def _weighted(values: Tensor, batch: Batch) -> Tensor:
 
 
 def _likelihood(
-    term: Term, seq: SeqStats, batch: Batch, num_items: dict[str, Any], count: Any
+    term: Term, seq: SeqStats, objective: Objective, num_items: dict[str, Any], count: Any
 ) -> Tensor:
     """Negative log-likelihood of the rows a loss names, with its own denominator."""
     spec = term.record.supervised
     assert spec is not None
-    rows = _split(term, seq if batch.likelihood is None else batch.likelihood, batch)
+    rows = _split(term, seq if objective.likelihood is None else objective.likelihood, objective)
     row = rows[term.record.rows.index(spec.rows)]
     if spec.mode == "token":
         return -row.require("logp").sum() / num_items.get(
@@ -242,54 +309,55 @@ def only_scored(tokens: TokenStats, scored: Tensor) -> TokenStats:
     return TokenStats(*(None if x is None else torch.where(scored, x, 0.0) for x in tokens))
 
 
-def _fill(name: str, record: Loss, seq: SeqStats, batch: Batch) -> Tensor:
+def _fill(name: str, record: Loss, seq: SeqStats, objective: Objective) -> Tensor:
     if name in SeqStats._fields:
         return seq.require(name)
-    return batch.scored if name == "scored" else _groups(record, batch)
+    return objective.scored if name == "scored" else _groups(record, objective)
 
 
-def _split(term: Term, seq: SeqStats, batch: Batch) -> list[SeqStats]:
-    return segments.split_rows(seq, len(term.record.rows), batch.layout, term.record.rows)
+def _split(term: Term, seq: SeqStats, objective: Objective) -> list[SeqStats]:
+    return segments.split_rows(seq, len(term.record.rows), objective.layout, term.record.rows)
 
 
-def _labels(record: Loss, batch: Batch) -> Tensor:
-    if batch.labels is None:
+def _per_sequence(name: str, record: Loss, objective: Objective) -> Tensor:
+    """`relevance` or `desirable` [S] of the batch, checked."""
+    value, what = getattr(objective, name), f"[S] = [{objective.num_sequences}]"
+    if value is None:
+        example = "a bool" if name == "desirable" else "a number, higher is better,"
         raise ValueError(
-            f"loss {record.name!r} needs labels [S] = [{batch.num_sequences}] (bool for "
-            "unpaired, relevance "
-            "for lists), got none."
+            f"loss {record.name!r} needs {name} {what}, {example} per sequence, got none."
         )
-    if tuple(batch.labels.shape) != (batch.num_sequences,):
+    if tuple(value.shape) != (objective.num_sequences,):
         raise ValueError(
-            f"labels must be [S] = [{batch.num_sequences}], one per sequence, got "
-            f"{checks.shape_text(batch.labels)}."
+            f"{name} must be {what}, one per sequence, got {checks.shape_text(value)}."
         )
-    return batch.labels
+    return value
 
 
-def _groups(record: Loss, batch: Batch) -> Tensor:
-    if batch.cu_groups is None:
+def _groups(record: Loss, objective: Objective) -> Tensor:
+    if objective.cu_groups is None:
         raise ValueError(
             f"loss {record.name!r} ranks lists and needs cu_groups [G+1] on the sequence axis, "
             "got none."
         )
     return checks.check_cu_seqlens(
-        batch.cu_groups, batch.num_sequences, name="cu_groups", of="sequences"
+        objective.cu_groups, objective.num_sequences, name="cu_groups", of="sequences"
     )
 
 
-def term_metrics(term: Term, seq: SeqStats, batch: Batch) -> dict[str, Tensor]:
+def term_metrics(term: Term, seq: SeqStats, objective: Objective) -> dict[str, Tensor]:
     """What trainers log for the first loss of the objective."""
     record, call = term.record, term.call
     fn = record.rewards
     rewards = None if fn is None else lambda s: fn(s, **call.hyper)
     seq = SeqStats(*(None if f is None else f.detach() for f in seq))
     if record.family == "pairwise":
-        chosen, rejected = _split(term, seq, batch)[:2]
+        chosen, rejected = _split(term, seq, objective)[:2]
         return pair_metrics(chosen, rejected, rewards, record.logps)
-    if record.family == "pointwise" and "label" in record.extra:
-        return unpaired_metrics(seq, _labels(record, batch), rewards)
+    if record.family == "pointwise" and "desirable" in record.extra:
+        return unpaired_metrics(seq, _per_sequence("desirable", record, objective), rewards)
     if record.family == "listwise":
         scores = getattr(seq, record.score)
-        return list_metrics(seq, scores, _labels(record, batch), _groups(record, batch), rewards)
+        relevance = _per_sequence("relevance", record, objective)
+        return list_metrics(seq, scores, relevance, _groups(record, objective), rewards)
     return sequence_metrics(seq, rewards)

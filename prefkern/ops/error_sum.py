@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from . import head
+from . import shared
 
 STATS = ("err", "ref_err", "dot", "huber")
 REDUCTIONS = ("mean", "sum", "mean_all")
@@ -90,7 +90,7 @@ def error_sum(
         before, after = pred.shape[1:segment_dim], pred.shape[segment_dim + 1 :]
         shape = (pred.shape[0], math.prod(before), pred.shape[segment_dim], math.prod(after))
     text = ",".join(names)
-    chosen = head.resolve("error_sum", pred.device.type, pred.dtype, None, "", backend, None)
+    chosen = shared.resolve("error_sum", pred.device.type, pred.dtype, None, "", backend, None)
     sums = torch.ops.prefkern.error_sum_fwd(
         pred.reshape(shape).contiguous(),
         target.detach().reshape(shape).contiguous(),
@@ -214,7 +214,7 @@ def _fwd(
         raise ValueError(
             f"segments must be below num_segments = {num_segments}, got {int(segments.max())}."
         )
-    return head.run(backend, "error_sum_fwd", pred, target, ref, segments, num_segments, stats)
+    return shared.run(backend, "error_sum_fwd", pred, target, ref, segments, num_segments, stats)
 
 
 @_fwd.register_fake
@@ -234,7 +234,7 @@ def _bwd(
     backend: str,
 ) -> Tensor:
     """d_pred, like pred."""
-    return head.run(
+    return shared.run(
         backend, "error_sum_bwd", d_out.contiguous(), pred, target, ref, segments, stats
     )
 
@@ -263,4 +263,4 @@ def _backward(ctx, d_out):
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)
-head.refuse_double_backward("prefkern::error_sum_bwd")
+shared.refuse_double_backward("prefkern::error_sum_bwd")

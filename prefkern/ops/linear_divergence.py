@@ -12,28 +12,21 @@ from torch import Tensor
 
 from .. import checks
 from ..backends.contract import SAVED_ROWS
+from ..head import Head, HeadLike, as_head
 from ..stats import ONE_MODEL_STATS, TWO_MODEL_STATS, Stat, TokenStats, parse_stats
-from . import budget, head
+from . import budget, shared
 from .linear_logps import frozen_head, frozen_rows, head_gradients_like, needs_gradient
 
 
 def linear_divergence(
     hidden: Tensor,  # [N, D] or [B, T, D]
-    weight: Tensor,  # [V, D]
+    head: HeadLike,  # [V, D]
     targets: Tensor,  # [N] or [B, T] int64
     ref_hidden: Tensor,  # [N, Dr] or [B, T, Dr]
-    ref_weight: Tensor | None = None,  # [V, Dr]
+    ref_head: HeadLike | None = None,  # [V, Dr]
     *,
-    bias: Tensor | None = None,  # [V]
-    ref_bias: Tensor | None = None,  # [V]
-    scale: float = 1.0,
-    ref_scale: float | None = None,
-    softcap: float | None = None,
-    ref_softcap: float | None = None,
-    temperature: float = 1.0,
-    ref_temperature: float | None = None,
     aux_hidden: Tensor | None = None,  # [N, Da] or [B, T, Da]
-    aux_weight: Tensor | None = None,  # [V, Da]
+    aux_head: HeadLike | None = None,  # [V, Da]
     values: Tensor | tuple[Tensor, Tensor] | None = None,  # [V], or (index, value) each [N, k]
     ignore_index: int = -100,
     stats: str | Sequence[str] = ("logp", "ref_logp", "fkl"),
@@ -46,16 +39,14 @@ def linear_divergence(
     p = softmax(z), r = softmax(z_ref); z as in `linear_logps`. The reference is a constant.
 
     Args:
-        hidden, weight, targets, bias, scale, softcap, temperature, ignore_index, num_scored,
-        memory_budget, backend: As in `linear_logps`.
+        hidden, head, targets, ignore_index, num_scored, memory_budget, backend: As in
+            `linear_logps`.
         ref_hidden: Hidden states of the reference for the same tokens `[N, Dr]` or `[B, T, Dr]`.
-        ref_weight: Head of the reference `[V, Dr]`. Default None: the policy's head, read as a
-            constant (and then `ref_bias` defaults to `bias`).
-        ref_bias, ref_scale, ref_softcap, ref_temperature: The reference's; the last three default
-            to the policy's.
-        aux_hidden, aux_weight: A third head for the statistic `ev`:
-            A_v = log softmax(aux)_v - log r_v, formed in the tile, with the reference's scale,
-            softcap and temperature.
+        ref_head: Head of the reference, with its own bias, scale, soft cap and temperature. Default
+            None: the policy's head, read as a constant.
+        aux_hidden, aux_head: A third head for the statistic `ev`:
+            A_v = log softmax(aux)_v - log r_v, formed in the tile. Its scale, soft cap and
+            temperature must be the reference's.
         values: A for `ev`: one number per vocabulary entry `[V]`, or a pair (index, value) of
             `[N, k]` tensors holding the non-zero entries of each row.
         stats: Any of `linear_logps`' names and ref_logp, ref_lse, fkl = KL(r||p), rkl = KL(p||r),
@@ -72,30 +63,24 @@ def linear_divergence(
     Source: TDPO (Zeng et al. 2024) for fkl; GKD (Agarwal et al. 2024) for jsd; ADPA for ev.
     """
     checks.check_integer_targets("targets", targets)
+    head = as_head(head)
+    weight, bias = head.weight, head.bias
     checks.check_head(hidden, weight, targets, bias)
     parsed = parse_stats(stats, allowed=ONE_MODEL_STATS + TWO_MODEL_STATS)
-    if ref_weight is None:
-        ref_weight, ref_bias = (
-            weight.detach(),
-            bias.detach() if ref_bias is None and bias is not None else ref_bias,
-        )
-    ref_scale = scale if ref_scale is None else ref_scale
-    ref_softcap = softcap if ref_softcap is None else ref_softcap
-    ref_temperature = temperature if ref_temperature is None else ref_temperature
-    checks.check_logit_options(scale, softcap, temperature)
-    checks.check_logit_options(ref_scale, ref_softcap, ref_temperature, "ref_")
+    ref = head.detach() if ref_head is None else as_head(ref_head, "ref_head")
     budget.check_budget(memory_budget)
-    _check_reference(hidden, weight, targets, ref_hidden, ref_weight, ref_bias)
+    _check_reference(hidden, weight, targets, ref_hidden, ref.weight, ref.bias)
     values, values_index = _check_values(targets, weight.shape[0], values)
+    aux_weight = _aux_weight(aux_head, ref)
     _check_ev(parsed, hidden, weight, targets, aux_hidden, aux_weight, values)
 
-    dtype = head.compute_dtype(hidden)
-    rows = head.rows_of(hidden, dtype)
+    dtype = shared.compute_dtype(hidden)
+    rows = shared.rows_of(hidden, dtype)
     v = weight.shape[0]
     names = ",".join(str(s) for s in parsed)
-    chosen = head.resolve(
+    chosen = shared.resolve(
         "linear_divergence", hidden.device.type, dtype, weight.dtype, names, backend,
-        head.shape_for_message(rows.shape[0], v, weight.shape[1]),
+        shared.shape_for_message(rows.shape[0], v, weight.shape[1]),
     )  # fmt: skip
     frozen = frozen_head(hidden, weight, bias, parsed)
     scored = budget.count_scored(targets, ignore_index, num_scored)
@@ -104,14 +89,31 @@ def linear_divergence(
         kept = budget.rows_kept(scored, v, 2 * dtype.itemsize, memory_budget, hidden.device)
     out, _, _, _ = torch.ops.prefkern.linear_divergence_fwd(
         rows, weight.contiguous(), targets.reshape(-1).long().contiguous(),
-        head.rows_of(ref_hidden, dtype), ref_weight.contiguous(), _contiguous(bias),
-        _contiguous(ref_bias),
-        None if aux_hidden is None else head.rows_of(aux_hidden, dtype), _contiguous(aux_weight),
+        shared.rows_of(ref_hidden, dtype), ref.weight.contiguous(), _contiguous(bias),
+        _contiguous(ref.bias),
+        None if aux_hidden is None else shared.rows_of(aux_hidden, dtype), _contiguous(aux_weight),
         _contiguous(values), _contiguous(values_index),
-        float(scale), float(ref_scale), _float(softcap), _float(ref_softcap), float(temperature),
-        float(ref_temperature), ignore_index, names, kept, frozen, num_scored, chosen,
+        float(head.scale), float(ref.scale), _float(head.softcap), _float(ref.softcap),
+        float(head.temperature), float(ref.temperature), ignore_index, names, kept, frozen,
+        num_scored, chosen,
     )  # fmt: skip
-    return head.to_token_stats(out, parsed, targets.shape)
+    return shared.to_token_stats(out, parsed, targets.shape)
+
+
+def _aux_weight(aux_head: HeadLike | None, ref: Head) -> Tensor | None:
+    """The third head's weight: it is read with the reference's scale, soft cap and temperature."""
+    if aux_head is None:
+        return None
+    aux = as_head(aux_head, "aux_head")
+    own = (aux.scale, aux.softcap, aux.temperature)
+    if isinstance(aux_head, Head) and own != (ref.scale, ref.softcap, ref.temperature):
+        raise ValueError(
+            "aux_head must have the reference's scale, softcap and temperature, got "
+            f"{own} and {(ref.scale, ref.softcap, ref.temperature)}."
+        )
+    if aux.bias is not None:
+        raise ValueError("aux_head must have no bias, got one.")
+    return aux.weight
 
 
 def _float(x: float | None) -> float | None:
@@ -133,15 +135,15 @@ def _check_reference(
     checks.check_head(ref_hidden, ref_weight, targets, ref_bias, prefix="ref_")
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
-            f"ref_weight must have the policy's vocabulary V = {weight.shape[0]}, got "
+            f"ref_head must have the policy's vocabulary V = {weight.shape[0]}, got "
             f"{checks.shape_text(ref_weight)}; pad the smaller head and mark the padding with a "
             "bias of -inf."
         )
     checks.check_same_device("ref_hidden", ref_hidden, "hidden", hidden)
     for name, tensor in (
         ("ref_hidden", ref_hidden),
-        ("ref_weight", ref_weight),
-        ("ref_bias", ref_bias),
+        ("ref_head: weight", ref_weight),
+        ("ref_head: bias", ref_bias),
     ):
         checks.check_constant(name, tensor)
 
@@ -175,7 +177,7 @@ def _check_values(
             "tensors, got "
             f"{checks.shape_text(values)}; a dense [N, V] is what this op exists to avoid: pass "
             "the "
-            "top entries of each row, or the head they come from (aux_hidden, aux_weight)."
+            "top entries of each row, or the head they come from (aux_hidden, aux_head)."
         )
     return values, None
 
@@ -187,24 +189,24 @@ def _check_ev(
     wanted = any(s.name == "ev" for s in parsed)
     if (aux_hidden is None) != (aux_weight is None):
         raise ValueError(
-            "aux_hidden and aux_weight must be given together, got only one; pass both or none."
+            "aux_hidden and aux_head must be given together, got only one; pass both or none."
         )
     if aux_hidden is not None:
         assert aux_weight is not None
         checks.check_head(aux_hidden, aux_weight, targets, None, prefix="aux_")
         if aux_weight.shape[0] != weight.shape[0]:
             raise ValueError(
-                f"aux_weight must have the policy's vocabulary V = {weight.shape[0]}, got "
+                f"aux_head must have the policy's vocabulary V = {weight.shape[0]}, got "
                 f"{checks.shape_text(aux_weight)}."
             )
         checks.check_same_device("aux_hidden", aux_hidden, "hidden", hidden)
         checks.check_constant("aux_hidden", aux_hidden)
-        checks.check_constant("aux_weight", aux_weight)
+        checks.check_constant("aux_head: weight", aux_weight)
     sources = (aux_hidden is not None) + (values is not None)
     if wanted and sources != 1:
         raise ValueError(
             f"the statistic 'ev' needs exactly one source of A, got {sources}; pass values=[V], "
-            "values=(index, value), or aux_hidden and aux_weight."
+            "values=(index, value), or aux_hidden and aux_head."
         )
     if not wanted and sources:
         raise ValueError(
@@ -244,7 +246,7 @@ def _fwd(
         checks.check_num_scored(targets, ignore_index, num_scored)
         if values_index is not None:
             checks.check_index_range(values_index[targets != ignore_index], weight.shape[0])
-    return head.run(backend, "linear_divergence_fwd",
+    return shared.run(backend, "linear_divergence_fwd",
         hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias, aux_hidden,
         aux_weight, values,
         values_index, scale, ref_scale, softcap, ref_softcap, temperature, ref_temperature,
@@ -256,7 +258,7 @@ def _fwd(
 def _(hidden, weight, *args):
     stats, cache_rows, frozen = args[-5], args[-4], args[-3]
     n, d = hidden.shape
-    acc = head.stat_dtype(hidden.dtype)
+    acc = shared.stat_dtype(hidden.dtype)
     out = hidden.new_empty((len(stats.split(",")), n), dtype=acc)
     saved = hidden.new_empty((SAVED_ROWS, n), dtype=acc)
     cache = hidden.new_empty((2, cache_rows, weight.shape[0]))
@@ -297,7 +299,7 @@ def _bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden, d_weight, d_bias) of the policy; [0] where not needed."""
-    return head.run(backend, "linear_divergence_bwd",
+    return shared.run(backend, "linear_divergence_bwd",
         d_out.contiguous(), hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias,
         aux_hidden,
         aux_weight, values, values_index, out, saved, cache, rows, scale, ref_scale, softcap,
@@ -343,4 +345,4 @@ def _backward(ctx, d_out, *_):
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)
-head.refuse_double_backward("prefkern::linear_divergence_bwd")
+shared.refuse_double_backward("prefkern::linear_divergence_bwd")

@@ -11,19 +11,16 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..head import HeadLike, as_head
 from ..stats import FROZEN_STATS, NO_GRADIENT, ONE_MODEL_STATS, TokenStats, parse_stats
-from . import budget, head
+from . import budget, shared
 
 
 def linear_logps(
     hidden: Tensor,  # [N, D] or [B, T, D]
-    weight: Tensor,  # [V, D]
+    head: HeadLike,  # [V, D]
     targets: Tensor,  # [N] or [B, T] int64
     *,
-    bias: Tensor | None = None,  # [V]
-    scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
     ignore_index: int = -100,
     stats: str | tuple[str, ...] = ("logp",),
     num_scored: int | None = None,
@@ -37,13 +34,9 @@ def linear_logps(
     Args:
         hidden: Last hidden states `[N, D]` or `[B, T, D]`; fp32, bf16, fp16 or fp64. Under autocast
             the product runs in the autocast dtype.
-        weight: Head `[V, D]`, any float dtype; cast tile by tile to the compute dtype.
+        head: Weight `[V, D]`, an nn.Linear, or a `Head` with bias, scale, soft cap, temperature.
         targets: Labels already shifted, in [0, V) or `ignore_index`. Ignored rows cost nothing,
             give exactly 0 and no gradient, whatever their hidden state holds.
-        bias: Head bias `[V]`, added before the scale; -inf marks padded vocabulary. Default None.
-        scale: Multiplier of the logits (logit_scale, 1 / logits_scaling). Default 1.
-        softcap: Bound of the tanh soft cap (final_logit_softcapping), > 0. Default None (off).
-        temperature: Divisor of the capped logits, > 0. Default 1.
         ignore_index: Label of rows to leave out. Default -100.
         stats: Names among logp, lse, zy, ent, col, top1, zmean (`TokenStats`). Default ("logp",).
         num_scored: Number of rows that are not ignored, where the host must know it: on CUDA, None
@@ -63,18 +56,19 @@ def linear_logps(
     Source: formulas of the log-softmax; recompute scheme of Wijmans et al. 2024 (Cut Your Losses).
     """
     checks.check_integer_targets("targets", targets)
+    head = as_head(head)
+    weight, bias = head.weight, head.bias
     checks.check_head(hidden, weight, targets, bias)
-    checks.check_logit_options(scale, softcap, temperature)
     budget.check_budget(memory_budget)
     parsed = parse_stats(stats, allowed=ONE_MODEL_STATS)
 
-    dtype = head.compute_dtype(hidden)
-    rows = head.rows_of(hidden, dtype)
+    dtype = shared.compute_dtype(hidden)
+    rows = shared.rows_of(hidden, dtype)
     n, v, d = rows.shape[0], weight.shape[0], weight.shape[1]
     names = ",".join(str(s) for s in parsed)
-    chosen = head.resolve(
+    chosen = shared.resolve(
         "linear_logps", hidden.device.type, dtype, weight.dtype, names, backend,
-        head.shape_for_message(n, v, d),
+        shared.shape_for_message(n, v, d),
     )  # fmt: skip
     frozen = frozen_head(hidden, weight, bias, parsed)
     scored = budget.count_scored(targets, ignore_index, num_scored)
@@ -83,11 +77,11 @@ def linear_logps(
         kept = budget.rows_kept(scored, v, dtype.itemsize, memory_budget, hidden.device)
     out, _, _, _ = torch.ops.prefkern.linear_logps_fwd(
         rows, weight.contiguous(), targets.reshape(-1).long().contiguous(),
-        None if bias is None else bias.contiguous(), float(scale),
-        None if softcap is None else float(softcap), float(temperature), ignore_index, names, kept,
-        frozen, num_scored, chosen,
+        None if bias is None else bias.contiguous(), float(head.scale),
+        None if head.softcap is None else float(head.softcap), float(head.temperature),
+        ignore_index, names, kept, frozen, num_scored, chosen,
     )  # fmt: skip
-    return head.to_token_stats(out, parsed, targets.shape)
+    return shared.to_token_stats(out, parsed, targets.shape)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -129,7 +123,7 @@ def _fwd(
     if targets.device.type == "cpu":
         checks.check_target_range(targets, weight.shape[0], ignore_index)
         checks.check_num_scored(targets, ignore_index, num_scored)
-    return head.run(backend, "linear_logps_fwd",
+    return shared.run(backend, "linear_logps_fwd",
         hidden, weight, targets, bias, scale, softcap, temperature, ignore_index,
         tuple(stats.split(",")), cache_rows, frozen, num_scored,
     )  # fmt: skip
@@ -141,7 +135,7 @@ def _(
     frozen, num_scored, backend,
 ):  # fmt: skip
     n, d = hidden.shape
-    acc = head.stat_dtype(hidden.dtype)
+    acc = shared.stat_dtype(hidden.dtype)
     out = hidden.new_empty((len(stats.split(",")), n), dtype=acc)
     saved = hidden.new_empty((1, n), dtype=acc)
     cache = hidden.new_empty((cache_rows, weight.shape[0]))
@@ -172,7 +166,7 @@ def _bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden [N, D], d_weight [V, D], d_bias [V]); [0] where not needed."""
-    return head.run(backend, "linear_logps_bwd",
+    return shared.run(backend, "linear_logps_bwd",
         d_out.contiguous(), hidden, weight, targets, bias, out, saved, cache, rows, scale, softcap,
         temperature, ignore_index, tuple(stats.split(",")), need_hidden, need_weight, need_bias,
         num_scored,
@@ -233,4 +227,4 @@ def _backward(ctx, d_out, *_):
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)
-head.refuse_double_backward("prefkern::linear_logps_bwd")
+shared.refuse_double_backward("prefkern::linear_logps_bwd")

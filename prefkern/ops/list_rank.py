@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import list_options
-from . import head
+from . import shared
 
 
 def list_rank(
@@ -85,7 +85,7 @@ def list_rank(
     cu_groups = checks.check_cu_seqlens(cu_groups, scores.shape[0], name="cu_groups", of="items")
     checks.check_same_device("cu_groups", cu_groups, "scores", scores)
     text = list_options.pack(family, options)
-    chosen = head.resolve(
+    chosen = shared.resolve(
         "list_rank", scores.device.type, scores.dtype, None, "", backend, None, family
     )
     loss, _ = torch.ops.prefkern.list_rank_fwd(
@@ -143,7 +143,7 @@ def _fwd(
                 f"{labels.min().item()}; "
                 "shift them or use target='softmax'."
             )
-    return head.run(backend, "list_rank_fwd", scores, labels, cu_groups, topk, family, options)
+    return shared.run(backend, "list_rank_fwd", scores, labels, cu_groups, topk, family, options)
 
 
 @_fwd.register_fake
@@ -176,4 +176,4 @@ def _backward(ctx, d_loss, _):
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)
-head.refuse_double_backward("prefkern::list_rank_bwd")
+shared.refuse_double_backward("prefkern::list_rank_bwd")

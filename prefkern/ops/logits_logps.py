@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..backends.contract import SAVED_ROWS
 from ..stats import ONE_MODEL_STATS, TWO_MODEL_STATS, TokenStats, parse_stats
-from . import head
+from . import shared
 
 
 def logits_logps(
@@ -68,16 +68,16 @@ def logits_logps(
     parsed = parse_stats(stats, allowed=allowed)
     n, v = targets.numel(), logits.shape[-1]
     names = ",".join(str(s) for s in parsed)
-    chosen = head.resolve(
+    chosen = shared.resolve(
         "logits_logps", logits.device.type, logits.dtype, None, names, backend,
-        head.shape_for_message(n, v, 0),
+        shared.shape_for_message(n, v, 0),
     )  # fmt: skip
     out, _ = torch.ops.prefkern.logits_logps_fwd(
         logits.reshape(n, v).contiguous(), targets.reshape(-1).long().contiguous(),
         None if ref_logits is None else ref_logits.reshape(n, v).to(logits.dtype).contiguous(),
         float(temperature), ignore_index, names, chosen,
     )  # fmt: skip
-    return head.to_token_stats(out, parsed, targets.shape)
+    return shared.to_token_stats(out, parsed, targets.shape)
 
 
 def selective_log_softmax(
@@ -150,7 +150,7 @@ def _fwd(
     """(out [n, N], saved [10, N])."""
     if targets.device.type == "cpu":
         checks.check_target_range(targets, logits.shape[1], ignore_index)
-    return head.run(
+    return shared.run(
         backend,
         "logits_logps_fwd",
         logits,
@@ -164,7 +164,7 @@ def _fwd(
 
 @_fwd.register_fake
 def _(logits, targets, ref_logits, temperature, ignore_index, stats, backend):
-    acc = head.stat_dtype(logits.dtype)
+    acc = shared.stat_dtype(logits.dtype)
     n = logits.shape[0]
     out = logits.new_empty((len(stats.split(",")), n), dtype=acc)
     return out, logits.new_empty((SAVED_ROWS, n), dtype=acc)
@@ -184,7 +184,7 @@ def _bwd(
     backend: str,
 ) -> Tensor:
     """d_logits [N, V]."""
-    return head.run(backend, "logits_logps_bwd",
+    return shared.run(backend, "logits_logps_bwd",
         d_out.contiguous(), logits, targets, ref_logits, out, saved, temperature, ignore_index,
         tuple(stats.split(",")),
     )  # fmt: skip
@@ -216,4 +216,4 @@ def _backward(ctx, d_out, *_):
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)
-head.refuse_double_backward("prefkern::logits_logps_bwd")
+shared.refuse_double_backward("prefkern::logits_logps_bwd")

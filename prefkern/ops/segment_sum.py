@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from . import head
+from . import shared
 
 
 def segment_sum(
@@ -55,14 +55,14 @@ def segment_sum(
         rows = rows.float()  # exact; backends sum fp32 and fp64
     if weights is not None and weights.dtype in (torch.bfloat16, torch.float16):
         weights = weights.float()
-    chosen = head.resolve(
+    chosen = shared.resolve(
         "segment_sum",
         values.device.type,
         rows.dtype,
         None,
         "",
         backend,
-        head.shape_for_message(n, 0, 0),
+        shared.shape_for_message(n, 0, 0),
     )
     out = torch.ops.prefkern.segment_sum_fwd(
         rows.contiguous(), weights, cu_seqlens.to(torch.int32).contiguous(), chosen
@@ -75,7 +75,7 @@ def _fwd(values: Tensor, weights: Tensor | None, cu_seqlens: Tensor, backend: st
     """[m, S] fp64."""
     if cu_seqlens.device.type == "cpu":
         checks.check_boundaries(cu_seqlens, values.shape[1], name="cu_seqlens", of="tokens")
-    return head.run(backend, "segment_sum_fwd", values, weights, cu_seqlens)
+    return shared.run(backend, "segment_sum_fwd", values, weights, cu_seqlens)
 
 
 @_fwd.register_fake
@@ -94,7 +94,7 @@ def _bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(d_values [m, N], d_weights like weights); [0] where not needed."""
-    return head.run(
+    return shared.run(
         backend,
         "segment_sum_bwd",
         d_out.contiguous(),
@@ -134,4 +134,4 @@ def _backward(ctx, d_out):
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)
-head.refuse_double_backward("prefkern::segment_sum_bwd")
+shared.refuse_double_backward("prefkern::segment_sum_bwd")

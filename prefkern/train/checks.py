@@ -47,7 +47,7 @@ def check_losses(config: TrainConfig) -> list[Loss]:
 
 def layout_of(record: Loss) -> str | None:
     """The layout of rows a loss trains on; None: any."""
-    return "unpaired" if "label" in record.extra else LAYOUT_OF.get(record.family)
+    return "unpaired" if "desirable" in record.extra else LAYOUT_OF.get(record.family)
 
 
 def check_family(records: list[Loss], layout: str, *, score_prompt: bool = False) -> None:

@@ -260,9 +260,7 @@ def _logp(model: Any, batch: Any) -> torch.Tensor:  # [B, T], 0 where nothing is
         attention_mask=batch.attention_mask,
     )
     head = hf.read_head(model)
-    stats = linear_logps(
-        hidden, head.weight, batch.targets, num_scored=batch.num_scored, **head.options()
-    )
+    stats = linear_logps(hidden, head, batch.targets, num_scored=batch.num_scored)
     assert stats.logp is not None
     return stats.logp
 

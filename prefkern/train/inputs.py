@@ -19,7 +19,7 @@ from .states import rule_of
 
 # Tensors that the loop computes itself.
 COMPUTED = frozenset(
-    {"label", "kl_baseline", "reward_mask", "kl_mask", "activations", "hook_type", "aux_logp"}
+    {"desirable", "kl_baseline", "reward_mask", "kl_mask", "activations", "hook_type", "aux_logp"}
 )
 # Denominators of a loss over one whole optimizer step, filled by `step_arguments`.
 STEP_ARGUMENTS = frozenset(
@@ -95,7 +95,7 @@ def given_by_user(config: TrainConfig) -> frozenset[str]:
 
 
 def needs_labels(records: Sequence[Loss]) -> bool:
-    return any("label" in record.extra for record in records)
+    return any("desirable" in record.extra for record in records)
 
 
 def likelihood_row(records: Sequence[Loss]) -> int:

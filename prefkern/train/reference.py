@@ -210,8 +210,8 @@ class Reference:
             if self.needs.activations:
                 head = hf.read_head(model)
                 zmean = linear_logps(
-                    out.hidden, head.weight, batch.targets, stats=("zmean",),
-                    **head.options(), backend=self.config.backend,
+                    out.hidden, head, batch.targets, stats=("zmean",),
+                    backend=self.config.backend,
                 ).zmean  # fmt: skip
                 assert states is not None and zmean is not None
                 out.loss_args |= hooks.collect(states, zmean)

@@ -235,8 +235,9 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
             )
         aux = _frozen(config.aux_model, config, examples, packed, policy)
     if needs.aux_head and aux is not None:
-        ours, theirs = (hf.read_head(m).options() for m in (model or policy, aux))
-        if theirs["bias"] is not None or ours["bias"] is not None or ours != theirs:
+        ours, theirs = (hf.read_head(m) for m in (model or policy, aux))
+        same = (ours.scale, ours.softcap) == (theirs.scale, theirs.softcap)
+        if theirs.bias is not None or ours.bias is not None or not same:
             raise ValueError(
                 f"loss {', '.join(config.loss)} forms the aux model's logits with the reference's "
                 "scale and cap and without a bias; --aux-model and --ref-model must agree in them."

@@ -83,7 +83,7 @@ class PreferenceStep(nn.Module):
         arguments = self.loss_args | columns | reference.loss_args
         if reference.aux_head is not None:
             arguments["aux_hidden"] = _packed(reference.aux_hidden, batch)
-            arguments["aux_weight"] = reference.aux_head.weight
+            arguments["aux_head"] = reference.aux_head
 
         def state_arguments(
             record: Loss, rows: list[SeqStats], hyper: Mapping[str, Any]
@@ -97,23 +97,20 @@ class PreferenceStep(nn.Module):
             assert reference.layers is not None
             arguments |= mask_module.arguments(self.masks, reference.layers, scored)
         head = hf.read_head(self.policy)
-        other = {} if reference.head is None else reference.head.options("ref_")
         loss, found = preference_loss(
             _packed(hidden, batch),
-            head.weight,
+            head,
             _packed(batch.targets, batch),
             batch.cu_seqlens,
             loss=list(self.config.loss),
             loss_weights=self.config.loss_weights and list(self.config.loss_weights),
-            **head.options(),
             ref_hidden=_packed(reference.hidden, batch),
-            ref_weight=None if reference.head is None else reference.head.weight,
-            **other,
+            ref_head=reference.head,
             ref_logp=_packed(reference.logp, batch),
             ref_seq_logp=reference.seq_logp,
             layout=self.layout,
             cu_groups=batch.cu_groups,
-            labels=batch.labels,
+            **_judgements(batch),
             token_weights=_packed(batch.token_weights, batch),
             item_weights=batch.weights,
             num_items=num_items,
@@ -129,6 +126,12 @@ class PreferenceStep(nn.Module):
         if metrics and self.masks is not None:
             found |= mask_module.metrics(arguments, scored)
         return loss, found
+
+
+def _judgements(batch: PreferenceBatch) -> dict[str, Any]:
+    """Labels of the sequences [S] under the name the objective gives them."""
+    unpaired = batch.labels is not None and batch.labels.dtype == torch.bool
+    return {"desirable" if unpaired else "relevance": batch.labels}
 
 
 def _packed(value: Any, batch: PreferenceBatch) -> Any:

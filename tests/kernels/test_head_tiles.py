@@ -128,7 +128,7 @@ def test_a_third_head_beside_kept_tiles(dtype):
     for budget in (0, None):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
         out = prefkern.linear_divergence(
-            *leaves, torch.arange(n), ref, ref_weight, aux_hidden=aux, aux_weight=aux_weight,
+            *leaves, torch.arange(n), ref, ref_weight, aux_hidden=aux, aux_head=aux_weight,
             stats=("ev",), memory_budget=budget, backend="triton",
         )  # fmt: skip
         runs.append(torch.autograd.grad(out.ev.sum(), leaves))

@@ -177,7 +177,7 @@ def test_unpaired(name):
     theirs = trainer._compute_loss(data.model, inputs, False)
     args: dict = {"kl_baseline": (kl - ref_kl).mean().clamp(min=0)} if name == "kto" else {}
     ours = data.ours(
-        loss=name, beta=BETA, labels=label, desirable_weight=1.2, undesirable_weight=0.8, **args
+        loss=name, beta=BETA, desirable=label, desirable_weight=1.2, undesirable_weight=0.8, **args
     )
     agree(theirs, ours, data)
 

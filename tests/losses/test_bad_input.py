@@ -48,7 +48,7 @@ def test_a_missing_reference_names_the_loss(name):
     record = losses.LOSSES[name]
     hidden = torch.zeros(6, 3, 4)
     whole = torch.zeros(6, 3, dtype=torch.int64)
-    filled = ("label", "scored", "cu_groups")
+    filled = ("desirable", "scored", "cu_groups")
     given = {k: torch.ones(6, 3) for k in losses.required(record) if k not in filled}
     lists = record.family == "listwise" or "cu_groups" in record.extra
     with pytest.raises(ValueError, match=rf"loss {name} needs (a|the) reference"):
@@ -57,7 +57,7 @@ def test_a_missing_reference_names_the_loss(name):
             torch.zeros(5, 4),
             whole,
             loss=name,
-            labels=torch.zeros(6),
+            relevance=torch.zeros(6),
             cu_groups=torch.tensor([0, 3, 6]) if lists else None,
             **given,
         )

@@ -191,30 +191,30 @@ def test_bco_weights_and_one_label():
     assert density_weight(torch.tensor([0.0, 0.5, 1.0])).tolist() == pytest.approx([0.5, 1.0, 10.0])
     seq = answers(1.0, -2.0)
     bad = torch.tensor([False, False])
-    plain = losses.bco(seq, label=bad, delta=0.0)
+    plain = losses.bco(seq, desirable=bad, delta=0.0)
     factor = torch.tensor([2.0, 3.0])
-    weighted = losses.bco(seq, label=bad, delta=0.0, undesirable_weight=factor)
+    weighted = losses.bco(seq, desirable=bad, delta=0.0, undesirable_weight=factor)
     assert torch.allclose(weighted, plain * factor)
 
 
 def test_kto_labels_and_baseline():
     seq = answers(1.0, -2.0)
     for label in (torch.tensor([1.0, float("nan")]), torch.tensor([1, 0]), [True, False]):
-        with pytest.raises(ValueError, match="label must be a bool tensor"):
-            losses.kto(seq, label=label, kl_baseline=0.0)
-    with pytest.raises(ValueError, match=r"label must be \[2\]"):
-        losses.kto(seq, label=torch.tensor([True]), kl_baseline=0.0)
+        with pytest.raises(ValueError, match="desirable must be a bool tensor"):
+            losses.kto(seq, desirable=label, kl_baseline=0.0)
+    with pytest.raises(ValueError, match=r"desirable must be \[2\]"):
+        losses.kto(seq, desirable=torch.tensor([True]), kl_baseline=0.0)
     label = torch.tensor([True, False])
     with pytest.raises(ValueError, match="kl_baseline must be a number"):
-        losses.kto(seq, label=label, kl_baseline=torch.zeros(2))
+        losses.kto(seq, desirable=label, kl_baseline=torch.zeros(2))
     with pytest.raises(ValueError, match="must be >= 0"):
-        losses.kto(seq, label=label, kl_baseline=0.0, desirable_weight=-1.0)
+        losses.kto(seq, desirable=label, kl_baseline=0.0, desirable_weight=-1.0)
     with pytest.raises(ValueError, match="at least one"):
         kl_baseline(seq.index(slice(0, 0)))
     assert kl_baseline(answers(-3.0, 1.0)).item() == 0.0  # clamped after averaging
     assert not kl_baseline(answers(3.0, 1.0)).requires_grad
     moving = torch.tensor(0.5, requires_grad=True)
-    losses.kto(seq, label=label, kl_baseline=moving).sum().backward()
+    losses.kto(seq, desirable=label, kl_baseline=moving).sum().backward()
     assert moving.grad is None  # the baseline is a constant
 
 
@@ -303,7 +303,8 @@ def test_every_beta_must_be_positive(name):
         ),
     }[record.family]
     extra = {
-        k: torch.ones(2, dtype=torch.bool if k == "label" else torch.float64) for k in record.extra
+        k: torch.ones(2, dtype=torch.bool if k == "desirable" else torch.float64)
+        for k in record.extra
     }
     with pytest.raises(ValueError, match="beta must be"):
         call()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from dataclasses import replace
+
 import pytest
 import torch
 
-from prefkern import PreferenceLoss, losses, preference_loss
+from prefkern import PreferenceLoss, SeqStats, losses, preference_loss, use_backend
+from prefkern.backends import choice
+from prefkern.backends.contract import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
 S, T, D, V = 6, 5, 4, 11
@@ -32,7 +38,7 @@ class Batch:
         n, g = S * T, torch.Generator().manual_seed(4)
         token = -torch.rand(n, generator=g)
         many = {
-            "label": None, "kl_baseline": torch.tensor(0.2), "delta": torch.tensor(0.1),
+            "desirable": None, "kl_baseline": torch.tensor(0.2), "delta": torch.tensor(0.1),
             "rm_margin": torch.randn(3, generator=g), "keep": torch.tensor([True, False, True]),
             "margin_reward_chosen": torch.randn(3, 1, generator=g),
             "margin_reward_rejected": torch.randn(3, 1, generator=g),
@@ -60,19 +66,19 @@ class Batch:
         record = losses.LOSSES[name]
         found = {k: many[k] for k in losses.required(record) if many.get(k) is not None}
         if name == "adpa":
-            found |= {"aux_hidden": self.ref.flip(0), "aux_weight": self.weight.detach()}
+            found |= {"aux_hidden": self.ref.flip(0), "aux_head": self.weight.detach()}
         return found
 
-    def __call__(self, name: str, **args):
+    def __call__(self, name: str, loss=None, **args):
+        """`loss`: a record that stands in for the loss of that name."""
         record = losses.LOSSES[name]
-        labels = None
         if record.family == "listwise":
-            labels = torch.tensor([2.0, 0.0, 1.0, 0.5, 0.5, 3.0])
-        elif "label" in record.extra:
-            labels = torch.tensor([True, False, True, True, False, False])
+            args["relevance"] = torch.tensor([2.0, 0.0, 1.0, 0.5, 0.5, 3.0])
+        elif "desirable" in record.extra:
+            args["desirable"] = torch.tensor([True, False, True, True, False, False])
         grouped = record.family == "listwise" or "cu_groups" in record.extra
         return preference_loss(
-            self.hidden, self.weight, self.targets, loss=name, ref_hidden=self.ref, labels=labels,
+            self.hidden, self.weight, self.targets, loss=loss or name, ref_hidden=self.ref,
             cu_groups=cu(0, 3, 6) if grouped else None, **{**self.given(name), **args},
         )  # fmt: skip
 
@@ -147,3 +153,103 @@ def test_adpa_of_given_values_needs_no_reference():
     scored = (batch.targets != -100)[1::2]
     want = -((p[1::2] @ values) * scored).sum() / scored.sum()
     torch.testing.assert_close(loss, want)
+
+
+# ---- whose argument is it ------------------------------------------------------------------------
+
+HEADS = [n for n, r in losses.LOSSES.items() if r.family != "diffusion"]
+OBJECTIVE = set(inspect.signature(preference_loss).parameters) - {"loss_args"}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_no_argument_of_a_loss_is_taken_by_the_objective(name):
+    """`backend` is for both; `desirable` and `cu_groups` are handed on under their own names."""
+    shared = OBJECTIVE & set(losses.arguments(losses.LOSSES[name]))
+    assert shared <= {"backend", "desirable", "cu_groups"}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_number_reaches_the_loss(name):
+    """Each hyper-parameter arrives at the function, the weight stage or the likelihood term."""
+    record, batch = losses.LOSSES[name], Batch()
+    numbers = {
+        k: p.default
+        for k, p in losses.arguments(record).items()
+        if isinstance(p.default, (int, float)) and not isinstance(p.default, bool)
+    }
+    seen: dict = {}
+
+    @functools.wraps(record.fn)
+    def spy(*args, **kwargs):
+        seen.update(kwargs)
+        return record.fn(*args, **kwargs)
+
+    stage = record.weights
+    if stage is not None:
+
+        @functools.wraps(stage.fn)
+        def spy_stage(*args, **kwargs):
+            seen.update(kwargs)
+            return record.weights.fn(*args, **kwargs)
+
+        stage = stage._replace(fn=spy_stage)
+    watched = replace(record, fn=spy, weights=stage)
+    for key, default in numbers.items():
+        value = default if isinstance(default, int) else 0.9 * default + 0.01
+        seen.clear()
+        batch(name, watched, **{key: value})
+        if record.supervised is not None and key == record.supervised.argument:
+            known = losses.arguments(record)
+            given = {k: v for k, v in batch.given(name).items() if k in known}
+            bound = losses.bind(watched, {**given, key: value}, supplied=record.extra)
+            assert bound.hyper[key] == value
+        else:
+            assert seen.get(key) == value, f"{key} did not arrive: {seen.keys()}"
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("approx_ndcg", {"temperature": 0.1}),
+        ("neural_ndcg", {"temperature": 0.5}),
+        ("rank_gap_hinge", {"scale": 2.0}),
+        ("lipo", {"beta": 0.7}),
+    ],
+)
+def test_a_list_loss_is_the_same_through_preference_loss_as_alone(name, args):
+    """Arguments named like options of a head (temperature, scale) are the loss's own."""
+    batch = Batch(torch.float64)
+    relevance, groups = torch.tensor([2.0, 0.0, 1.0, 0.5, 0.5, 3.0]), cu(0, 3, 6)
+    got, _ = batch(name, **args)
+    record = losses.LOSSES[name]
+    lp = torch.log_softmax(batch.hidden @ batch.weight.T, -1)
+    lr = torch.log_softmax(batch.ref @ batch.weight.T, -1)
+    scored, at = batch.targets != -100, batch.targets.clamp(min=0)[..., None]
+    logp, ref = ((x.gather(-1, at)[..., 0] * scored).sum(1) for x in (lp, lr))
+    seq = SeqStats(logp=logp, ref_logp=ref, length=scored.sum(1).double())
+    extra = {"length": seq.length} if "length" in record.extra else {}
+    alone = record(getattr(seq, record.score), relevance.double(), groups, **extra, **args)
+    torch.testing.assert_close(got, alone.mean(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_op_of_a_call_runs_on_the_backend_asked_for(name, monkeypatch):
+    served = []
+    select = choice.select_backend
+
+    def spy(problem, backend="auto"):
+        served.append((problem.op, select(problem, backend)))
+        return served[-1][1]
+
+    monkeypatch.setattr(choice, "select_backend", spy)
+    loss, _ = Batch()(name, backend="eager")
+    loss.backward()
+    assert {backend for _, backend in served} == {"eager"}, served
+
+
+def test_an_explicit_backend_ends_with_the_call():
+    batch = Batch()
+    batch("dpo", backend="eager")
+    with use_backend("cpu"):
+        batch("dpo", backend="eager")
+        assert choice.select_backend(Problem("segment_sum", "cpu", torch.float32)) == "cpu"

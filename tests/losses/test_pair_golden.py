@@ -121,7 +121,7 @@ def test_bco(case, dtype):
     assert state.count == out["aux"]["count_new"]
     assert state.mean == pytest.approx(out["aux"]["delta"], rel=1e-5, abs=1e-6)
     label = vectors.tensor(case["inputs"]["label"]).bool()
-    items = record(seq, label=label, delta=state.mean, **params)
+    items = record(seq, desirable=label, delta=state.mean, **params)
     _check(case, dtype, items, items.mean(), {"logps": seq.logp})
     # One batch in two halves leaves the same state.
     half = len(label) // 2
@@ -183,13 +183,13 @@ def test_apo_zero_is_kto_without_a_baseline(case):
     if case["loss"] == "kto":
         seq = vectors.rows(case, "", torch.float64)
         label = vectors.tensor(case["inputs"]["label"]).bool()
-        want = losses.kto(seq, label=label, kl_baseline=0.0, beta=0.3)
-        assert torch.equal(losses.apo_zero_unpaired(seq, label=label, beta=0.3), want)
+        want = losses.kto(seq, desirable=label, kl_baseline=0.0, beta=0.3)
+        assert torch.equal(losses.apo_zero_unpaired(seq, desirable=label, beta=0.3), want)
         return
     sides = [vectors.rows(case, n, torch.float64) for n in ("chosen", "rejected")]
     label = torch.ones(len(sides[0].logp)).bool()
     parts = [
-        losses.apo_zero_unpaired(s, label=y, beta=0.1)
+        losses.apo_zero_unpaired(s, desirable=y, beta=0.1)
         for s, y in zip(sides, (label, ~label), strict=True)
     ]
     vectors.assert_close("sum", parts[0] + parts[1], case["outputs"]["per_item"], relative=1e-12)
@@ -213,7 +213,7 @@ def test_kto(case, dtype):
     assert baseline.item() == pytest.approx(case["outputs"]["aux"]["kl"], rel=1e-5, abs=1e-6)
     items = kto(
         seq,
-        label=vectors.tensor(inputs["label"]).bool(),
+        desirable=vectors.tensor(inputs["label"]).bool(),
         kl_baseline=baseline,
         **vectors.split(kto, case, dtype),
     )

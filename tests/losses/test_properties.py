@@ -240,7 +240,7 @@ def test_unknown_loss_names_the_nearest():
 
 def test_required_arguments_are_asked_for():
     with pytest.raises(ValueError, match="kl_baseline"):
-        losses.bind(losses.kto, {}, supplied=("label",))
+        losses.bind(losses.kto, {}, supplied=("desirable",))
     with pytest.raises(ValueError, match="aux_logp"):
         losses.bind(losses.tgdpo, {"beta": 0.2})
 

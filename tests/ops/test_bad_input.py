@@ -9,8 +9,12 @@ import torch
 from cases import FP32, FP64, SMALL, make_inputs
 
 import prefkern
+from prefkern import Head
 
 N, V, D = 6, 10, 4
+
+
+NUMBERS = ("scale", "softcap", "temperature")
 
 
 def good():
@@ -31,6 +35,18 @@ def good_pair():
     }
 
 
+def arguments(call: dict) -> dict:
+    """The public arguments of a flat call: `weight`, `bias`, `softcap` ... become heads."""
+    call = dict(call)
+    for prefix in ("", "ref_", "aux_"):
+        numbers = {k: call.pop(prefix + k) for k in NUMBERS if prefix + k in call}
+        weight, bias = call.pop(f"{prefix}weight", None), call.pop(f"{prefix}bias", None)
+        head = weight if bias is None and not numbers else Head(weight, bias, **numbers)
+        if head is not None:
+            call[f"{prefix}head"] = head
+    return call
+
+
 # name -> (changes to the good call, words that the message must hold)
 HEAD = {
     "hidden_1d": ({"hidden": torch.zeros(D)}, ["hidden", "[4]"]),
@@ -48,7 +64,11 @@ HEAD = {
     "hidden_list": ({"hidden": [[0.0] * D] * N}, ["hidden", "list"]),
     "hidden_none": ({"hidden": None}, ["hidden", "None"]),
     "weight_1d": ({"weight": torch.zeros(V)}, ["weight", "[V, D]"]),
-    "weight_transposed": ({"weight": torch.zeros(D, V)}, ["[4, 10]"]),
+    "weight_transposed": (
+        {"weight": torch.randn(V, V), "hidden": torch.zeros(N, 7)},
+        ["D = 10"],
+    ),
+    "head_transposed": ({"weight": torch.zeros(D, V)}, ["[4, 10]", "transposed", "weight.T"]),
     "weight_empty_vocabulary": ({"weight": torch.zeros(0, D)}, ["weight", "[0, 4]"]),
     "weight_empty_hidden": ({"weight": torch.zeros(V, 0), "hidden": torch.zeros(N, 0)}, ["weight"]),
     "weight_integer": ({"weight": torch.zeros(V, D, dtype=torch.int8)}, ["weight", "int8"]),
@@ -120,23 +140,23 @@ PAIR = {
     ),
     "ref_weight_requires_grad": (
         {"ref_weight": torch.zeros(V, D, requires_grad=True)},
-        ["ref_weight", "detach"],
+        ["ref_head", "weight", "detach"],
     ),
     "ref_bias_requires_grad": (
         {"ref_bias": torch.zeros(V, requires_grad=True)},
-        ["ref_bias", "detach"],
+        ["ref_head", "bias", "detach"],
     ),
     "ref_weight_other_vocabulary": (
         {"ref_weight": torch.zeros(V + 2, D)},
-        ["ref_weight", "V = 10", "[12, 4]"],
+        ["ref_head", "V = 10", "[12, 4]"],
     ),
     "ref_weight_default_of_another_width": (
         {"ref_hidden": torch.zeros(N, D + 2), "ref_weight": None},
         ["ref_", "[6, 6]"],
     ),
-    "ref_bias_shape": ({"ref_bias": torch.zeros(V - 1)}, ["ref_bias", "[9]"]),
-    "ref_temperature_zero": ({"ref_temperature": 0.0}, ["ref_temperature"]),
-    "ref_softcap_negative": ({"ref_softcap": -1.0}, ["ref_softcap"]),
+    "ref_bias_shape": ({"ref_bias": torch.zeros(V - 1)}, ["ref_head", "bias", "[9]"]),
+    "ref_temperature_zero": ({"ref_temperature": 0.0}, ["temperature"]),
+    "ref_softcap_negative": ({"ref_softcap": -1.0}, ["softcap"]),
     "two_parameters_of_one_field": (
         {"stats": ("jsd:0.5", "jsd:0.1")},
         ["jsd:0.5", "jsd:0.1", "one parameter"],
@@ -163,7 +183,7 @@ PAIR = {
         },
         ["ev", "one source"],
     ),
-    "aux_half": ({"stats": ("ev",), "aux_hidden": torch.zeros(N, D)}, ["aux_hidden", "aux_weight"]),
+    "aux_half": ({"stats": ("ev",), "aux_hidden": torch.zeros(N, D)}, ["aux_hidden", "aux_head"]),
     "aux_requires_grad": (
         {
             "stats": ("ev",),
@@ -174,7 +194,7 @@ PAIR = {
     ),
     "aux_other_vocabulary": (
         {"stats": ("ev",), "aux_hidden": torch.zeros(N, D), "aux_weight": torch.zeros(V + 1, D)},
-        ["aux_weight"],
+        ["aux_head"],
     ),
     "values_dense": (
         {"stats": ("ev",), "values": torch.zeros(N, V)},
@@ -223,18 +243,16 @@ def check_message(error: pytest.ExceptionInfo, words) -> None:
 @pytest.mark.parametrize("name", HEAD)
 def test_linear_logps(backend, name):
     changes, words = HEAD[name]
-    arguments = {**good(), "backend": backend, **changes}
     with pytest.raises(ValueError) as error:
-        prefkern.linear_logps(**arguments)
+        prefkern.linear_logps(**arguments({**good(), "backend": backend, **changes}))
     check_message(error, words)
 
 
 @pytest.mark.parametrize("name", HEAD)
 def test_linear_divergence_checks_the_policy_alike(backend, name):
     changes, words = HEAD[name]
-    arguments = {**good_pair(), "backend": backend, **changes}
     with pytest.raises(ValueError) as error:
-        prefkern.linear_divergence(**arguments)
+        prefkern.linear_divergence(**arguments({**good_pair(), "backend": backend, **changes}))
     if name not in ("hidden_list", "hidden_none"):
         check_message(error, words)
 
@@ -243,14 +261,14 @@ def test_linear_divergence_checks_the_policy_alike(backend, name):
 def test_linear_divergence(backend, name):
     changes, words = PAIR[name]
     with pytest.raises(ValueError) as error:
-        prefkern.linear_divergence(**{**good_pair(), "backend": backend, **changes})
+        prefkern.linear_divergence(**arguments({**good_pair(), "backend": backend, **changes}))
     check_message(error, words)
 
 
 @pytest.mark.parametrize("stat", ["fkl", "jsd:0.5", "ref_logp", "ev"])
 def test_two_model_statistics_point_to_linear_divergence(backend, stat):
     with pytest.raises(ValueError) as error:
-        prefkern.linear_logps(**good(), stats=(stat,), backend=backend)
+        prefkern.linear_logps(**arguments(good()), stats=(stat,), backend=backend)
     check_message(error, ["linear_divergence"])
 
 
@@ -260,7 +278,7 @@ def test_a_distributed_head_says_how_to_unshard(backend):
 
     weight = torch.zeros(V, D).as_subclass(DTensor)
     with pytest.raises(ValueError, match="full_tensor"):
-        prefkern.linear_logps(**{**good(), "weight": weight}, backend=backend)
+        prefkern.linear_logps(**arguments({**good(), "weight": weight}), backend=backend)
 
 
 def test_targets_out_of_range_are_found_in_compiled_code(backend):

@@ -99,7 +99,7 @@ def test_ev_of_a_third_head(backend, dtype):
         for h, w in ((inputs.ref_hidden, inputs.ref_weight), (other.hidden, other.weight))
     )
     dense = la - lr
-    check_ev(backend, inputs, None, dense, aux_hidden=other.hidden, aux_weight=other.weight)
+    check_ev(backend, inputs, None, dense, aux_hidden=other.hidden, aux_head=other.weight)
 
 
 def test_dense_values_are_refused(backend):
@@ -128,6 +128,6 @@ def test_ev_needs_exactly_one_source(backend):
             stats=("ev",),
             values=inputs.values,
             aux_hidden=inputs.hidden,
-            aux_weight=inputs.weight,
+            aux_head=inputs.weight,
             backend=backend,
         )

@@ -29,6 +29,7 @@ from checks import check_closeness, check_masked_rows, run_op
 from closeness import assert_no_worse, assert_same_bits, stat_dtype
 
 import prefkern
+from prefkern import Head
 
 
 @dtypes
@@ -114,24 +115,25 @@ def test_ignored_rows_never_reach_the_product(backend, dtype, poison):
     check_masked_rows(backend, inputs, TWO_MODEL, poison)
 
 
-def test_reference_values_default_to_the_policys(backend):
-    """ref_scale, ref_softcap, ref_temperature default to the policy's; given, they are used."""
+def test_each_head_has_its_own_numbers(backend):
+    """Without ref_head the reference is the policy's head, numbers included; with one, its own."""
     inputs = make_inputs(SMALL, FP64)
     policy = {"scale": 1.2, "softcap": 4.0, "temperature": 1.4}
     own = {"scale": 0.6, "softcap": 7.0, "temperature": 0.9}
-    for chosen, extra in ((policy, {}), (own, {f"ref_{k}": v for k, v in own.items()})):
+    plain = {"scale": 1.0, "softcap": None, "temperature": 1.0}
+    head = Head(inputs.weight, **policy)
+    for weight, chosen, ref_head in (
+        (inputs.weight, policy, None),
+        (inputs.ref_weight, own, Head(inputs.ref_weight, **own)),
+        (inputs.ref_weight, plain, inputs.ref_weight),
+    ):
+        ref_hidden = inputs.hidden.flip(0) if ref_head is None else inputs.ref_hidden
+        ref_hidden = torch.where(ref_hidden.isnan(), 0.5, ref_hidden)
         got = prefkern.linear_divergence(
-            inputs.hidden,
-            inputs.weight,
-            inputs.targets,
-            inputs.ref_hidden,
-            inputs.ref_weight,
-            stats=("logp", "ref_logp", "fkl", "jsd:0.5"),
-            backend=backend,
-            **policy,
-            **extra,
-        )
-        zr, _ = oracles.head_logits(inputs.ref_hidden, inputs.ref_weight, None, **chosen)
+            inputs.hidden, head, inputs.targets, ref_hidden, ref_head,
+            stats=("logp", "ref_logp", "fkl", "jsd:0.5"), backend=backend,
+        )  # fmt: skip
+        zr, _ = oracles.head_logits(ref_hidden, weight, None, **chosen)
         want = oracles.head_stats(
             inputs.hidden,
             inputs.weight,

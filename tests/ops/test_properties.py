@@ -25,6 +25,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import prefkern
+from prefkern import Head
 
 ragged = st.builds(
     Regime,
@@ -222,12 +223,11 @@ def test_logits_and_linear_agree(backend, n, v, seed, temperature):
     )
     b = prefkern.linear_divergence(
         hidden,
-        inputs.weight,
+        Head(inputs.weight, temperature=temperature),
         inputs.targets,
         inputs.ref_hidden,
-        inputs.ref_weight,
+        Head(inputs.ref_weight, temperature=temperature),
         stats=stats,
-        temperature=temperature,
         backend=backend,
     )
     for stat in stats:

@@ -1,1 +1,1 @@
-"""Losses of single answers with a good/bad label: (seq, *, label, ...) -> [S]."""
+"""Losses of single answers that are good or bad: (seq, *, desirable, ...) -> [S]."""

@@ -22,14 +22,14 @@ class BcoState(NamedTuple):
 def bco(
     seq: SeqStats,
     *,
-    label: Tensor,  # [S] bool
+    desirable: Tensor,  # [S] bool
     delta: float | Tensor,  # []
     undesirable_weight: float | Tensor = 1.0,  # [S]
     beta: float = 0.1,
 ) -> Tensor:  # [S]
     """BCO: logistic classification of rewards around the shift delta.
 
-    l = softplus(-(beta a - delta))                        where label,
+    l = softplus(-(beta a - delta))                        where desirable,
     l = undesirable_weight softplus(beta a - delta)        elsewhere,  a = logratio
 
     Jung et al. 2024 (arXiv 2404.04656). delta is the mean of all rewards seen, this batch included:
@@ -37,7 +37,7 @@ def bco(
 
     Args:
         seq: Statistics of the answers, each field `[S]`; needs `ref_logp`.
-        label: `[S]` bool, True where the answer is desirable.
+        desirable: `[S]` bool, True where the answer is desirable.
         delta: Reward shift, a number or 0-d tensor, constant.
         undesirable_weight: Factor of undesirable answers, number or `[S]`, see `density_weight`;
             default 1.
@@ -47,14 +47,14 @@ def bco(
         Unreduced loss `[S]`; its mean runs over all rows, both labels together.
 
     Raises:
-        ValueError: label is not a bool tensor `[S]`, beta <= 0, shapes that differ.
+        ValueError: desirable is not a bool tensor `[S]`, beta <= 0, shapes that differ.
     """
     core.positive("beta", beta)
     reward = beta * seq.logratio
-    label = core.boolean("label", label, reward)
+    desirable = core.boolean("desirable", desirable, reward)
     above = reward - core.scalar("delta", delta, reward)
     weight = core.per_item("undesirable_weight", undesirable_weight, reward)
-    return torch.where(label, links.logistic(above), weight * links.logistic(-above))
+    return torch.where(desirable, links.logistic(above), weight * links.logistic(-above))
 
 
 def update(state: BcoState, seq: SeqStats, *, beta: float = 0.1) -> BcoState:
@@ -80,7 +80,7 @@ BCO = Loss(
     "bco",
     "pointwise",
     needs_reference=True,
-    extra=("label", "delta"),
+    extra=("desirable", "delta"),
     status="checked against TRL 1.10",
     source="arXiv 2404.04656",
     rewards=core.logratio_rewards,

@@ -15,7 +15,7 @@ from ..record import Loss
 def kto(
     seq: SeqStats,
     *,
-    label: Tensor,  # [S] bool
+    desirable: Tensor,  # [S] bool
     kl_baseline: float | Tensor,  # []
     beta: float = 0.1,
     desirable_weight: float = 1.0,
@@ -23,7 +23,7 @@ def kto(
 ) -> Tensor:  # [S]
     """KTO: a saturating gain for good answers above the baseline and bad answers below it.
 
-    l = desirable_weight sigmoid(-beta (a - z))      where label,
+    l = desirable_weight sigmoid(-beta (a - z))      where desirable,
     l = undesirable_weight sigmoid(beta (a - z))     elsewhere,  a = logratio
 
     Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 7. The baseline z is a constant; see
@@ -31,7 +31,7 @@ def kto(
 
     Args:
         seq: Statistics of the answers, each field `[S]`; needs `ref_logp`.
-        label: `[S]` bool, True where the answer is desirable.
+        desirable: `[S]` bool, True where the answer is desirable.
         kl_baseline: z >= 0 in nats, a number or 0-d tensor, without gradient.
         beta: Strength of the pull to the reference, > 0, default 0.1.
         desirable_weight: Factor of desirable answers, >= 0, default 1.
@@ -41,7 +41,7 @@ def kto(
         Unreduced loss `[S]`; its mean runs over all rows of the batch, both labels together.
 
     Raises:
-        ValueError: label is not a bool tensor `[S]`, beta <= 0, a negative weight.
+        ValueError: desirable is not a bool tensor `[S]`, beta <= 0, a negative weight.
     """
     core.positive("beta", beta)
     if desirable_weight < 0 or undesirable_weight < 0:
@@ -50,10 +50,10 @@ def kto(
             f"{undesirable_weight}."
         )
     margin = beta * (seq.logratio - core.scalar("kl_baseline", kl_baseline, seq.logratio))
-    label = core.boolean("label", label, margin)
+    desirable = core.boolean("desirable", desirable, margin)
     good = desirable_weight * links.zero_one(margin)
     bad = undesirable_weight * links.zero_one(-margin)
-    return torch.where(label, good, bad)
+    return torch.where(desirable, good, bad)
 
 
 def kl_baseline(mismatched: SeqStats) -> Tensor:  # []
@@ -84,7 +84,7 @@ KTO = Loss(
     "kto",
     "pointwise",
     needs_reference=True,
-    extra=("label", "kl_baseline"),
+    extra=("desirable", "kl_baseline"),
     status="checked against HALOs and TRL",
     source="arXiv 2402.01306 eq. 7",
     rewards=core.logratio_rewards,

@@ -31,7 +31,7 @@ def rto(
     r = exp(logp - old_logp)
 
     Zhong et al. 2024 (arXiv 2404.18922). Token rewards:
-    prefkern.losses.advantages.rto_rewards; advantages and returns G: prefkern.losses.advantages.gae,
+    prefkern.losses.advantages.rto_rewards; advantages and returns G: gae of the same module,
     whitened over the buffer.
 
     Args:
