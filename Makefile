@@ -8,7 +8,7 @@
 #   make clean    remove build products (distclean: the virtual environments too)
 #
 # Variables: PYTHON (3.11 or newer), VENV, JOBS (test processes), TORCH_SPEC, PYTEST_ARGS,
-# BENCH_ARGS (for example "--quick", see python -m benchmarks --help).
+# BENCH_ARGS (for example "--quick" or "--device cuda", see python -m benchmarks --help).
 # TORCH_SPEC is handed to pip as it stands. Where the default index serves the CUDA build and the
 # CPU build is wanted:
 #   make test TORCH_SPEC="torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu"

@@ -7,66 +7,81 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cases import ALPHA, BETA, IGNORE, Case, Inputs
+from .cases import ALPHA, BETA, IGNORE, NEEDS, Case, Inputs
 
-ROWS = 256  # logits of one block: 256 * 128,256 * 8 bytes = 250 MiB at the largest vocabulary
+ROWS = 256  # logits of one block: 256 * 152,064 * 8 bytes = 300 MiB
 
 
 class Truth(NamedTuple):
     loss: Tensor  # []
-    d_hidden: Tensor  # [N, D]
-    d_weight: Tensor | None  # [V, D], None with a frozen head
+    tokens: dict[str, Tensor]  # statistic -> [N]
+    gradients: dict[str, Tensor]  # as in Inputs.leaves
 
 
 def evaluate(case: Case, inputs: Inputs) -> Truth:
-    """Loss and gradients in float64; logits exist for ROWS rows at a time."""
+    """Loss and gradients in float64 on the inputs' device; logits exist for ROWS rows at a time."""
     h, w = inputs.hidden.detach().double(), inputs.weight.detach().double()
     rh, rw = inputs.ref_hidden.double(), inputs.ref_weight.double()
-    y = inputs.targets
+    y, names = inputs.targets, NEEDS[case.step]
     blocks = [slice(i, i + ROWS) for i in range(0, len(y), ROWS)]
     with torch.no_grad():
-        parts = [_tokens(case.step, h[b], w, rh[b], rw, y[b]) for b in blocks]
+        parts = [statistics(names, h[b], w, rh[b], rw, y[b]) for b in blocks]
     stats = [torch.cat(column).requires_grad_(True) for column in zip(*parts, strict=True)]
-    loss = _reduce(case.step, stats, y, inputs.S)
+    loss = reduce(case.step, stats, inputs)
     upstream = torch.autograd.grad(loss, stats, allow_unused=True)
 
     d_hidden = torch.empty_like(h)
     weight = w.requires_grad_(not case.frozen)
     for b in blocks:
         rows = h[b].clone().requires_grad_(True)
-        values = _tokens(case.step, rows, weight, rh[b], rw, y[b])
+        values = statistics(names, rows, weight, rh[b], rw, y[b])
         live = [i for i, v in enumerate(values) if v.requires_grad and upstream[i] is not None]
         torch.autograd.backward([values[i] for i in live], [upstream[i][b] for i in live])
         d_hidden[b] = rows.grad
-    return Truth(loss.detach(), d_hidden, weight.grad)
+    gradients = {"d_hidden": d_hidden}
+    if not case.frozen:
+        gradients["d_weight"] = weight.grad
+    tokens = {name: x.detach() for name, x in zip(names, stats, strict=True)}
+    return Truth(loss.detach(), tokens, gradients)
 
 
-def _tokens(
-    step: str, h: Tensor, w: Tensor, rh: Tensor, rw: Tensor, y: Tensor
-) -> tuple[Tensor, ...]:
+def statistics(
+    names: tuple[str, ...], h: Tensor, w: Tensor, rh: Tensor, rw: Tensor, y: Tensor
+) -> list[Tensor]:
     """Per-token statistics; ignored rows are 0."""
     keep = y != IGNORE
     index = y.clamp(min=0)[:, None]
-    lp, lr = (h @ w.T).log_softmax(-1), (rh @ rw.T).log_softmax(-1)
-    if step in ("dpo", "tdpo2"):
-        found = [lp.gather(1, index)[:, 0], lr.gather(1, index)[:, 0]]
-        if step == "tdpo2":
-            found.append((lr.exp() * (lr - lp)).sum(-1))
-    elif step == "fkl":
-        found = [(lr.exp() * (lr - lp)).sum(-1)]
-    elif step == "rkl":
-        found = [(lp.exp() * (lp - lr)).sum(-1)]
-    else:
-        mean = ((lp.exp() + lr.exp()) / 2).log()
-        found = [((lp.exp() * (lp - mean)).sum(-1) + (lr.exp() * (lr - mean)).sum(-1)) / 2]
-    return tuple(torch.where(keep, x, 0.0) for x in found)
+    lp = (h @ w.T).log_softmax(-1)
+    lr = (rh @ rw.T).log_softmax(-1) if set(names) - {"logp", "ent"} else lp
+    found = []
+    for name in names:
+        if name == "logp":
+            value = lp.gather(1, index)[:, 0]
+        elif name == "ref_logp":
+            value = lr.gather(1, index)[:, 0]
+        elif name == "ent":
+            value = -(lp.exp() * lp).sum(-1)
+        elif name == "fkl":
+            value = (lr.exp() * (lr - lp)).sum(-1)
+        elif name == "rkl":
+            value = (lp.exp() * (lp - lr)).sum(-1)
+        else:
+            mean = ((lp.exp() + lr.exp()) / 2).log()
+            value = ((lp.exp() * (lp - mean)).sum(-1) + (lr.exp() * (lr - mean)).sum(-1)) / 2
+        found.append(torch.where(keep, value, 0.0))
+    return found
 
 
-def _reduce(step: str, stats: list[Tensor], y: Tensor, sequences: int) -> Tensor:
+def reduce(step: str, stats: list[Tensor], inputs: Inputs) -> Tensor:
+    """The loss [] of a step from its statistics [N], in the order of NEEDS."""
+    if step in ("logp", "ent", "tdpo"):
+        given = zip(NEEDS[step], stats, strict=True)
+        return sum((inputs.upstream[s].double() * x).sum() for s, x in given if s != "ref_logp")
     if step not in ("dpo", "tdpo2"):
-        return stats[0].sum() / (y != IGNORE).sum()
-    sums = [x.view(sequences, -1).sum(1) for x in stats]
-    pairs = sequences // 2
+        sign = -1 if step == "ce" else 1
+        return sign * stats[0].sum() / (inputs.targets != IGNORE).sum()
+    sums = [x.view(inputs.S, -1).sum(1) for x in stats]
+    pairs = inputs.S // 2
     ratio = sums[0] - sums[1]
     margin = ratio[:pairs] - ratio[pairs:]
     if step == "tdpo2":
@@ -75,6 +90,8 @@ def _reduce(step: str, stats: list[Tensor], y: Tensor, sequences: int) -> Tensor
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want| in the Euclidean norm; NaN stays NaN."""
-    scale = want.norm().item()
-    return (got.double() - want).norm().item() / (scale if scale > 0 else 1.0)
+    """|got - want| / |want| in the Euclidean norm, block by block; NaN stays NaN."""
+    pairs = zip(got.reshape(-1).split(1 << 26), want.reshape(-1).split(1 << 26), strict=True)
+    gap = sum(float((a.double() - b).square().sum()) for a, b in pairs)
+    scale = float(want.norm())
+    return gap**0.5 / (scale if scale > 0 else 1.0)

@@ -11,19 +11,18 @@ shares    a DPO step at several hidden sizes D: products grow with D, everything
 
 from __future__ import annotations
 
-import csv
 import gc
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from . import machine, peaks
-from .cases import Case, make_inputs
+from . import inside
+from .cases import BASE, Case, make_inputs
 from .peers import VARIANTS
-from .shapes import BASE, Shape, reduced
+from .results import Row, Table
+from .timing import Cpu
 
 TILE = (64, 2048)  # rows, columns: 512 KiB of fp32 logits, half of a 1 MiB L2 cache
 EPILOGUES = ("forward", "forward with entropy", "backward", "backward with entropy")
@@ -31,69 +30,52 @@ HIDDEN_SIZES = (256, 512, 1024)
 COLUMNS = ("part", "what", "dtype", "value", "unit", "note")
 
 
-class Part(NamedTuple):
-    part: str  # "epilogue" or "shares"
-    what: str
-    dtype: str
-    value: float
-    unit: str
-    note: str = ""
-
-
 def run(out: Path, size: str, rounds: int, say: Callable[[str], None] = print) -> Path:
     """Writes `out`/parts.csv: the two measurements, or the reason why they are not there."""
     try:
         rows = epilogue(size)
-        rates = {row.what: row.value for row in rows}
+        rates = {row["what"]: row["value"] for row in rows}
         for dtype in ("float32", "bfloat16"):
             rows += shares(dtype, size, rounds, rates)
     except ImportError as missing:
-        rows = [Part("epilogue", "", "", float("nan"), "", str(missing))]
-    path = out / "parts.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*COLUMNS, *machine.describe()])
-        for row in rows:
-            writer.writerow([*row[:3], f"{row.value:.4g}", *row[4:], *machine.describe().values()])
+        rows = [{"part": "epilogue", "note": str(missing)}]
+    table = Table(out / "parts.csv", COLUMNS)
+    table.add(rows)
     for r in rows:
-        say(f"{r.part:<10}{r.dtype:<10}{r.what:<28}{r.value:>9.3f} {r.unit}  {r.note}")
-    return path
+        say("  ".join(f"{r[c]:.3f}" if c == "value" else str(r[c]) for c in COLUMNS if c in r))
+    return table.path
 
 
-def epilogue(size: str) -> list[Part]:
+def epilogue(size: str) -> list[Row]:
     """Nanoseconds per logit of the fold and of the gradient.
 
     Raises:
         ImportError: the native library is not there.
     """
-    from prefkern.backends import cpu
-
-    if reason := cpu.load_error():
-        raise ImportError(f"backend 'cpu' is off: {reason}")
-    rows, columns = TILE
     repeats = {"full": 2000, "quick": 200, "tiny": 2}[size]
-    times = torch.ops.prefkern_native.bench_epilogue(torch.empty(0), rows, columns, repeats)
-    note = f"tile {rows} x {columns} fp32, {repeats} times, {cpu.isa()}"
+    times, isa = inside.cpu_epilogue(*TILE, repeats)
+    note = f"tile {TILE[0]} x {TILE[1]} fp32, {repeats} times, {isa}"
     return [
-        Part("epilogue", what, "float32", ns, "ns/logit", note)
-        for what, ns in zip(EPILOGUES, times.tolist(), strict=True)
+        _row("epilogue", what, "float32", ns, "ns/logit", note)
+        for what, ns in zip(EPILOGUES, times, strict=True)
     ]
 
 
-def shares(dtype: str, size: str, rounds: int, rates: dict[str, float]) -> list[Part]:
+def shares(dtype: str, size: str, rounds: int, rates: dict[str, float]) -> list[Row]:
     """Share of products, epilogue and the rest in a DPO step, one thread."""
     torch.set_num_threads(1)
-    base = reduced(BASE, size)
+    base = Case("shares", "dpo", BASE).resized(size).shape
     steps = {}
     for d in HIDDEN_SIZES:
-        case = Case("shares", "dpo", Shape(base.pairs, base.tokens, d, base.V), dtype=dtype)
-        steps[d] = (VARIANTS["prefkern cpu"].build(case), make_inputs(case))
+        case = Case("shares", "dpo", base._replace(D=d), dtype=dtype)
+        inputs = make_inputs(case)
+        steps[d] = (VARIANTS["prefkern cpu"].build(case, inputs), inputs)
     times: dict[int, list[float]] = {d: [] for d in steps}
     for i in range(rounds + 1):
         for d, (step, inputs) in steps.items():
             inputs.clear()
             gc.collect()
-            wall = peaks.stopwatch(lambda step=step, inputs=inputs: step(inputs).backward()).wall
+            wall = Cpu().seconds(lambda step=step, inputs=inputs: step(inputs)[0].backward())
             if i > 0:  # the first round allocates and packs for the first time
                 times[d].append(wall)
     medians = {d: statistics.median(t) for d, t in times.items()}
@@ -106,6 +88,10 @@ def shares(dtype: str, size: str, rounds: int, rates: dict[str, float]) -> list[
     note = f"of {total:.3f} s; {sizes}"
     parts = {"products": total - constant, "epilogue": fold, "rest": constant - fold}
     return [
-        Part("shares", what, dtype, 100 * seconds / total, "%", f"{seconds:.3f} s {note}")
+        _row("shares", what, dtype, 100 * seconds / total, "%", f"{seconds:.3f} s {note}")
         for what, seconds in parts.items()
     ]
+
+
+def _row(*cells: object) -> Row:
+    return dict(zip(COLUMNS, cells, strict=True))

@@ -7,12 +7,10 @@ pytest-benchmark rows of host_overhead/, tiny calls whose time is all Python, di
 
 from __future__ import annotations
 
-import csv
 import inspect
 import json
-import os
+import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +24,8 @@ import prefkern
 from prefkern.losses.record import Loss
 from prefkern.stats import SeqStats
 
-from . import harness, machine
+from . import process
+from .results import Row, Table
 
 SEQUENCES = {"full": (16, 256, 4096), "quick": (16, 256), "tiny": (8,)}
 FAMILIES = ("pairwise", "pointwise", "listwise")
@@ -37,39 +36,30 @@ HOST_COLUMNS = ("what", "us_median", "us_min", "us_iqr", "rounds", "times_torch"
 
 def statistics_of(n: int, g: torch.Generator) -> SeqStats:
     """Every field of SeqStats for n sequences of about 200 tokens, fp64 leaves."""
-
-    def noise(scale: float) -> Tensor:
-        return scale * torch.randn(n, generator=g, dtype=torch.float64)
-
     length = torch.randint(100, 300, (n,), generator=g).double()
-    ref_logp = -2.0 * length
     fields = {
-        name: (0.01 * length + noise(0.1)).abs().requires_grad_(True)
+        name: (0.01 * length + 0.1 * _normal(n, g)).abs().requires_grad_(True)
         for name in SeqStats._fields
-        if name not in ("logp", "ref_logp", "length")
     }
-    logp = (ref_logp + noise(2.0)).requires_grad_(True)
-    return SeqStats(logp=logp, ref_logp=ref_logp, length=length, **fields)
+    logp = (-2.0 * length + 2.0 * _normal(n, g)).requires_grad_(True)
+    return SeqStats(**fields | {"logp": logp, "ref_logp": -2.0 * length, "length": length})
 
 
 def example(record: Loss, n: int) -> Callable[[], Tensor]:
-    """A call of the loss on n sequences, and the leaves its backward fills."""
+    """A call of the loss on n sequences."""
     g = torch.Generator().manual_seed(0)
+    given: dict[str, object] = {}
     if record.family == "listwise":
-        size = max(n // GROUP, 1)
-        seq = statistics_of(size * GROUP, g)
-        scores = getattr(seq, record.score).detach().requires_grad_(True)
-        inputs: list[object] = [scores]
-        items = size * GROUP
-        given = {
-            "labels": torch.randint(0, 4, (items,), generator=g).double(),
-            "cu_groups": torch.arange(0, items + 1, GROUP, dtype=torch.int32),
-        }
+        items = max(n // GROUP, 1) * GROUP
+        seq = statistics_of(items, g)
+        inputs: list[object] = [getattr(seq, record.score).detach().requires_grad_(True)]
+        given["labels"] = torch.randint(0, 4, (items,), generator=g).double()
+        given["cu_groups"] = torch.arange(0, items + 1, GROUP, dtype=torch.int32)
     else:
         roles = record.rows if record.family == "pairwise" else ("seq",)
         items = max(n // len(roles), 1)
         inputs = [statistics_of(items, g) for _ in roles]
-        seq, given = inputs[0], {}
+        seq = inputs[0]
     parameters = inspect.signature(record.fn).parameters
     for name in record.extra:
         if name in SeqStats._fields:
@@ -83,28 +73,24 @@ def _normal(n: int, g: torch.Generator) -> Tensor:
     return torch.randn(n, generator=g, dtype=torch.float64)
 
 
-# Tensors a caller must supply, for n items. A loss that needs another one is left out by name.
+# What a caller must supply, for n items. A loss that needs another one is left out by name.
 EXTRA: dict[str, Callable[[int, torch.Generator], object]] = {
-    "label": lambda n, g: torch.arange(n) % 2 == 0,
-    "keep": lambda n, g: torch.arange(n) % 2 == 0,
+    **dict.fromkeys(("label", "keep"), lambda n, g: torch.arange(n) % 2 == 0),
+    **dict.fromkeys(("delta", "kl_baseline"), lambda n, g: 0.1),
+    **dict.fromkeys(
+        ("rm_margin", "mix_chosen_logps", "mix_rejected_logps", "baseline_mean_logps",
+         "slow_chosen_logps", "slow_rejected_logps", "judge_logit_gap", "log_target_prob"),
+        _normal,
+    ),
+    **dict.fromkeys(
+        ("margin_reward_chosen", "margin_reward_rejected", "source_chosen_mean_logps",
+         "source_rejected_mean_logps"),
+        lambda n, g: _normal(n, g)[:, None],
+    ),
     "pref_prob": lambda n, g: torch.full((n,), 0.7, dtype=torch.float64),
-    "delta": lambda n, g: 0.1,
-    "kl_baseline": lambda n, g: 0.1,
-    "rm_margin": _normal,
-    "mix_chosen_logps": _normal,
-    "mix_rejected_logps": _normal,
-    "baseline_mean_logps": _normal,
-    "margin_reward_chosen": lambda n, g: _normal(n, g)[:, None],
-    "margin_reward_rejected": lambda n, g: _normal(n, g)[:, None],
     "topk": lambda n, g: 2,
     "pairs": lambda n, g: torch.stack([torch.arange(n), torch.arange(n) ^ 1], 1),
-    "slow_chosen_logps": _normal,
-    "slow_rejected_logps": _normal,
-    "source_chosen_mean_logps": lambda n, g: _normal(n, g)[:, None],
-    "source_rejected_mean_logps": lambda n, g: _normal(n, g)[:, None],
-    "judge_logit_gap": _normal,
-    "log_target_prob": _normal,
-}
+}  # fmt: skip
 
 
 def run(out: Path, size: str, rounds: int) -> Path:
@@ -122,26 +108,27 @@ def run(out: Path, size: str, rounds: int) -> Path:
     # a loss that is its likelihood term alone (sft) has nothing to time here
     calls = {key: call for key, call in calls.items() if call().requires_grad}
     times: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
-    for i in range(10 * rounds + 1):
+    for _ in range(10 * rounds):
         for key, call in calls.items():
             start = time.perf_counter()
             call().sum().backward()
-            if i > 0:  # the first call imports and caches
-                times[key].append(1e6 * (time.perf_counter() - start))
-    rows = [
-        (name, prefkern.LOSSES[name].family, n, statistics.median(t), min(t), len(t))
+            times[key].append(1e6 * (time.perf_counter() - start))
+    rows: list[Row] = [
+        {
+            "loss": name, "family": prefkern.LOSSES[name].family, "S": n,
+            "us_median": statistics.median(t), "us_min": min(t), "rounds": len(t),
+        }
         for (name, n), t in times.items()
-    ]
-    path = out / "objective.csv"
-    _write(path, OBJECTIVE_COLUMNS, rows)
+    ]  # fmt: skip
+    table = Table(out / "objective.csv", OBJECTIVE_COLUMNS)
+    table.add(rows)
     for n in SEQUENCES[size]:
-        median = statistics.median(row[3] for row in rows if row[2] == n)
-        slowest = max((row for row in rows if row[2] == n), key=lambda row: row[3])
+        these = {row["us_median"]: row["loss"] for row in rows if row["S"] == n}
         print(
-            f"losses, S={n}: median {median:.0f} us with backward, "
-            f"slowest {slowest[0]} {slowest[3]:.0f} us"
+            f"losses, S={n}: median {statistics.median(these):.0f} us with backward, "
+            f"slowest {these[max(these)]} {max(these):.0f} us"
         )
-    return path
+    return table.path
 
 
 def run_host_overhead(out: Path) -> Path:
@@ -159,34 +146,16 @@ def run_host_overhead(out: Path) -> Path:
             "--benchmark-columns=median,iqr,rounds",
         ]  # fmt: skip
         # Outside the root, whose folder `kernels` would be importable.
-        done = subprocess.run(command, cwd=scratch, env=harness.worker_environment(1), check=False)
-        if done.returncode:
-            raise RuntimeError(
-                f"the host-overhead benchmarks failed (pytest ended with {done.returncode})."
-            )
+        ended = process.run(command, env=process.worker_environment(1), cwd=scratch)
+        print(ended.text)
+        if ended.status != 0:
+            raise RuntimeError(f"the host-overhead benchmarks failed: {ended.why}")
         found = json.loads(record.read_text())["benchmarks"]
-    rows = []
-    torch_median = {
-        b["name"].removeprefix("test_torch_"): b["stats"]["median"]
-        for b in found
-        if b["name"].startswith("test_torch_")
-    }
-    for b in found:
-        s = b["stats"]
-        name = b["name"].removeprefix("test_")
-        base = torch_median.get(name.partition("[")[0])
-        times = s["median"] / base if base else ""
-        rows.append((name, 1e6 * s["median"], 1e6 * s["min"], 1e6 * s["iqr"], s["rounds"], times))
-    path = out / "host_overhead.csv"
-    _write(path, HOST_COLUMNS, rows)
-    return path
-
-
-def _write(path: Path, columns: tuple[str, ...], rows: list[tuple]) -> None:
-    where = machine.describe()
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator=os.linesep)
-        writer.writerow([*columns, *where])
-        for row in rows:
-            cells = [f"{cell:.4g}" if isinstance(cell, float) else cell for cell in row]
-            writer.writerow([*cells, *where.values()])
+    stats = {re.search(r"\[(.*)-(.*)\]", b["name"]).groups(): b["stats"] for b in found}
+    table = Table(out / "host_overhead.csv", HOST_COLUMNS)
+    for (name, backend), s in stats.items():
+        base = stats.get((name, "torch")) if backend != "torch" else None
+        row = {f"us_{k}": 1e6 * s[k] for k in ("median", "min", "iqr")}
+        row |= {"what": f"{name} [{backend}]", "rounds": s["rounds"]}
+        table.add([row | {"times_torch": base and s["median"] / base["median"]}])
+    return table.path

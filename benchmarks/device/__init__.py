@@ -1,1 +1,0 @@
-"""What benchmarks/device_check.py runs on a machine with a GPU."""

@@ -1,0 +1,219 @@
+"""What the benchmarks know of prefkern's inside, all of it in this file: which kernels were
+launched, the memory budget, and the kernels of a tile one by one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefkern.backends import choice
+from prefkern.backends.contract import SAVED_ROWS, Problem
+from prefkern.backends.tiled import heads, plan, rows
+from prefkern.backends.tiled.epilogue import LogitOptions, Tile
+from prefkern.ops import budget as budget_table
+from prefkern.ops.list_rank import list_rank
+
+from .timing import Call, Cpu
+
+if TYPE_CHECKING:
+    from .cases import Case, Inputs
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then serves CPU tensors
+
+
+def reasons(backend: str, op: str, device: str, dtype: torch.dtype, **more: Any) -> list[str]:
+    """Why a backend cannot serve a problem; empty when it can."""
+    return choice.unsupported(backend, Problem(op, device, dtype, **more))
+
+
+def require(backend: str, case: Case, x: Inputs) -> None:
+    """ImportError with the reasons where a backend cannot serve a case."""
+    op = "linear_logps" if case.models == 1 else "linear_divergence"
+    found = reasons(backend, op, x.hidden.device.type, case.torch_dtype, stats=("logp",))
+    if found:
+        raise ImportError(f"backend {backend!r} is off: {'; '.join(found)}")
+
+
+def kept_share(backend: str, budget: int | None, case: Case) -> float:
+    """Share of the scored rows whose logits fit the memory budget."""
+    if budget is None:
+        budget = budget_table.DEFAULT_BUDGET["cpu" if backend == "cpu" else "cuda"]
+    per_row = case.backward_heads * case.shape.V * case.torch_dtype.itemsize
+    return min(case.scored, budget // per_row) / case.scored
+
+
+def shrink_tiles(set_attribute: Callable[..., object], size: int) -> None:
+    """Bytes of the tiles of a head op on a GPU, for tests of many tiles at small sizes."""
+    set_attribute(plan, "TILE_BYTES", size)
+
+
+def cpu_epilogue(rows: int, columns: int, repeats: int) -> tuple[list[float], str]:
+    """(ns per logit of the fold, with entropy, of the gradient, with entropy; instruction set).
+
+    Raises:
+        ImportError: the native library is not there.
+    """
+    from prefkern.backends import cpu
+
+    if reason := cpu.load_error():
+        raise ImportError(f"backend 'cpu' is off: {reason}")
+    found = torch.ops.prefkern_native.bench_epilogue(torch.empty(0), rows, columns, repeats)
+    return found.tolist(), cpu.isa()
+
+
+# ---- which kernels ran ---------------------------------------------------------------------------
+def launched(backend: str) -> dict[str, int] | None:
+    """Kernel -> launches in this process so far, under the names of prefkern/cuda_ran_on.json.
+
+    A backend module tells by a function `seen_kernels() -> Mapping[str, int]`. None where it has
+    none: then nothing may be said, and nothing is recorded, about what a run has launched.
+    """
+    seen = getattr(choice.load_backend(backend), "seen_kernels", None)
+    return None if seen is None else dict(seen())
+
+
+def newly_launched(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Backend -> kernels launched between two calls of `launched` (None is left out)."""
+    return {
+        name: sorted(k for k, n in now.items() if n > (before.get(name) or {}).get(k, 0))
+        for name, now in after.items()
+        if now is not None
+    }
+
+
+# ---- the kernels of a tile -----------------------------------------------------------------------
+class Kernel(NamedTuple):
+    """One kernel as a head op launches it; names and bytes are those of results/counts.csv."""
+
+    name: str
+    stats: tuple[str, ...]
+    what: str  # fold, gradient, factor
+    kept: bool = False  # fold: also writes the tile it keeps; gradient: reads such a tile
+
+
+KERNELS = (
+    Kernel("fold_one_small", ("logp",), "fold"),
+    Kernel("fold_one keeping", ("logp", "ent"), "fold", True),
+    Kernel("fold_two_small", ("logp", "ref_logp", "fkl"), "fold"),
+    Kernel("fold_two_small keeping", ("logp", "ref_logp", "fkl"), "fold", True),
+    Kernel("gradient_one_small", ("logp",), "gradient", True),
+    Kernel("gradient_one", ("logp", "ent"), "gradient", True),
+    Kernel("gradient_two_small", ("logp", "ref_logp", "fkl"), "gradient"),
+    Kernel("gradient_two_small kept", ("logp", "ref_logp", "fkl"), "gradient", True),
+    Kernel("frozen_factors", ("logp",), "factor"),
+)
+
+
+def _kernels_of(backend: str) -> Any:
+    if backend == "triton":
+        from prefkern.kernels.epilogue import KERNELS as found
+    else:
+        from prefkern.backends.cuda import KERNEL_SET as found  # type: ignore[assignment]
+    return found
+
+
+def kernel_call(kernel: Kernel, backend: str, m: int, w: int, device: str) -> Call:
+    """A launch on one bfloat16 tile [m, w], inputs ready and output reused."""
+    kernels, working = _kernels_of(backend), torch.bfloat16
+    g = torch.Generator(device).manual_seed(0)
+    stats = heads.parse(kernel.stats)
+    two = "fkl" in kernel.stats
+    targets = torch.randint(0, w, (m,), generator=g, device=device)
+    options = [LogitOptions(1.0, None, 1.0)] * (2 if two else 1)
+    call = heads.make_call(stats, options, "", w, working, targets, frozen=kernel.what == "factor")
+    exact = call.wide and not (kernel.what == "gradient" and kernel.kept)
+    dtype = call.fold_dtype if exact else working
+
+    def draw() -> Tensor:
+        x = torch.empty(m, w, device=device, dtype=torch.float32).normal_(generator=g)
+        return (2 * x).to(dtype)
+
+    z, zr = draw(), draw() if two else None
+    out = torch.empty(m, w, dtype=working, device=device)
+    if kernel.what == "fold":
+        keep = (out, torch.empty_like(out) if two else None) if kernel.kept else (None, None)
+        tile = Tile(0, 0, z, zr, keep=keep)
+        chunks = -(-w // kernels.chunk_columns(call))
+        shape = (len(call.fields), chunks, m)
+        fields = torch.empty(shape, dtype=call.fold_dtype, device=device)
+        at_target = fields.new_zeros((2, m))
+        return lambda: kernels.fold(call, tile, fields, at_target)
+    tile = Tile(0, 0, z, zr)
+    if kernel.what == "factor":
+        maxima = torch.full((2, m), 8.0, device=device)
+        return lambda: kernels.factor(call, tile, maxima, "mass", out)
+    d_out = torch.empty(len(stats), m, device=device).normal_(generator=g)
+    saved = torch.full((SAVED_ROWS if two else 1, m), 12.0, device=device)
+    coefficients = rows.coefficients(call, d_out, d_out.abs(), saved)
+    return lambda: kernels.gradient(call, tile, coefficients, out)
+
+
+# ---- ranked lists --------------------------------------------------------------------------------
+LIST_FAMILIES = ("pair", "hinge", "plackett_luce", "softmax", "pro", "nca")
+
+
+def ragged(groups: int, longest: int, fixed: bool, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores [S], labels [S], cu_groups [G+1]) on the device; 0 in the offsets first."""
+    g = torch.Generator().manual_seed(groups)
+    sizes = torch.randint(2, longest + 1, (groups,), generator=g)
+    if fixed:
+        sizes[:] = longest
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)]).int()
+    total = int(offsets[-1])
+    scores = torch.randn(total, generator=g)
+    labels = torch.randint(0, 5, (total,), generator=g).float()
+    return scores.to(device), labels.to(device), offsets.to(device)
+
+
+def padded_pairs(scores: Tensor, labels: Tensor) -> Tensor:
+    """Logistic pair loss [G] of scores [G, K] over strictly ordered pairs, [G, K, K] at once."""
+    gap = scores[:, :, None] - scores[:, None, :]
+    above = labels[:, :, None] > labels[:, None, :]
+    loss = torch.nn.functional.softplus(-gap) * above
+    return loss.sum((1, 2)) / above.sum((1, 2)).clamp(min=1)
+
+
+def list_calls(groups: int, small: int, device: str) -> Iterator[tuple[str, str, dict[str, Call]]]:
+    """(backend or "eager", family, calls): `kernel` forms value and gradient, `autograd` is the op
+    with its backward; `groups` lists of 16 items, `small` ragged lists of up to 64."""
+    scores, labels, offsets = ragged(groups, 16, True, device)
+    leaf = scores.reshape(groups, 16).clone().requires_grad_(True)
+    grid = labels.reshape(groups, 16)
+
+    def eager() -> object:
+        return torch.autograd.grad(padded_pairs(leaf, grid).sum(), leaf)
+
+    yield "eager", "pair", {"autograd": eager}
+    few = ragged(small, 64, False, device)
+    for backend in ("triton", "cuda"):
+        for family in LIST_FAMILIES:
+            if reasons(backend, "list_rank", device, torch.float32, family=family):
+                continue
+            options = {"family": family, "backend": backend}
+            calls: dict[str, Call] = {}
+            for what, given in (("", (scores, labels, offsets)), (" small", few)):
+                own = given[0].clone().requires_grad_(True)
+
+                def forward(given=given, options=options) -> object:
+                    with torch.no_grad():
+                        return list_rank(*given, **options)
+
+                def both(own=own, given=given, options=options) -> object:
+                    return torch.autograd.grad(list_rank(own, *given[1:], **options).sum(), own)
+
+                calls |= {f"kernel{what}": forward, f"autograd{what}": both}
+            yield backend, family, calls
+
+
+def measure_lists(device: Cpu, calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
+    """Microseconds of each call: replayed, and with host time where a user's call has it."""
+    seconds = {name: device.replayed(call, rounds=rounds) for name, call in calls.items()}
+    found = {f"us_{name}": 1e6 * value for name, value in seconds.items()}
+    if "autograd" in calls:
+        found["us_autograd with host"] = 1e6 * device.seconds(calls["autograd"])
+    return found
