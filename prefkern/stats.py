@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -38,6 +38,10 @@ class TokenStats(NamedTuple):
     bkl: Tensor | None = None  # KL(r || p) over {top k of r} plus one rest bucket
     mix: Tensor | None = None  # log softmax((1-b) z + b z_ref)_y
     ev: Tensor | None = None  # sum_v p_v A_v
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> TokenStats:
+        """The record of fn(field) for every field that is there."""
+        return TokenStats(*(None if f is None else fn(f) for f in self))
 
 
 class SeqStats(NamedTuple):
@@ -93,10 +97,14 @@ class SeqStats(NamedTuple):
         """Log-ratio per scored token; 0 for an empty sequence."""
         return self.logratio / self.require("length").clamp(min=1)
 
+    def map(self, fn: Callable[[Tensor], Tensor]) -> SeqStats:
+        """The record of fn(field) for every field that is there."""
+        return SeqStats(*(None if f is None else fn(f) for f in self))
+
     # the public method hides tuple.index
     def index(self, rows: Tensor | slice) -> SeqStats:  # type: ignore[override]
         """The same record for the chosen sequences (a slice or an index tensor)."""
-        return SeqStats(*(None if f is None else f[rows] for f in self))
+        return self.map(lambda field: field[rows])
 
 
 class Stat(NamedTuple):

@@ -138,11 +138,15 @@ class Example:
             return self.record(*self.rows, **self.extra)
         (seq,) = self.rows
         n = seq.logp.numel()
-        labels = torch.arange(n, dtype=seq.logp.dtype).roll(1) / max(n, 1)
+        relevance = torch.arange(n, dtype=seq.logp.dtype).roll(1) / max(n, 1)
         scores = getattr(seq, self.record.score)
         filled = {k: getattr(seq, k) for k in self.record.extra if k not in self.extra}
         return self.record(
-            scores, labels, torch.tensor([0, n // 2, n], dtype=torch.int32), **filled, **self.extra
+            scores,
+            relevance,
+            torch.tensor([0, n // 2, n], dtype=torch.int32),
+            **filled,
+            **self.extra,
         )
 
 

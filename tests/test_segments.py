@@ -103,5 +103,3 @@ def test_boundaries():
         segments.sequence_boundaries(TARGETS, torch.tensor([0.0, 7.0]))
 
 
-def test_spread():
-    assert segments.spread(torch.tensor([5, 6, 7]), CU, 7).tolist() == [5, 5, 5, 7, 7, 7, 7]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .weights.token_weights import sequence_of
+from ..ops import ragged
 
 MODES = ("sum_then_normalize", "normalize_then_sum")
 SCALES = ("group", "batch", "none")
@@ -63,7 +63,7 @@ def group_advantages(
     if len(weights) != value.shape[1]:
         raise ValueError(f"weights must have one number per component ({value.shape[1]}).")
     factor = torch.tensor(weights, dtype=torch.float64, device=value.device)
-    group = sequence_of(cu_groups, value[:, 0])
+    group = ragged.owner(cu_groups, len(value))
     one = torch.zeros_like(group)
     if mode == "normalize_then_sum":
         parts = [_standard(column, group, unbiased, std_eps) for column in value.unbind(1)]
@@ -136,7 +136,7 @@ def rto_rewards(
     if dpo_reward_clip > 0:
         dense = dense.clamp(-dpo_reward_clip, dpo_reward_clip)
     reward = dense - beta2 * (old_logp - ref_logp)
-    owner = sequence_of(cu_seqlens, scored)
+    owner = ragged.owner(cu_seqlens, scored.numel())
     position = torch.arange(scored.numel(), device=scored.device)
     last = position.new_full((cu_seqlens.numel() - 1,), -1)
     last = last.scatter_reduce(0, owner, torch.where(scored, position, -1), "amax")
@@ -173,7 +173,7 @@ def gae(
         (advantages `[N]`, returns `[N]`), 0 outside responses, without gradient.
     """
     rows = scored.nonzero()[:, 0]
-    owner = sequence_of(cu_seqlens, scored)[rows]
+    owner = ragged.owner(cu_seqlens, scored.numel())[rows]
     reward, value = rewards.detach().double()[rows], values.detach().double()[rows]
 
     def ahead(x: Tensor, step: int) -> Tensor:

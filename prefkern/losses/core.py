@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import ragged
 from ..ops.segment_sum import segment_sum
 from ..stats import SeqStats
 
@@ -88,6 +89,15 @@ def boolean(name: str, value: object, like: Tensor) -> Tensor:
     return value
 
 
+def same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuses a tensor per token of another shape than `other` [N]."""
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name} must be [N] = {list(other.shape)} to match {other_name}, got "
+            f"{list(tensor.shape)}."
+        )
+
+
 def positive(name: str, value: float | Tensor) -> None:
     """Refuses a hyper-parameter that is not a finite number > 0 (tensors are taken as they are)."""
     if not isinstance(value, Tensor) and not 0.0 < value < float("inf"):
@@ -99,7 +109,7 @@ def not_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number >= 0, got {value}.")
 
 
-def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def choice(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
 
@@ -117,22 +127,38 @@ def per_token(
     return total * (length.numel() / length.sum().clamp(min=1.0))
 
 
-def labels_like(labels: Tensor, scores: Tensor) -> Tensor:  # [S]
-    """Labels in the dtype of the scores, 0 where they are NaN (the item is left out)."""
-    return torch.where(labels.isnan(), 0.0, data("labels", labels, scores))
+def relevance_like(relevance: Tensor, scores: Tensor) -> Tensor:  # [S]
+    """Relevance in the dtype of the scores, 0 where it is NaN (the answer is left out)."""
+    return torch.where(relevance.isnan(), 0.0, data("relevance", relevance, scores))
 
 
-def drop_empty(labels: Tensor, length: Tensor | None) -> Tensor:  # [S]
-    """Labels with NaN where a response has no scored token."""
+def drop_empty(relevance: Tensor, length: Tensor | None) -> Tensor:  # [S]
+    """Relevance with NaN where an answer has no scored token."""
     if length is None:
-        return labels
-    return torch.where(data("length", length, labels) > 0, labels, torch.nan)
+        return relevance
+    return torch.where(data("length", length, relevance) > 0, relevance, torch.nan)
 
 
-def group_sum(values: Tensor, labels: Tensor, cu_groups: Tensor) -> Tensor:  # [G]
-    """Sum over each group's items whose label is a number."""
-    kept = torch.where(labels.isnan(), 0.0, values)
+def group_sum(values: Tensor, relevance: Tensor, cu_groups: Tensor) -> Tensor:  # [G]
+    """Sum over each list's answers whose relevance is a number."""
+    kept = torch.where(relevance.isnan(), 0.0, values)
     return segment_sum(kept, cu_groups).to(values.dtype)
+
+
+def best_nll(
+    logp: Tensor | None, relevance: Tensor, cu_groups: Tensor, *, strict: bool = False
+) -> Tensor:  # [G] fp64
+    """Negative log-likelihood of the first answer of highest relevance of each list; `strict`: 0
+    where all are equally relevant."""
+    if logp is None:
+        raise ValueError(
+            "the likelihood term needs logp [S], the summed log-probability of each answer; pass "
+            "it, or sft_weight=0."
+        )
+    best = ragged.first_best(relevance, cu_groups)
+    if strict:
+        best = best & ~ragged.first_best(-relevance, cu_groups)
+    return segment_sum(torch.where(best, -logp, 0.0), cu_groups)
 
 
 def logratio_rewards(
@@ -150,6 +176,11 @@ def logp_rewards(seq: SeqStats, *, beta: float = 1.0, **_: Any) -> Tensor:  # [S
 def mean_logp_rewards(seq: SeqStats, *, beta: float = 1.0, **_: Any) -> Tensor:  # [S]
     """beta * log-probability per token (length-normalised losses without a reference)."""
     return beta * seq.mean_logp
+
+
+def plain_mean_logp(seq: SeqStats, **_: Any) -> Tensor:  # [S]
+    """Log-probability per token, for losses whose beta is no scale of it."""
+    return seq.mean_logp
 
 
 def token_rewards(seq: SeqStats, *, beta: float = 1.0, **_: Any) -> Tensor:  # [S]

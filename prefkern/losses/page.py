@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-from . import ALIASES, LOSSES, arguments, required
-from .record import Loss, Supervised
+from .binding import ALIASES, arguments, required
+from .docstrings import Document, default_of, read
+from .record import LOSSES, Loss, Supervised
 
 FAMILY_TITLES = {
     "pairwise": "Pairs: a chosen and a rejected answer",
@@ -21,11 +22,10 @@ _SIGNATURES = {
     "pairwise": "`(chosen: SeqStats, rejected: SeqStats, *, ...) -> [P]`, through "
     '`preference_loss` with neighbouring sequences (or `layout="halves"`).',
     "pointwise": "`(seq: SeqStats, *, ...) -> [S]`; `desirable` [S] is bool, True for a good one.",
-    "listwise": "`(scores, labels, cu_groups, *, ...) -> [G]` on ragged lists.",
+    "listwise": "`(scores, relevance, cu_groups, *, ...) -> [G]` on ragged lists.",
     "tokenwise": "`(tokens: TokenStats, cu_seqlens, *, ...)`: not linear in the tokens.",
     "diffusion": "Per-sample prediction errors of `prefkern.error_sum`; not for `preference_loss`.",
 }
-_SECTIONS = ("Args", "Returns", "Raises", "Warns")
 _HEAD = """\
 # Losses
 
@@ -41,15 +41,6 @@ Losses are per item; `preference_loss` divides by the number of pairs, lists or 
 entry says otherwise. "Checked" and "executed" mean that numbers were compared with the named code;
 results of a loss marked **provisional** must not be reported as the method's.
 """
-
-
-class Document(NamedTuple):
-    """The parts of a loss's docstring."""
-
-    summary: str
-    formula: str  # lines as they stand
-    notes: list[str]  # paragraphs
-    args: dict[str, str]  # name -> meaning
 
 
 def page() -> str:
@@ -71,43 +62,6 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def read(text: str) -> Document:
-    """Splits a docstring into summary, formula (the paragraph that defines l), notes, arguments."""
-    body, meanings = text, {}
-    for name in _SECTIONS:
-        at = re.search(rf"^{name}:\n", body, re.M)
-        if at is None:
-            continue
-        if name == "Args":
-            rest = re.split(r"^\w+:\n", body[at.end() :], maxsplit=1, flags=re.M)[0]
-            meanings = _arguments_of(rest)
-        body = body[: at.start()]
-        break
-    summary, *paragraphs = [p.strip("\n") for p in body.strip().split("\n\n")]
-    formula, notes = "", []
-    for i, paragraph in enumerate(paragraphs):
-        if not formula and re.search(r"^\s*(level \S+\s+)?l(_\w+)? = ", paragraph, re.M):
-            formula = paragraph
-        elif formula and i and _continues(paragraph):
-            formula += "\n\n" + paragraph
-        else:
-            notes.append(paragraph)
-    return Document(" ".join(summary.split()), formula, notes, meanings)
-
-
-def _continues(paragraph: str) -> bool:
-    """True for a paragraph that goes on defining symbols: its first line is an equation."""
-    return bool(re.match(r"^(with )?[\w()]+ = [^.]*$", paragraph.split("\n")[0]))
-
-
-def _arguments_of(block: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for names, meaning in re.findall(r"^ {4}([\w, ]+): ((?:.|\n(?! {4}\S))*)", block, re.M):
-        for name in names.split(","):
-            found[name.strip()] = " ".join(meaning.split())
-    return found
-
-
 def _entry(record: Loss) -> Iterator[str]:
     text = read(inspect.getdoc(record.fn) or "")
     yield f"### {record.name}"
@@ -124,10 +78,10 @@ def _entry(record: Loss) -> Iterator[str]:
     if record.supervised is not None:
         yield f"* **Likelihood term**: {_likelihood(record.supervised)}"
     if record.weights is not None:
-        yield f"* **Token weights**: `{_path(record.weights.fn)}`"
+        yield f"* **Token weights**: `{_path(record.weights)}`"
     yield ""
     if record.weights is not None:
-        yield from _stage(record.weights.fn)
+        yield from _stage(record.weights)
     yield from _table(record, text)
 
 
@@ -143,18 +97,18 @@ def _stage(fn: Any) -> Iterator[str]:
 
 def _needs(record: Loss) -> Iterator[str]:
     if record.needs_reference:
-        free = f", not for {record.reference_weight}=0" if record.reference_weight else ""
+        free = f", not for {record.reference}=0" if isinstance(record.reference, str) else ""
         yield "a reference" + free
     else:
         yield "no reference"
     if record.stats:
-        more = " (or as the arguments say)" if record.stats_for else ""
+        more = "" if isinstance(record.reads, tuple) else " (or as the arguments say)"
         yield "statistics " + ", ".join(f"`{s}`" for s in record.stats) + more
-    if record.rows != ("chosen", "rejected"):
+    if record.rows not in ((), ("chosen", "rejected")):
         yield "rows " + ", ".join(record.rows)
     if record.family == "listwise":
         yield f"scores are `{record.score}`"
-    if record.items:
+    if record.items == "scored_tokens":
         yield "divided by the number of " + record.items.replace("_", " ")
     if tensors := required(record):
         yield "arguments " + ", ".join(f"`{n}`" for n in tensors)
@@ -173,16 +127,8 @@ def _likelihood(spec: Supervised) -> str:
 
 
 def _table(record: Loss, text: Document) -> Iterable[str]:
-    meanings = dict(text.args)
-    if record.weights is not None:
-        stage = read(inspect.getdoc(record.weights.fn) or "").args
-        meanings = {**stage, **meanings}
-    if record.supervised is not None:
-        meanings.setdefault(
-            record.supervised.argument, "Weight of the likelihood term, added by `preference_loss`."
-        )
     rows = [
-        f"| `{name}` | {_default(record, name, parameter)} | {_cell(meanings.get(name, ''))} |"
+        f"| `{name}` | {_default(record, name, parameter)} | {_meaning(text, name, parameter)} |"
         for name, parameter in arguments(record).items()
         if name != "backend"
     ]
@@ -192,8 +138,12 @@ def _table(record: Loss, text: Document) -> Iterable[str]:
 def _default(record: Loss, name: str, parameter: inspect.Parameter) -> str:
     if parameter.default is inspect.Parameter.empty or name in required(record):
         return "required"
-    value: Any = parameter.default
-    return f"`{round(value, 6) if isinstance(value, float) else value!r}`"
+    return f"`{default_of(parameter)}`"
+
+
+def _meaning(text: Document, name: str, parameter: inspect.Parameter) -> str:
+    """The meaning as a cell; its default has a column of its own."""
+    return _cell(text.args[name].removesuffix(f" Default {default_of(parameter)}."))
 
 
 def _prose(text: str) -> str:

@@ -1,14 +1,20 @@
-"""How a loss declares itself: the pure function and what it must be fed."""
+"""What a loss says of itself (`Loss`), and the register of all losses (`LOSSES`)."""
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .docstrings import meanings
+from .inputs import Inputs, misfit, missing, unknown
 
 
 class TokenWeights(NamedTuple):
@@ -21,20 +27,6 @@ class TokenWeights(NamedTuple):
 
     weights: Tensor | dict[str, Tensor]
     penalty: Tensor | None = None
-
-
-class WeightStage(NamedTuple):
-    """Token weights that a loss asks for: a function of prefkern.losses.weights or
-    prefkern.losses.weights, called by name.
-
-    `given` names the arguments preference_loss supplies (cu_seqlens [S+1], scored [N] bool,
-    sign [N] +1 chosen / -1 rejected, public_length [S], ref_logp [N], logp [N] detached), `extra`
-    the tensors the caller must pass. Other parameters are hyper-parameters with defaults.
-    """
-
-    fn: Callable[..., TokenWeights]
-    given: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()
 
 
 class Supervised(NamedTuple):
@@ -51,41 +43,93 @@ class Supervised(NamedTuple):
     scale: str | None = None  # a hyper-parameter that multiplies the weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Loss:
-    """Declaration of a loss: the pure function and what it must be fed.
+    """A declared loss: the function and what it must be fed. Called like its function.
 
-    A record is called like its function; a ValueError then names the loss, and the first call of a
-    provisional one warns. `stats` are the token statistics the loss reads through SeqStats (or
-    TokenStats); `ref_logp` follows from `needs_reference`.
+    Name, rows and the tensors a caller must supply are read off the signature (`inputs`).
     """
 
-    fn: Callable[..., Any]
-    name: str
+    fn: Callable[..., Any]  # checks its arguments and names the loss in its errors
     family: str  # folder: pairwise, pointwise, listwise, tokenwise, diffusion
-    stats: tuple[str, ...] = ("logp",)
-    needs_reference: bool = False
-    extra: tuple[str, ...] = ()  # keyword tensors a caller must supply
-    status: str = ""  # how the formula is known
-    source: str = ""  # paper and equation
-    rows: tuple[str, ...] = ("chosen", "rejected")  # pairwise: the sequences of one group, in order
-    score: str = "logratio"  # listwise: SeqStats property handed over as `scores`
-    weights: WeightStage | None = None
+    source: str  # paper and equation
+    status: str  # how the formula is known
+    # Fields of SeqStats (or TokenStats) that the function reads beside ref_logp, or a function of
+    # the hyper-parameters that gives them, a statistic's parameter included ("jsd:0.5").
+    reads: tuple[str, ...] | Callable[..., tuple[str, ...]]
+    reference: bool | str  # needs one; a name: of the hyper-parameter that at 0 makes it needless
+    score: str  # SeqStats property: lists get it as `scores`, metrics of pairs log it as logps/*
+    rewards: Callable[..., Tensor]  # rewards(seq, **hyper), what metrics log
+    items: str  # denominator of preference_loss, a key of num_items
+    weights: Callable[..., TokenWeights] | None = None  # stage of prefkern.losses.weights
     supervised: Supervised | None = None
-    stats_for: Callable[..., tuple[str, ...]] | None = None  # stats that depend on hyper-parameters
-    rewards: Callable[..., Tensor] | None = None  # rewards(seq, **hyper), what metrics log
-    logps: str = "logp"  # SeqStats property logged as logps/*
     update: Callable[..., Any] | None = None  # stateful losses: update(state, ...) -> state
-    # Denominator of preference_loss where it is not the family's own (pairs, sequences, groups).
-    items: str = ""
-    reference_weight: str = ""  # hyper-parameter that, at 0, makes the reference superfluous
+    inputs: Inputs = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", Inputs.of(self.fn, self.weights, self.supervised))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.warn_if_provisional()
-        try:
-            return self.fn(*args, **kwargs)
-        except ValueError as error:
-            raise ValueError(f"loss {self.name!r}: {error}") from error
+        return self.fn(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<{self.family} loss {self.name!r}>"
+
+    def check_values(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+        """Refuses a value of a kind that its parameter does not take; unknown names pass."""
+        exact, kinds = self.inputs.exact, self.inputs.kinds
+        given = (*zip(self.inputs.positional, args, strict=False), *kwargs.items())
+        for name, value in given:
+            if name not in exact or type(value) in exact[name] or kinds[name].fits(value):
+                continue
+            reads = self.reads if isinstance(self.reads, tuple) else self.reads()
+            fields = ["logp", "ref_logp", *reads] if self.needs_reference else reads
+            every = dict.fromkeys(field.partition(":")[0] for field in fields)
+            raise ValueError(misfit(name, kinds[name], value, meanings(self).get(name, ""), every))
+
+    def call_error(self, args: Sequence[object], kwargs: Mapping[str, object]) -> str | None:
+        """What a call of the function left out, or gave and should not have; None if neither."""
+        known = (*self.inputs.positional, *self.inputs.keywords)
+        for name in kwargs:
+            if name in self.inputs.arguments and name not in known:
+                return (
+                    f"loss {self.name!r} takes {name!r} through preference_loss, which applies its "
+                    "token weights and likelihood term; the function has neither."
+                )
+            if name not in known:
+                return unknown(repr(self.name), self.family, known, name)
+        needed = (*self.inputs.positional[len(args) :], *self.inputs.required)
+        if lacking := [name for name in needed if name not in kwargs]:
+            return f"loss {self.name!r} {missing(lacking, meanings(self))}"
+        return None
+
+    @property
+    def name(self) -> str:
+        return self.fn.__name__
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The sequences of one group of a pairwise loss, in order; () elsewhere."""
+        return self.inputs.positional if self.family == "pairwise" else ()
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Keyword tensors of the function that the caller or preference_loss must supply."""
+        return self.inputs.extra
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.reference is not False
+
+    def statistics(self, **hyper: Any) -> tuple[str, ...]:
+        """Token statistics to ask the ops for, beside ref_logp."""
+        reads = self.reads if isinstance(self.reads, tuple) else self.reads(**hyper)
+        return tuple(name for name in reads if name != "length")
+
+    @property
+    def stats(self) -> tuple[str, ...]:
+        """Names of the statistics that the defaults ask for."""
+        return tuple(name.partition(":")[0] for name in self.statistics())
 
     @property
     def provisional(self) -> bool:
@@ -100,8 +144,68 @@ class Loss:
         warnings.warn(
             f"loss {self.name!r} is {self.status}. Its formula was not checked against "
             f"{self.source}; do not report its results as that method's.",
-            stacklevel=3,
+            stacklevel=callers_level(),
         )
 
 
+class Register(Mapping[str, Loss]):
+    """All declared losses by name, sorted. Those of the package are imported at the first look, so
+    that `import prefkern` does not wait for a hundred files."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Loss] = {}
+
+    def add(self, record: Loss) -> None:
+        """Called by the decorators; a loss of the same module is replaced.
+
+        Raises:
+            ValueError: a loss of that name in another module.
+        """
+        name, module = record.name, record.fn.__module__
+        before = self._found.get(name, record).fn.__module__
+        if before != module:
+            raise ValueError(
+                f"two losses are named {name!r}: one of {before}, one of {module}; rename one."
+            )
+        self._found[name] = record
+
+    def _all(self) -> dict[str, Loss]:
+        import_losses()
+        return self._found
+
+    def __getitem__(self, name: str) -> Loss:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._all()))
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+_CATALOGUE = f"{__package__}.catalogue"
+
+
+@torch.compiler.assume_constant_result  # so that a compiled function may be the first to look
+def import_losses() -> None:
+    """Imports every loss of the package, which registers them; at the second call a look-up."""
+    if _CATALOGUE not in sys.modules:
+        importlib.import_module(_CATALOGUE)
+
+
+LOSSES = Register()
+
 _warned: set[str] = set()  # names of the provisional losses that have said so
+# A module's __call__ stands between PreferenceLoss and its caller.
+_OURS = tuple(
+    os.path.dirname(path) + os.sep for path in (os.path.dirname(__file__), torch.__file__)
+)
+
+
+def callers_level() -> int:
+    """The `stacklevel` of the first frame outside the package and torch, for the function that
+    warns; the outermost frame where there is none."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame, level = frame.f_back, level + 1
+    return level

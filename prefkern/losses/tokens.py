@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import ragged
 from ..ops.segment_sum import segment_sum
 from ..stats import TokenStats
 from . import core
-from .weights.token_weights import sequence_of
 
 
 def field(tokens: TokenStats, name: str, scored: Tensor) -> Tensor:  # [N]
@@ -56,4 +56,4 @@ def spread(name: str, value: Tensor, scored: Tensor, cu_seqlens: Tensor) -> Tens
         )
     if value.shape == scored.shape:
         return torch.where(scored, value.detach(), 0.0)
-    return torch.where(scored, value.detach()[sequence_of(cu_seqlens, scored)], 0.0)
+    return torch.where(scored, ragged.spread(value.detach(), cu_seqlens, scored.numel()), 0.0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..backends.choice import use_backend
 from ..head import HeadLike, as_head
-from ..losses.record import Loss
+from ..losses.binding import LossLike
 from ..stats import TokenStats
 from . import segments
 from .models import Models, reference_source, token_statistics
@@ -43,7 +43,7 @@ def preference_loss(
     targets: Tensor,  # [N] or [B, T]
     cu_seqlens: Tensor | None = None,  # [S+1]
     *,
-    loss: str | Loss | Sequence[str | Loss] = "dpo",
+    loss: LossLike | Sequence[LossLike] = "dpo",
     loss_weights: Sequence[float] | None = None,
     ref_hidden: Tensor | None = None,  # [N, Dr] or [B, T, Dr]
     ref_head: HeadLike | None = None,  # [V, Dr]
@@ -73,7 +73,8 @@ def preference_loss(
     Args:
         hidden, head, targets: As in `linear_logps`. `[B, T]` input: every row is one sequence.
         cu_seqlens: Boundaries of the packed sequences `[S+1]` int32 on the flattened token axis.
-        loss: A name of `prefkern.LOSSES` (or a TRL `loss_type`), a Loss record, or several.
+        loss: A name of `prefkern.LOSSES` (or a TRL `loss_type`), a function of `prefkern.losses`, a
+            record of `LOSSES`, or several.
         loss_weights: One factor per loss. Default 1 each.
         ref_hidden, ref_head: The reference's hidden states for the same tokens and its head (None:
             the policy's). Or
@@ -126,8 +127,7 @@ def preference_loss(
     cu_seqlens = segments.sequence_boundaries(targets, cu_seqlens)
     flat_args = {k: _flatten(v, targets.shape) for k, v in loss_args.items()}
     terms = bind_terms(loss, loss_weights, flat_args, stateful=state_arguments is not None)
-    user = dict(token_weights) if isinstance(token_weights, Mapping) else token_weights
-    _check_coupled(terms, user)
+    user = _user_weights(token_weights, terms)
     source = reference_source(models, terms, user, targets, ignore_index)
     wide = targets if likelihood_targets is None else likelihood_targets
     check_likelihood_targets(terms, wide, targets, ignore_index)
@@ -155,7 +155,7 @@ def loss_from_stats(
     targets: Tensor,  # [N] or [B, T]
     cu_seqlens: Tensor | None = None,  # [S+1]
     *,
-    loss: str | Loss | Sequence[str | Loss] = "dpo",
+    loss: LossLike | Sequence[LossLike] = "dpo",
     loss_weights: Sequence[float] | None = None,
     ref_seq_logp: Tensor | None = None,  # [S]
     layout: str = "pairs",
@@ -190,8 +190,7 @@ def loss_from_stats(
     cu_seqlens = segments.sequence_boundaries(targets, cu_seqlens)
     flat_args = {k: _flatten(v, targets.shape) for k, v in loss_args.items()}
     terms = bind_terms(loss, loss_weights, flat_args, stateful=state_arguments is not None)
-    user = dict(token_weights) if isinstance(token_weights, Mapping) else token_weights
-    _check_coupled(terms, user)
+    user = _user_weights(token_weights, terms)
     _check_statistics(terms, tokens, targets, ref_seq_logp)
     with _on(backend):
         objective = Objective(
@@ -214,7 +213,7 @@ class PreferenceLoss(nn.Module):
         ValueError: an unknown loss or argument, when the module is made.
     """
 
-    def __init__(self, loss: str | Loss | Sequence[str | Loss] = "dpo", **args: Any) -> None:
+    def __init__(self, loss: LossLike | Sequence[LossLike] = "dpo", **args: Any) -> None:
         super().__init__()
         self.loss, self.args = loss, args
         own = preference_loss.__kwdefaults__ or {}
@@ -266,13 +265,24 @@ def _flatten(value: Any, shape: torch.Size) -> Any:
     return value
 
 
-def _check_coupled(terms: list[Term], token_weights: Any) -> None:
+def _user_weights(
+    token_weights: Tensor | Mapping[str, Tensor] | None, terms: list[Term]
+) -> Tensor | dict[str, Tensor] | None:
+    """The caller's token weights, refused where a loss does not take any."""
+    if token_weights is None:
+        return None
     coupled = [t.record.name for t in terms if t.record.family == "tokenwise"]
-    if coupled and token_weights is not None:
+    if coupled:
         raise ValueError(
             f"loss {coupled} is not linear in the tokens, so token_weights have no meaning for it; "
             "mask tokens with ignore_index."
         )
+    if not isinstance(token_weights, Mapping):
+        return checks.check_tensor("token_weights", token_weights)
+    return {
+        name: checks.check_tensor(f"token_weights[{name!r}]", weight)
+        for name, weight in token_weights.items()
+    }
 
 
 def _check_statistics(

@@ -162,9 +162,3 @@ def role_of_sequence(s: int, rows: int, layout: str, device: torch.device) -> Te
     """Index of each sequence's role within its group [S]: 0 chosen, 1 rejected, ..."""
     position = torch.arange(s, device=device)
     return position % rows if layout == "pairs" else position // max(s // rows, 1)
-
-
-def spread(per_sequence: Tensor, cu_seqlens: Tensor, n: int) -> Tensor:
-    """per_sequence [S] repeated over the tokens of each sequence [N]."""
-    positions = torch.arange(n, device=cu_seqlens.device)
-    return per_sequence[torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)]

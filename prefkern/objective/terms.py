@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import checks, losses
+from ..losses.binding import LossLike
 from ..losses.record import Loss, TokenWeights
+from ..ops import ragged
+from ..ops.segment_sum import segment_sum
 from ..stats import SeqStats, TokenStats
 from . import segments
 from .metrics import list_metrics, pair_metrics, sequence_metrics, unpaired_metrics
@@ -30,16 +33,12 @@ class Term(NamedTuple):
 StateArguments = Callable[[Loss, list[SeqStats], Mapping[str, Any]], Mapping[str, Any]]
 
 
-# Denominator of each family, a key of num_items.
-_ITEMS = {
-    "pairwise": "pairs", "pointwise": "sequences", "listwise": "groups", "tokenwise": "sequences",
-}  # fmt: skip
 # Tensors of a tokenwise loss that come from the objective.
 _FROM_BATCH = ("scored", "cu_groups")
 
 
 def bind_terms(
-    loss: str | Loss | Sequence[str | Loss],
+    loss: LossLike | Sequence[LossLike],
     loss_weights: Sequence[float] | None,
     args: Mapping[str, Any],
     *,
@@ -71,7 +70,7 @@ def bind_terms(
 
 
 def check_names(
-    loss: str | Loss | Sequence[str | Loss],
+    loss: LossLike | Sequence[LossLike],
     loss_weights: Sequence[float] | None,
     args: Iterable[str],
 ) -> tuple[list[tuple[Loss, dict[str, Any]]], list[float]]:
@@ -80,20 +79,16 @@ def check_names(
     Raises:
         ValueError: an unknown loss, an argument that no loss takes, weights that do not fit.
     """
-    if isinstance(loss, (str, Loss)):
-        names: list[str | Loss] = [loss]
-    elif isinstance(loss, Sequence) and loss:
-        names = list(loss)
-    else:
-        raise ValueError(
-            f"loss must be a name of prefkern.LOSSES, a Loss or a list of them, got {loss!r}."
-        )
+    several = isinstance(loss, Sequence) and not isinstance(loss, str)
+    names = list(cast(Sequence[LossLike], loss)) if several else [cast(LossLike, loss)]
+    if not names:
+        raise ValueError(f"loss must be a name of prefkern.LOSSES or a list of them, got {loss!r}.")
     factors = [1.0] * len(names) if loss_weights is None else [float(w) for w in loss_weights]
     if len(factors) != len(names):
         raise ValueError(
             f"loss_weights must have one number per loss ({len(names)}), got {len(factors)}."
         )
-    resolved = [(name, {}) if isinstance(name, Loss) else losses.resolve(name) for name in names]
+    resolved = [losses.resolve(name) for name in names]
     losses.check_arguments([record for record, _ in resolved], args)
     return resolved, factors
 
@@ -150,36 +145,34 @@ class Objective(NamedTuple):
 
 def weight_stage(term: Term, objective: Objective) -> TokenWeights | None:
     """Runs the loss's token-weight stage with the inputs it names."""
-    stage = term.record.weights
+    stage, rows = term.record.weights, term.record.rows
     if stage is None:
         return None
-    rows = len(term.record.rows)
-    role = segments.role_of_sequence(
-        objective.num_sequences, rows, objective.layout, objective.targets.device
-    )
-    n = objective.targets.numel()
 
-    def public_length() -> Tensor:
-        length = segments.segment_sum(objective.scored.float(), objective.cu_seqlens).long()
-        split = segments.split_rows(
-            SeqStats(length=length), rows, objective.layout, term.record.rows
+    def sign() -> Tensor:  # [N]
+        role = segments.role_of_sequence(
+            objective.num_sequences, len(rows), objective.layout, objective.targets.device
         )
+        per_sequence = 1 - 2 * role.clamp(max=1)
+        return ragged.spread(per_sequence, objective.cu_seqlens, objective.targets.numel())
+
+    def public_length() -> Tensor:  # [S]
+        length = segment_sum(objective.scored.float(), objective.cu_seqlens).long()
+        split = segments.split_rows(SeqStats(length=length), len(rows), objective.layout, rows)
         shortest = torch.stack([seq.require("length") for seq in split]).amin(0)  # [P]
-        return (
-            shortest.repeat_interleave(rows)
-            if objective.layout == "pairs"
-            else shortest.repeat(rows)
-        )
+        neighbours = objective.layout == "pairs"
+        return shortest.repeat_interleave(len(rows)) if neighbours else shortest.repeat(len(rows))
 
     makers = {
         "cu_seqlens": lambda: objective.cu_seqlens,
         "scored": lambda: objective.scored,
         "ref_logp": lambda: cast(Tensor, objective.tokens.ref_logp).reshape(-1).detach(),
         "logp": lambda: cast(Tensor, objective.tokens.logp).reshape(-1).detach(),
-        "sign": lambda: segments.spread(1 - 2 * role.clamp(max=1), objective.cu_seqlens, n),
+        "sign": sign,
         "public_length": public_length,
     }
-    return stage.fn(**{name: makers[name]() for name in stage.given}, **term.call.stage)
+    given = {name: make() for name, make in makers.items() if name in term.record.inputs.stage}
+    return stage(**given, **term.call.stage)
 
 
 def with_state(term: Term, seq: SeqStats, objective: Objective, ask: StateArguments | None) -> Term:
@@ -187,8 +180,7 @@ def with_state(term: Term, seq: SeqStats, objective: Objective, ask: StateArgume
     if term.record.update is None or ask is None:
         return term
     rows = _split(term, seq, objective) if term.record.family == "pairwise" else [seq]
-    fixed = [SeqStats(*(None if f is None else f.detach() for f in row)) for row in rows]
-    found = ask(term.record, fixed, term.call.hyper)
+    found = ask(term.record, [row.map(Tensor.detach) for row in rows], term.call.hyper)
     return term._replace(call=term.call._replace(args={**term.call.args, **found}))
 
 
@@ -219,12 +211,10 @@ def reduce(
         scores = getattr(seq, record.score)
         values = record(scores, relevance, _groups(record, objective), **args)
     else:  # tokenwise
-        flat = TokenStats(*(None if x is None else x.reshape(-1) for x in objective.tokens))
-        values = record(flat, objective.cu_seqlens, **args)
-    items = record.items or _ITEMS[record.family]
-    count = num_items.get(items)
+        values = record(objective.tokens.map(torch.flatten), objective.cu_seqlens, **args)
+    count = num_items.get(record.items)
     if count is None:
-        scored = items == "scored_tokens"
+        scored = record.items == "scored_tokens"
         count = objective.scored.sum().clamp(min=1) if scored else values.numel()
     value = _weighted(values, objective).sum() / count
     if stage is not None and stage.penalty is not None:
@@ -246,11 +236,12 @@ def _weighted(values: Tensor, objective: Objective) -> Tensor:
     weights, cu = objective.item_weights, objective.cu_groups
     if weights is None:
         return values
+    checks.check_tensor("item_weights", weights)
     fits = weights.shape == values.shape
     if not fits and cu is not None and weights.numel() == cu.numel() - 1:
-        weights = segments.spread(weights, cu, objective.num_sequences)
+        weights = ragged.spread(weights, cu, objective.num_sequences)
     if weights.numel() == objective.num_sequences and values.numel() == objective.targets.numel():
-        weights = segments.spread(weights, objective.cu_seqlens, values.numel())
+        weights = ragged.spread(weights, objective.cu_seqlens, values.numel())
     if weights.shape != values.shape:
         raise ValueError(
             f"item_weights must be {list(values.shape)}, one per pair, list or sequence, got "
@@ -306,7 +297,7 @@ def check_likelihood_targets(
 
 def only_scored(tokens: TokenStats, scored: Tensor) -> TokenStats:
     """The statistics of scored tokens, exactly 0 (and without gradient) elsewhere."""
-    return TokenStats(*(None if x is None else torch.where(scored, x, 0.0) for x in tokens))
+    return tokens.map(lambda field: torch.where(scored, field, 0.0))
 
 
 def _fill(name: str, record: Loss, seq: SeqStats, objective: Objective) -> Tensor:
@@ -327,6 +318,7 @@ def _per_sequence(name: str, record: Loss, objective: Objective) -> Tensor:
         raise ValueError(
             f"loss {record.name!r} needs {name} {what}, {example} per sequence, got none."
         )
+    checks.check_tensor(name, value)
     if tuple(value.shape) != (objective.num_sequences,):
         raise ValueError(
             f"{name} must be {what}, one per sequence, got {checks.shape_text(value)}."
@@ -350,10 +342,10 @@ def term_metrics(term: Term, seq: SeqStats, objective: Objective) -> dict[str, T
     record, call = term.record, term.call
     fn = record.rewards
     rewards = None if fn is None else lambda s: fn(s, **call.hyper)
-    seq = SeqStats(*(None if f is None else f.detach() for f in seq))
+    seq = seq.map(Tensor.detach)
     if record.family == "pairwise":
         chosen, rejected = _split(term, seq, objective)[:2]
-        return pair_metrics(chosen, rejected, rewards, record.logps)
+        return pair_metrics(chosen, rejected, rewards, record.score)
     if record.family == "pointwise" and "desirable" in record.extra:
         return unpaired_metrics(seq, _per_sequence("desirable", record, objective), rewards)
     if record.family == "listwise":

@@ -16,7 +16,7 @@ from . import shared
 
 def list_rank(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1] int32
     *,
     family: str,
@@ -24,20 +24,20 @@ def list_rank(
     backend: str = "auto",
     **options: object,
 ) -> Tensor:  # [G]
-    """Loss of every group of scored items against their labels.
+    """Loss of every group of scored items against their relevance y.
 
     With (i, j) running over the strict pairs of a group (y_i > y_j) and A = log sum exp s:
 
     pair            sum_ij w_ij softplus(-(s_i - s_j))
     hinge           sum_ij max(0, margin - (s_i - s_j))
-    plackett_luce   sum over the label order i of A(items not before i) - s_i
+    plackett_luce   sum over the order of relevance i of A(items not before i) - s_i
     softmax         sum_i q_i (A - s_i)
     pro             sum over ranks k of LSE(M_k s_k, {m_ki s_i}) - M_k s_k,
                     m_ki = y_k - y_i, M_k = max_i m_ki, i ranked after k
     nca             -sum_i q_i log sigmoid(s_i) - 1/K sum_i log sigmoid(-s_i),
                     q = softmax(y / alpha)
     rank_hinge      sum_ij max(0, c_ij - (s_i - s_j)), or c_ij max(0, -(s_i - s_j)) as a product;
-                    c_ij = scale (label rank of j - label rank of i)
+                    c_ij = scale (relevance rank of j - that of i)
     anchor          1/(K-1) sum over anchors i of mu_i [softplus(-s_i) + c_i sum_{y_j < y_i}
                     softplus(s_j)], mu_i = (s_i - min s) / (max s - min s) held constant
     set_contrast    LSE(x) - LSE(x where y > mean y), x = s + deviation |y - mean y|
@@ -48,7 +48,7 @@ def list_rank(
 
     Args:
         scores: `[S]` fp32 or fp64, differentiable.
-        labels: `[S]` numbers, higher is better; NaN removes the item. Constant.
+        relevance: `[S]` numbers, higher is better; NaN leaves the item out. Constant.
         cu_groups: Boundaries `[G+1]`, int32, from 0 to S, never decreasing; empty groups give 0.
         family: One of prefkern.backends.list_options.FAMILIES, as above.
         topk: plackett_luce: number of stages, one number or `[G]` integers >= 1, clamped to the
@@ -61,10 +61,10 @@ def list_rank(
 
     Raises:
         ValueError: shapes, dtypes or boundaries that do not fit, an unknown family or option,
-            negative labels with target="sum".
+            negative relevance with target="sum".
 
-    >>> scores, labels = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 5.0])
-    >>> list_rank(scores, labels, torch.tensor([0, 2, 3]), family="hinge", margin=3)
+    >>> scores, relevance = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 5.0])
+    >>> list_rank(scores, relevance, torch.tensor([0, 2, 3]), family="hinge", margin=3)
     tensor([2., 0.])
     """
     checks.check_tensor("scores", scores)
@@ -74,14 +74,14 @@ def list_rank(
             f"{checks.shape_text(scores)}; "
             "sums of log-probabilities lose their meaning in 16 bits."
         )
-    checks.check_tensor("labels", labels)
-    if labels.shape != scores.shape or labels.dtype == torch.bool or labels.is_complex():
+    checks.check_tensor("relevance", relevance)
+    if relevance.shape != scores.shape or relevance.dtype == torch.bool or relevance.is_complex():
         raise ValueError(
-            f"labels must be numbers [S] = [{scores.shape[0]}] to match scores, got {labels.dtype} "
-            f"{checks.shape_text(labels)}; give each item its rank or reward."
+            f"relevance must be numbers [S] = [{scores.shape[0]}] to match scores, got "
+            f"{relevance.dtype} {checks.shape_text(relevance)}; give each item its rank or reward."
         )
-    checks.check_constant("labels", labels)
-    checks.check_same_device("labels", labels, "scores", scores)
+    checks.check_constant("relevance", relevance)
+    checks.check_same_device("relevance", relevance, "scores", scores)
     cu_groups = checks.check_cu_seqlens(cu_groups, scores.shape[0], name="cu_groups", of="items")
     checks.check_same_device("cu_groups", cu_groups, "scores", scores)
     text = list_options.pack(family, options)
@@ -90,7 +90,7 @@ def list_rank(
     )
     loss, _ = torch.ops.prefkern.list_rank_fwd(
         scores.contiguous(),
-        labels.to(scores.dtype).contiguous(),
+        relevance.to(scores.dtype).contiguous(),
         cu_groups.to(torch.int32).contiguous(),
         _stages(topk, family, cu_groups),
         family,
@@ -123,7 +123,7 @@ def _stages(
 @torch.library.custom_op("prefkern::list_rank_fwd", mutates_args=())
 def _fwd(
     scores: Tensor,
-    labels: Tensor,
+    relevance: Tensor,
     cu_groups: Tensor,
     topk: Tensor | None,
     family: str,
@@ -137,17 +137,16 @@ def _fwd(
             raise ValueError(
                 "topk must be >= 1 for every group, got a smaller value; use None for all."
             )
-        if "target=sum" in options and bool((labels < 0).any()):
+        if "target=sum" in options and bool((relevance < 0).any()):
             raise ValueError(
-                "labels must be >= 0 with target='sum' (they become shares), got "
-                f"{labels.min().item()}; "
-                "shift them or use target='softmax'."
+                "relevance must be >= 0 with target='sum' (it becomes shares), got "
+                f"{relevance.min().item()}; shift it or use target='softmax'."
             )
-    return shared.run(backend, "list_rank_fwd", scores, labels, cu_groups, topk, family, options)
+    return shared.run(backend, "list_rank_fwd", scores, relevance, cu_groups, topk, family, options)
 
 
 @_fwd.register_fake
-def _(scores, labels, cu_groups, topk, family, options, backend):
+def _(scores, relevance, cu_groups, topk, family, options, backend):
     return scores.new_empty(cu_groups.shape[0] - 1), torch.empty_like(scores)
 
 

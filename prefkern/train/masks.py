@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..integrations import hf
-from ..losses.weights.token_weights import SparseMasks
+from ..losses.weights import SparseMasks
 from .config import TrainConfig
 
 # Loss arguments that configure the mask module. The first two are unknown to the loss itself.

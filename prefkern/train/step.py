@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..integrations import hf
 from ..losses.record import Loss
-from ..losses.weights.token_weights import SparseMasks
+from ..losses.weights import SparseMasks
 from ..objective.preference_loss import preference_loss
 from ..stats import SeqStats
 from . import masks as mask_module

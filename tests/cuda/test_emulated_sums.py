@@ -12,7 +12,7 @@ from emulation import Segments, needed, program
 from torch import Tensor
 
 from prefkern.backends.eager import segment_sum as reference_sum
-from prefkern.losses.weights import token_weights
+from prefkern.losses import weights as stages
 
 pytestmark = needed
 
@@ -99,11 +99,11 @@ def stage_weights(stage: str, cu: Tensor, scored: Tensor, statistics: tuple[str,
         return scored.to(FP32)
     if stage == "ld_dpo":
         public = torch.arange(1, s + 1) * 2
-        return token_weights.ld_dpo(cu, scored, public, alpha=0.3).weights
+        return stages.ld_dpo(cu, scored, public, alpha=0.3).weights
     if stage == "tgdpo":
         sign = torch.randn(n).sign()
-        return token_weights.tgdpo(torch.randn(n), torch.randn(n), sign, scored).weights
-    masks = token_weights.sparsepo(cu, scored, torch.rand(n).relu(), torch.rand(n)).weights
+        return stages.tgdpo(torch.randn(n), torch.randn(n), sign, scored).weights
+    masks = stages.sparsepo(cu, scored, torch.rand(n).relu(), torch.rand(n)).weights
     return torch.stack([masks["fkl" if name == "fkl" else "logp"] for name in statistics])
 
 

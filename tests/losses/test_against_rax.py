@@ -21,14 +21,14 @@ SIZES = (6, 2, 4, 5, 3)
 
 
 def lists():
-    """(scores [S] with gradient, labels [S], cu_groups, padded arrays, mask)."""
+    """(scores [S] with gradient, relevance [S], cu_groups, padded arrays, mask)."""
     g = torch.Generator().manual_seed(8)
     total = sum(SIZES)
     scores = torch.randn(total, generator=g, dtype=torch.float64).requires_grad_()
-    labels = torch.randint(0, 4, (total,), generator=g).double()
+    relevance = torch.randint(0, 4, (total,), generator=g).double()
     cu = torch.tensor([0, *np.cumsum(SIZES)], dtype=torch.int32)
     mask = np.arange(K)[None, :] < np.array(SIZES)[:, None]
-    return scores, labels, cu, mask
+    return scores, relevance, cu, mask
 
 
 def padded(values: torch.Tensor, mask: np.ndarray) -> np.ndarray:
@@ -87,12 +87,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradient(name):
     ours, theirs, factor = CASES[name]
-    scores, labels, cu, mask = lists()
-    loss = ours(scores, labels, cu).sum()
+    scores, relevance, cu, mask = lists()
+    loss = ours(scores, relevance, cu).sum()
     (grad,) = torch.autograd.grad(loss, scores)
 
     def call(values):
-        return theirs(values, jax.numpy.asarray(padded(labels, mask)), where=mask)
+        return theirs(values, jax.numpy.asarray(padded(relevance, mask)), where=mask)
 
     value, slope = jax.value_and_grad(call)(jax.numpy.asarray(padded(scores, mask)))
     assert loss.item() == pytest.approx(float(value) * factor, rel=1e-10)

@@ -3,6 +3,7 @@ which loss and which argument."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import warnings
@@ -23,13 +24,14 @@ from loss_examples import (
     spread,
 )  # fmt: skip
 
-from prefkern import losses, preference_loss
+from prefkern import PreferenceLoss, loss_from_stats, losses, preference_loss
 from prefkern.losses import record as declaration
-from prefkern.stats import SeqStats
+from prefkern.losses.pointwise.kto import kl_baseline
+from prefkern.stats import SeqStats, TokenStats
 
 pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
 NEEDS_REFERENCE = [
-    n for n in ALL if losses.LOSSES[n].needs_reference and not losses.LOSSES[n].reference_weight
+    n for n in ALL if losses.LOSSES[n].needs_reference and losses.LOSSES[n].reference is True
 ]
 SMOOTHED = [
     n for n in EVERY if "label_smoothing" in inspect.signature(losses.LOSSES[n].fn).parameters
@@ -139,8 +141,8 @@ def test_lists_of_one_and_of_ties(name):
         if "pairs" in given:
             given |= {"pairs": torch.zeros(0, 2).long(), "pref_prob": torch.zeros(0).double()}
         filled = {k: getattr(seq, k) for k in record.extra if k not in example.extra}
-        labels = torch.full((3,), 0.5).double() if equal else torch.arange(3).double()
-        loss = record(getattr(seq, record.score), labels, bounds, **filled, **given)
+        relevance = torch.full((3,), 0.5).double() if equal else torch.arange(3).double()
+        loss = record(getattr(seq, record.score), relevance, bounds, **filled, **given)
         assert loss.shape == (len(sizes),) and torch.isfinite(loss).all()
         if loss.requires_grad:
             assert all(torch.isfinite(g).all() for g in gradients(loss, example))
@@ -199,6 +201,53 @@ def test_provisional_losses_warn_once_however_they_are_called(name, monkeypatch)
     monkeypatch.setattr(declaration, "_warned", set())
     with pytest.warns(UserWarning, match=f"loss {name!r} is provisional"):
         losses.bind(record, {}, supplied=losses.required(record))
+
+
+def warned_at(action) -> int:
+    """The line of this file that the one warning of `action` points at."""
+    declaration._warned.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with contextlib.suppress(TypeError):  # the call may lack arguments; the warning comes first
+            action()
+    (warning,) = caught
+    assert warning.filename == __file__, warning
+    return warning.lineno
+
+
+def test_a_provisional_loss_warns_at_the_callers_line(monkeypatch):
+    """Alone, as a record, bound, in the objective, in its module, fixed in one beforehand; and not
+    twice where one provisional loss is another with fixed arguments (ppd, bialign)."""
+    monkeypatch.setattr(declaration, "_warned", set())
+    batch = (torch.zeros(4, 3, 4), torch.zeros(5, 4), torch.zeros(4, 3, dtype=torch.int64))
+    ref = {"ref_logp": torch.zeros(4, 3), "judge_logit_gap": torch.zeros(2)}
+    answer = SeqStats(logp=torch.zeros(2), ref_logp=torch.zeros(2), length=torch.ones(2))
+    module = PreferenceLoss("scir", metrics=False)
+    error = torch.zeros(2)
+    bounds = torch.tensor([0, 2], dtype=torch.int32)
+    here = inspect.currentframe().f_lineno
+    actions = [
+        lambda: losses.scir(answer, answer, judge_logit_gap=torch.zeros(2)),
+        lambda: losses.LOSSES["scir"](answer, answer, judge_logit_gap=torch.zeros(2)),
+        lambda: losses.scir(),
+        lambda: losses.bind("scir", {}, supplied=("judge_logit_gap",)),
+        lambda: preference_loss(*batch, loss="scir", **ref),
+        lambda: loss_from_stats(TokenStats(torch.zeros(4, 3)), batch[2], loss="scir",
+                                ref_seq_logp=torch.zeros(4), judge_logit_gap=torch.zeros(2)),
+        lambda: module(*batch, **ref),
+        lambda: losses.ppd(error, error, error, error),
+        lambda: losses.bialign(error, error, bounds, fkl=error, length=error),
+    ]  # fmt: skip
+    lines = [warned_at(action) for action in actions]
+    # one line each, but the sixth, which takes two
+    assert [line - here for line in lines] == [2, 3, 4, 5, 6, 7, 9, 10, 11]
+
+
+def test_ktos_warning_points_at_the_caller():
+    one = SeqStats(logp=torch.zeros(1), ref_logp=torch.zeros(1))
+    with pytest.warns(UserWarning, match="a single row") as caught:
+        kl_baseline(one)
+    assert caught[0].filename == __file__
 
 
 def test_only_provisional_losses_warn(monkeypatch):

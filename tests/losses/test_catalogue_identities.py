@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prefkern import losses
-from prefkern.losses.weights import contrast
+from prefkern.losses import weights
 from prefkern.stats import SeqStats
 
 
@@ -29,17 +29,17 @@ def cu(*bounds):
 def test_lists_of_two_are_pairs():
     chosen, rejected = answers(1.5, -0.3), answers(0.2, 0.4)
     scores = torch.stack([chosen.logratio, rejected.logratio], 1).flatten()
-    labels = torch.tensor([1.0, 0.0] * 2, dtype=torch.float64)
+    relevance = torch.tensor([1.0, 0.0] * 2, dtype=torch.float64)
     want = losses.dpo(chosen, rejected, beta=0.05)
     for name in ("pair_logistic", "sdpo", "list_mle"):
-        got = losses.LOSSES[name](scores, labels, cu(0, 2, 4), beta=0.05)
+        got = losses.LOSSES[name](scores, relevance, cu(0, 2, 4), beta=0.05)
         torch.testing.assert_close(got, want)
-    got = losses.infonca(scores, labels, cu(0, 2, 4), beta=0.05)
+    got = losses.infonca(scores, relevance, cu(0, 2, 4), beta=0.05)
     torch.testing.assert_close(got, want)
-    got = losses.nca(scores, labels, cu(0, 2, 4), beta=0.05)
+    got = losses.nca(scores, relevance, cu(0, 2, 4), beta=0.05)
     torch.testing.assert_close(got, losses.nca_pair(chosen, rejected, beta=0.05))
     both = losses.soft_pairs(
-        scores, labels, cu(0, 2, 4), pairs=torch.tensor([[0, 1], [2, 3]]),
+        scores, relevance, cu(0, 2, 4), pairs=torch.tensor([[0, 1], [2, 3]]),
         pref_prob=torch.ones(2), beta=0.05,
     )  # fmt: skip
     torch.testing.assert_close(both, want)
@@ -89,7 +89,7 @@ def test_scir_gates_dpo_by_agreement():
 def test_tisdpo_without_models_is_dpo():
     scored = torch.ones(4, dtype=torch.bool)
     same = -torch.rand(4)
-    stage = contrast.tisdpo(same, same, torch.ones(4), scored, cu(0, 4))
+    stage = weights.tisdpo(same, same, torch.ones(4), scored, cu(0, 4))
     assert torch.equal(stage.weights, torch.ones(4))
 
 
@@ -98,34 +98,34 @@ def test_tisdpo_transforms():
     scored = torch.tensor([True, True, True, True, True, False])
     sign = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
 
-    def weights(transform, **options):
-        stage = contrast.tisdpo(
+    def found(transform, **options):
+        stage = weights.tisdpo(
             positive, torch.zeros(6), sign, scored, cu(0, 3, 6), transform=transform, **options
         )
         return [round(w, 4) for w in stage.weights.tolist()]
 
-    assert weights("origin") == [0.0, 2.0, -3.0, -0.5, -1.0, 0.0]
-    assert weights("threshold") == [0.0, 1.0, -1.0, -0.5, -1.0, 0.0]
-    assert weights("threshold_and_scale") == [1.0, 1.3, 0.7, 0.9, 0.8, 0.0]
-    assert weights("rank_based") == [1.0, 1.3, 0.7, 1.3, 0.7, 0.0]
-    assert weights("binary") == [1.0] * 5 + [0.0]
-    assert weights("binary", keep=0.5) == [1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
+    assert found("origin") == [0.0, 2.0, -3.0, -0.5, -1.0, 0.0]
+    assert found("threshold") == [0.0, 1.0, -1.0, -0.5, -1.0, 0.0]
+    assert found("threshold_and_scale") == [1.0, 1.3, 0.7, 0.9, 0.8, 0.0]
+    assert found("rank_based") == [1.0, 1.3, 0.7, 1.3, 0.7, 0.0]
+    assert found("binary") == [1.0] * 5 + [0.0]
+    assert found("binary", keep=0.5) == [1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
     for options, message in (
         ({"transform": "rank"}, "transform must be one of"),
         ({"L": 2.0}, "L must not exceed U"),
         ({"keep": 0.0}, "keep must be in"),
     ):
         with pytest.raises(ValueError, match=message):
-            contrast.tisdpo(positive, positive, sign, scored, cu(0, 6), **options)
+            weights.tisdpo(positive, positive, sign, scored, cu(0, 6), **options)
     with pytest.raises(ValueError, match=r"positive_logp must be \[N\]"):
-        contrast.tisdpo(positive[:3], positive, sign, scored, cu(0, 6))
+        weights.tisdpo(positive[:3], positive, sign, scored, cu(0, 6))
 
 
 def test_tree_weights_are_a_mean_of_step_means():
     scored = torch.tensor([True, True, True, False, True, True])
     step = torch.tensor([1, 1, 2, 2, 0, 0])  # the second sequence has no step at all
     cosine = torch.tensor([1.0, 1.0, -0.5, -0.5, 0.3, 0.3])
-    stage = contrast.tree_tpo(cu(0, 4, 6), scored, step, cosine)
+    stage = weights.tree_tpo(cu(0, 4, 6), scored, step, cosine)
     torch.testing.assert_close(stage.weights, torch.tensor([0.4, 0.4, 0.2, 0.0, 0.0, 0.0]).double())
     with pytest.raises(ValueError, match="step_index must be"):
-        contrast.tree_tpo(cu(0, 6), scored, step - 1, cosine)
+        weights.tree_tpo(cu(0, 6), scored, step - 1, cosine)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from prefkern import losses, preference_loss
+from prefkern.losses import weights
 from prefkern.losses.pointwise import fdpg
-from prefkern.losses.weights import contrast
 from prefkern.stats import SeqStats, TokenStats
 
 
@@ -99,10 +99,10 @@ def test_baseline_of_fdpg_is_the_mean_of_the_last_samples():
 def test_length_exponent_of_rrhf(power):
     logp = torch.tensor([-6.0, -8.0, -3.0, 0.0], dtype=torch.float64, requires_grad=True)
     length = torch.tensor([3.0, 2.0, 4.0, 0.0], dtype=torch.float64)
-    labels = torch.tensor([2.0, 1.0, 0.0, 5.0], dtype=torch.float64)  # the empty one is left out
+    relevance = torch.tensor([2.0, 1.0, 0.0, 5.0], dtype=torch.float64)  # the empty one is left out
     loss = losses.rrhf(
         logp / length.clamp(min=1),
-        labels,
+        relevance,
         cu(0, 4),
         logp=logp,
         length=length,
@@ -112,18 +112,18 @@ def test_length_exponent_of_rrhf(power):
     hinge = sum(max(0.0, a[j] - a[i]) for i, j in ((0, 1), (0, 2), (1, 2)))
     assert loss.item() == pytest.approx(hinge + 6.0)
     with pytest.raises(ValueError, match="'rrhf': length_penalty other than 1 needs length"):
-        losses.rrhf(logp, labels, cu(0, 4), logp=logp, length_penalty=0.5)
+        losses.rrhf(logp, relevance, cu(0, 4), logp=logp, length_penalty=0.5)
 
 
 def test_step_cosines_against_a_loop():
     g = torch.Generator().manual_seed(3)
     states = torch.randn(14, 4, generator=g, dtype=torch.float64)
     bounds, groups = cu(0, 4, 9, 12, 14), cu(0, 3, 4)
-    labels = torch.tensor([0.0, 2.0, 2.0, 1.0])  # the second answer is the first list's best
+    relevance = torch.tensor([0.0, 2.0, 2.0, 1.0])  # the second answer is the first list's best
     steps = torch.tensor([1, 1, 2, 4, 0, 1, 2, 2, 3, 1, 2, 2, 0, 1])
     scored = torch.ones(14, dtype=torch.bool)
     scored[7] = False
-    got = contrast.step_cosine(states, bounds, groups, labels, scored, steps)
+    got = weights.step_cosine(states, bounds, groups, relevance, scored, steps)
     best = {0: 1, 1: 1, 2: 1, 3: 3}
 
     def mean(answer, k):
@@ -139,10 +139,10 @@ def test_step_cosines_against_a_loop():
             if k and scored[t] and other is not None:
                 want = torch.nn.functional.cosine_similarity(own, other, dim=0).item()
             assert got[t].item() == pytest.approx(want, abs=1e-12), t
-    weights = contrast.tree_tpo(bounds, scored, steps, got).weights
+    found = weights.tree_tpo(bounds, scored, steps, got).weights
     # a step the best answer lacks (4) weighs nothing, the best answer's own steps weigh alike
-    assert weights[3] == 0 and torch.isfinite(weights).all()
-    assert weights[5].item() == pytest.approx(1 / 3) and weights[13].item() == 1.0
+    assert found[3] == 0 and torch.isfinite(found).all()
+    assert found[5].item() == pytest.approx(1 / 3) and found[13].item() == 1.0
 
 
 def test_orpo_likelihood_may_score_the_prompt():

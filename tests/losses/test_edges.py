@@ -199,9 +199,11 @@ def test_bco_weights_and_one_label():
 
 def test_kto_labels_and_baseline():
     seq = answers(1.0, -2.0)
-    for label in (torch.tensor([1.0, float("nan")]), torch.tensor([1, 0]), [True, False]):
+    for label in (torch.tensor([1.0, float("nan")]), torch.tensor([1, 0])):
         with pytest.raises(ValueError, match="desirable must be a bool tensor"):
             losses.kto(seq, desirable=label, kl_baseline=0.0)
+    with pytest.raises(ValueError, match="desirable must be a tensor, got list"):
+        losses.kto(seq, desirable=[True, False], kl_baseline=0.0)
     with pytest.raises(ValueError, match=r"desirable must be \[2\]"):
         losses.kto(seq, desirable=torch.tensor([True]), kl_baseline=0.0)
     label = torch.tensor([True, False])
@@ -233,7 +235,7 @@ def test_pro_supervised_term():
     assert ranking[0].item() == pytest.approx(math.log1p(math.exp(gap * a[0] - gap * a[2])))
     with pytest.raises(ValueError, match="needs logp"):
         losses.pro(scores, labels, cu)
-    with pytest.raises(ValueError, match="sft_weight must be >= 0"):
+    with pytest.raises(ValueError, match="sft_weight must be a finite number >= 0"):
         losses.pro(scores, labels, cu, sft_weight=-1.0)
 
 

@@ -187,12 +187,12 @@ def test_every_number_reaches_the_loss(name):
     stage = record.weights
     if stage is not None:
 
-        @functools.wraps(stage.fn)
+        @functools.wraps(stage)
         def spy_stage(*args, **kwargs):
             seen.update(kwargs)
-            return record.weights.fn(*args, **kwargs)
+            return record.weights(*args, **kwargs)
 
-        stage = stage._replace(fn=spy_stage)
+        stage = spy_stage
     watched = replace(record, fn=spy, weights=stage)
     for key, default in numbers.items():
         value = default if isinstance(default, int) else 0.9 * default + 0.01

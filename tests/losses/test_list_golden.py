@@ -107,15 +107,15 @@ def test_every_vector_is_used_or_named():
 
 
 def inputs(case: dict, dtype: torch.dtype):
-    """Summed log-probs (a leaf), scores, labels, boundaries of a case."""
+    """Summed log-probs (a leaf), scores, relevance, boundaries of a case."""
     data = vectors.load("list")["datasets"][case["dataset"]]
     logp = vectors.tensor(data["logp"], dtype).requires_grad_()
-    labels = vectors.tensor([float("nan") if y is None else y for y in data["labels"]], dtype)
+    relevance = vectors.tensor([float("nan") if y is None else y for y in data["labels"]], dtype)
     if case["score"] == "ref_ratio":
         scores = logp - vectors.tensor(data["ref_logp"], dtype)
     else:
         scores = logp / vectors.tensor(data["lengths"], dtype)
-    return logp, scores, labels, torch.tensor(data["offsets"], dtype=torch.int32)
+    return logp, scores, relevance, torch.tensor(data["offsets"], dtype=torch.int32)
 
 
 def _tolerance(case: dict, dtype: torch.dtype) -> float:
@@ -141,8 +141,8 @@ def test_vectors(case, dtype, backend):
 
 
 def check(case, dtype, call):
-    logp, scores, labels, cu = inputs(case, dtype)
-    loss = call(scores, labels, cu)
+    logp, scores, relevance, cu = inputs(case, dtype)
+    loss = call(scores, relevance, cu)
     relative = _tolerance(case, dtype)
     want = case["loss_per_group"]
     assert loss.dtype == dtype

@@ -28,12 +28,12 @@ def _on(backend):
 @pytest.mark.parametrize(("family", "options"), VARIANTS, ids=IDS)
 def test_against_loops(family, options, masked):
     sizes = [3, 0, 1, 7, 2, 0, 12, 5, 1]
-    scores, labels, cu = ragged(sizes, masked=masked)
-    loss = list_rank(scores, labels, cu, family=family, **options)
+    scores, relevance, cu = ragged(sizes, masked=masked)
+    loss = list_rank(scores, relevance, cu, family=family, **options)
     (grad,) = torch.autograd.grad(loss.sum(), scores)
     for g in range(len(sizes)):
         rows = slice(int(cu[g]), int(cu[g + 1]))
-        s, y = scores[rows].tolist(), labels[rows].tolist()
+        s, y = scores[rows].tolist(), relevance[rows].tolist()
         assert loss[g].item() == pytest.approx(
             oracle(s, y, family, **options), rel=1e-11, abs=1e-11
         )
@@ -49,22 +49,22 @@ SMOOTH_AT_TIES = [
 
 @pytest.mark.parametrize(("family", "options"), SMOOTH_AT_TIES, ids=lambda v: str(v))
 def test_derivative_where_every_score_is_tied(family, options):
-    scores, labels, cu = ragged([4, 6], tied_scores=True)
-    loss = list_rank(scores, labels, cu, family=family, **options)
+    scores, relevance, cu = ragged([4, 6], tied_scores=True)
+    loss = list_rank(scores, relevance, cu, family=family, **options)
     (grad,) = torch.autograd.grad(loss.sum(), scores)
     for g in range(2):
         rows = slice(int(cu[g]), int(cu[g + 1]))
-        slope = oracle_slope(scores[rows].tolist(), labels[rows].tolist(), family, **options)
+        slope = oracle_slope(scores[rows].tolist(), relevance[rows].tolist(), family, **options)
         assert grad[rows].tolist() == pytest.approx(slope, rel=1e-6, abs=1e-7)
 
 
 def test_first_step_of_lambda_follows_storage_or_averages():
-    labels = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    relevance = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
     cu = torch.tensor([0, 3], dtype=torch.int32)
 
     def slopes(order, **options):
         scores = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-        loss = list_rank(scores, labels[order], cu, family="pair", weights="lambda", **options)
+        loss = list_rank(scores, relevance[order], cu, family="pair", weights="lambda", **options)
         return torch.autograd.grad(loss.sum(), scores)[0]
 
     first, last = slopes([0, 1, 2]), slopes([1, 2, 0])
@@ -76,24 +76,24 @@ def test_first_step_of_lambda_follows_storage_or_averages():
 def test_gradcheck(family, options, backend):
     if backend == "triton":
         pytest.skip("an interpreted kernel takes seconds; test_against_loops has its derivative")
-    scores, labels, cu = ragged([3, 0, 1, 6])
+    scores, relevance, cu = ragged([3, 0, 1, 6])
     assert torch.autograd.gradcheck(
-        lambda s: list_rank(s, labels, cu, family=family, **options), scores
+        lambda s: list_rank(s, relevance, cu, family=family, **options), scores
     )
 
 
 @pytest.mark.parametrize(("family", "options"), VARIANTS, ids=IDS)
 def test_second_derivative_is_refused(family, options):
-    scores, labels, cu = ragged([3, 4])
-    loss = list_rank(scores, labels, cu, family=family, **options).sum()
+    scores, relevance, cu = ragged([3, 4])
+    loss = list_rank(scores, relevance, cu, family=family, **options).sum()
     (grad,) = torch.autograd.grad(loss, scores, create_graph=True)
     with pytest.raises(RuntimeError, match="second time"):
         grad.sum().backward()
 
 
 def test_backward_twice_gives_the_same_bits():
-    scores, labels, cu = ragged([3, 9, 4])
-    loss = list_rank(scores, labels, cu, family="pair", weights="lambda").sum()
+    scores, relevance, cu = ragged([3, 9, 4])
+    loss = list_rank(scores, relevance, cu, family="pair", weights="lambda").sum()
     once, twice = (torch.autograd.grad(loss, scores, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(once, twice)
 
@@ -107,8 +107,8 @@ def test_opcheck(family, backend):
     problem = Problem(op="list_rank", device="cpu", dtype=torch.float64, family=family)
     if choice.unsupported(backend, problem):
         pytest.skip(f"{backend} has no family {family}; automatic choice takes the reference")
-    scores, labels, cu = ragged([3, 0, 5])
-    args = (scores, labels, cu, None, family, "", backend)
+    scores, relevance, cu = ragged([3, 0, 5])
+    args = (scores, relevance, cu, None, family, "", backend)
     torch.library.opcheck(torch.ops.prefkern.list_rank_fwd, args)
     slope = torch.randn(8, dtype=torch.float64)
     torch.library.opcheck(
@@ -117,10 +117,10 @@ def test_opcheck(family, backend):
 
 
 def test_compiles_whole():
-    scores, labels, cu = ragged([3, 0, 5])
+    scores, relevance, cu = ragged([3, 0, 5])
 
     def step(s):
-        return list_rank(2.0 * s, labels, cu, family="plackett_luce", topk=2).sum()
+        return list_rank(2.0 * s, relevance, cu, family="plackett_luce", topk=2).sum()
 
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(scores)
@@ -133,10 +133,10 @@ def test_compiles_whole():
 @pytest.mark.parametrize(("family", "options"), VARIANTS, ids=IDS)
 def test_degenerate_groups(family, options):
     nan = float("nan")
-    labels = torch.tensor([nan, 0.5, nan, 1.0, 1.0], dtype=torch.float64)
+    relevance = torch.tensor([nan, 0.5, nan, 1.0, 1.0], dtype=torch.float64)
     cu = torch.tensor([0, 0, 1, 3, 5], dtype=torch.int32)  # empty, all masked, one left, all equal
     scores = torch.tensor([nan, 0.3, nan, 0.2, -0.4], dtype=torch.float64, requires_grad=True)
-    loss = list_rank(scores, labels, cu, family=family, **options)
+    loss = list_rank(scores, relevance, cu, family=family, **options)
     (grad,) = torch.autograd.grad(loss.sum(), scores)
     assert torch.isfinite(loss).all() and torch.isfinite(grad).all()
     assert loss[0] == 0 and loss[1] == 0 and grad[0] == 0 and grad[2] == 0
@@ -159,10 +159,10 @@ def test_no_groups_and_no_items():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(("family", "options"), VARIANTS, ids=IDS)
 def test_a_broken_score_breaks_its_own_group_only(family, options, bad):
-    scores, labels, cu = ragged([3, 4, 3])
+    scores, relevance, cu = ragged([3, 4, 3])
     with torch.no_grad():
         scores[4] = bad
-    loss = list_rank(scores, labels, cu, family=family, **options)
+    loss = list_rank(scores, relevance, cu, family=family, **options)
     assert loss.isnan().tolist() == [False, True, False]
     (grad,) = torch.autograd.grad(loss.sum(), scores)
     assert grad.isnan().tolist() == [False] * 3 + [True] * 4 + [False] * 3
@@ -184,10 +184,10 @@ def test_order_inside_groups_and_of_groups_does_not_matter(backend):
 def _check_order(data):
     family, options = data.draw(st.sampled_from(ORDER_FREE))
     sizes = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=6))
-    scores, labels, cu = ragged(
+    scores, relevance, cu = ragged(
         sizes, seed=data.draw(st.integers(0, 1000)), masked=data.draw(st.booleans())
     )
-    loss = list_rank(scores, labels, cu, family=family, **options)
+    loss = list_rank(scores, relevance, cu, family=family, **options)
     (grad,) = torch.autograd.grad(loss.sum(), scores)
     groups = data.draw(st.permutations(range(len(sizes))))
     items = [
@@ -195,7 +195,7 @@ def _check_order(data):
     ]
     moved = scores.detach()[items].requires_grad_()
     new_cu = torch.tensor([0, *itertools.accumulate(sizes[g] for g in groups)], dtype=torch.int32)
-    again = list_rank(moved, labels[items], new_cu, family=family, **options)
+    again = list_rank(moved, relevance[items], new_cu, family=family, **options)
     torch.testing.assert_close(again, loss[list(groups)], rtol=1e-12, atol=1e-12)
     (moved_grad,) = torch.autograd.grad(again.sum(), moved)
     torch.testing.assert_close(moved_grad, grad[items], rtol=1e-11, atol=1e-12)
@@ -204,13 +204,13 @@ def _check_order(data):
 @pytest.mark.parametrize(("family", "options"), VARIANTS, ids=IDS)
 def test_a_batch_equals_its_groups_alone(family, options):
     sizes = [5, 2, 31, 1, 9]
-    scores, labels, cu = ragged(sizes)
-    loss = list_rank(scores, labels, cu, family=family, **options)
+    scores, relevance, cu = ragged(sizes)
+    loss = list_rank(scores, relevance, cu, family=family, **options)
     for g, size in enumerate(sizes):
         rows = slice(int(cu[g]), int(cu[g + 1]))
         alone = list_rank(
             scores[rows],
-            labels[rows],
+            relevance[rows],
             torch.tensor([0, size], dtype=torch.int32),
             family=family,
             **options,
@@ -226,14 +226,14 @@ def test_many_groups_and_one_big_one(backend):
     n = sum(sizes)
     g = torch.Generator().manual_seed(5)
     scores = torch.randn(n, generator=g).requires_grad_()
-    labels = torch.rand(n, generator=g)
+    relevance = torch.rand(n, generator=g)
     cu = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
-    loss = list_rank(scores, labels, cu, family="plackett_luce")
+    loss = list_rank(scores, relevance, cu, family="plackett_luce")
     loss.sum().backward()
     assert torch.isfinite(scores.grad).all()
     for group in (0, 777, 99_999, 100_000):
         rows = slice(int(cu[group]), int(cu[group + 1]))
-        want = oracle(scores[rows].tolist(), labels[rows].tolist(), "plackett_luce")
+        want = oracle(scores[rows].tolist(), relevance[rows].tolist(), "plackett_luce")
         assert loss[group].item() == pytest.approx(want, rel=1e-5)
 
 
@@ -266,24 +266,24 @@ BAD = [
 
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[m for _, m in BAD])
 def test_bad_options(options, message):
-    scores, labels, cu = ragged([3])
+    scores, relevance, cu = ragged([3])
     with pytest.raises(ValueError, match=message):
-        list_rank(scores, labels, cu, **options)
+        list_rank(scores, relevance, cu, **options)
 
 
 def test_bad_tensors():
-    scores, labels, cu = ragged([3, 2])
+    scores, relevance, cu = ragged([3, 2])
 
-    def refused(message, s=scores, y=labels, c=cu, **options):
+    def refused(message, s=scores, y=relevance, c=cu, **options):
         with pytest.raises(ValueError, match=message):
             list_rank(s, y, c, **{"family": "pair", **options})
 
     refused("float32 or float64", s=scores.bfloat16())
     refused("float32 or float64", s=scores[None])
-    refused("labels must be numbers", y=labels[:3])
-    refused("labels must be numbers", y=labels > 0)
-    refused("must not require grad", y=labels.clone().requires_grad_())
+    refused("relevance must be numbers", y=relevance[:3])
+    refused("relevance must be numbers", y=relevance > 0)
+    refused("must not require grad", y=relevance.clone().requires_grad_())
     refused("start at 0 and end at 5", c=torch.tensor([0, 3, 4], dtype=torch.int32))
     refused("never decrease", c=torch.tensor([0, 4, 3, 5], dtype=torch.int32))
-    refused("labels must be >= 0", y=labels - 2, family="softmax", target="sum")
+    refused("relevance must be >= 0", y=relevance - 2, family="softmax", target="sum")
     refused("backend must be one of", backend="tpu")

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 import vectors
 
 from prefkern import losses
-from prefkern.losses import advantages
+from prefkern.losses import advantages, weights
 from prefkern.losses.pointwise import fdpg
-from prefkern.losses.weights import contrast
 from prefkern.stats import SeqStats, TokenStats
 
 
@@ -183,13 +182,13 @@ def test_refusals_of_divergences():
         losses.gkd(seq)
     assert losses.bind(losses.gkd, {"beta": 0.1}).stats == ("jsd:0.1",)
     assert losses.bind(losses.dckd, {"top_k": 50}).stats == ("logp", "bkl:50")
-    assert losses.bind(losses.tisdpo, {"alpha": 1.0, "positive_logp": 0, "negative_logp": 0}).stats
+    assert losses.bind(losses.tisdpo, {"alpha": 1.0}, supplied=losses.required("tisdpo")).stats
 
 
 def test_rank_transform_example():
     example = vectors.load("token")["aux"]["tisdpo_rank_based_example"]
     x = vectors.tensor(example["input"])
-    got = contrast.tisdpo(
+    got = weights.tisdpo(
         x, torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64),
         torch.ones(4, dtype=torch.bool), torch.tensor([0, 4], dtype=torch.int32),
         transform="rank_based",

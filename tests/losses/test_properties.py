@@ -246,9 +246,10 @@ def test_required_arguments_are_asked_for():
 
 
 def test_shared_arguments_go_to_both():
-    bound = losses.bind(losses.tgdpo, {"beta": 0.2, "alpha": 0.3, "aux_logp": None})
+    given = {"beta": 0.2, "alpha": 0.3, "aux_logp": torch.zeros(3)}
+    bound = losses.bind(losses.tgdpo, given)
     assert bound.args == {"beta": 0.2}
-    assert bound.stage == {"beta": 0.2, "alpha": 0.3, "aux_logp": None}
+    assert bound.stage == given
     assert bound.hyper["clamp"] is None and bound.hyper["beta"] == 0.2
     assert losses.bind(losses.dpo, {"reference_free": True}).needs_reference is False
     masks = {"reward_mask": None, "kl_mask": None}

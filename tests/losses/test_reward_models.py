@@ -10,9 +10,8 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
 from prefkern import losses
 from prefkern.losses.listwise.dpa_rag import sup_con
-from prefkern.losses.listwise.more import head_gradients, source_weights
+from prefkern.losses.listwise.more import head_gradients, min_norm_weights, source_weights
 from prefkern.losses.listwise.pal import bound_penalty, ideal_point_scores, ideal_points
-from prefkern.losses.min_norm import min_norm_weights
 
 
 def cu(*bounds: int) -> torch.Tensor:
@@ -45,20 +44,20 @@ def reward_batch():
     g = torch.Generator().manual_seed(2)
     features = torch.randn(12, 4, generator=g, dtype=torch.float64)
     head = torch.randn(4, generator=g, dtype=torch.float64).requires_grad_()
-    labels = torch.tensor([1.0, 0.0] * 6, dtype=torch.float64)
-    return features, head, labels, cu(*range(0, 13, 2)), torch.tensor([0, 1, 0, 1, 1, 0])
+    relevance = torch.tensor([1.0, 0.0] * 6, dtype=torch.float64)
+    return features, head, relevance, cu(*range(0, 13, 2)), torch.tensor([0, 1, 0, 1, 1, 0])
 
 
 def test_more_is_the_weighted_mean_of_its_sources():
-    features, head, labels, groups, source = reward_batch()
+    features, head, relevance, groups, source = reward_batch()
     scores = features @ head
-    plain = losses.bradley_terry(scores, labels, groups)
+    plain = losses.bradley_terry(scores, relevance, groups)
     parts = [plain[source == k].mean() for k in (0, 1)]
     weight = torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)
-    loss = losses.more(scores, labels, groups, source=source, source_weights=weight).mean()
+    loss = losses.more(scores, relevance, groups, source=source, source_weights=weight).mean()
     assert loss.item() == pytest.approx((0.3 * parts[0] + 0.7 * parts[1]).item())
     (grad,) = torch.autograd.grad(loss, head, retain_graph=True)
-    for_each, value = head_gradients(features, scores, labels, groups, source, 3)
+    for_each, value = head_gradients(features, scores, relevance, groups, source, 3)
     torch.testing.assert_close(grad, 0.3 * for_each[0] + 0.7 * for_each[1])
     assert value.tolist() == pytest.approx([parts[0].item(), parts[1].item(), 0.0])
     assert not for_each[2].any() and not for_each.requires_grad
@@ -69,7 +68,7 @@ def test_more_is_the_weighted_mean_of_its_sources():
     found = source_weights(for_each, value)
     assert found[2] == 0 and found.sum().item() == pytest.approx(1.0)
     alone = losses.more(
-        scores[:2], labels[:2], cu(0, 2), source=torch.tensor([1]),
+        scores[:2], relevance[:2], cu(0, 2), source=torch.tensor([1]),
         source_weights=torch.tensor([0.0, 1.0]),
     )  # fmt: skip
     torch.testing.assert_close(alone, plain.detach()[:1])
@@ -78,13 +77,13 @@ def test_more_is_the_weighted_mean_of_its_sources():
 def test_a_step_of_more_lets_no_source_lose():
     """Opposed sources: the mean of the losses makes the small one worse, MORE's step none."""
     features = torch.tensor([[3.0, 1.0], [0, 0], [-1.0, 0.3], [0, 0]], dtype=torch.float64)
-    labels, groups, source = torch.tensor([1.0, 0.0] * 2), cu(0, 2, 4), torch.tensor([0, 1])
+    relevance, groups, source = torch.tensor([1.0, 0.0] * 2), cu(0, 2, 4), torch.tensor([0, 1])
     head = torch.zeros(2, dtype=torch.float64)
 
     def per_source(w):
-        return losses.bradley_terry(features @ w, labels, groups)
+        return losses.bradley_terry(features @ w, relevance, groups)
 
-    gradients, _ = head_gradients(features, features @ head, labels, groups, source, 2)
+    gradients, _ = head_gradients(features, features @ head, relevance, groups, source, 2)
     assert (gradients[0] @ gradients[1]) < 0  # what helps one hurts the other
     step = source_weights(gradients) @ gradients
     before = per_source(head)
@@ -107,16 +106,16 @@ def test_normalisers_of_more(normalize_by):
 
 
 def test_more_refuses():
-    features, head, labels, groups, source = reward_batch()
+    features, head, relevance, groups, source = reward_batch()
     scores, two = features @ head, torch.tensor([0.5, 0.5])
     with pytest.raises(ValueError, match=r"'more': source must be integers \[G\] = \[6\]"):
-        losses.more(scores, labels, groups, source=source[:3], source_weights=two)
+        losses.more(scores, relevance, groups, source=source[:3], source_weights=two)
     with pytest.raises(ValueError, match="source must be integers"):
-        losses.more(scores, labels, groups, source=source.double(), source_weights=two)
+        losses.more(scores, relevance, groups, source=source.double(), source_weights=two)
     with pytest.raises(ValueError, match=r"features must be \[S, D\] = \[12, D\], got \[3, 2\]"):
-        head_gradients(torch.zeros(3, 2), torch.zeros(12), labels, groups, source, 2)
+        head_gradients(torch.zeros(3, 2), torch.zeros(12), relevance, groups, source, 2)
     with pytest.raises(ValueError, match="source_weights must be a tensor"):
-        losses.more(scores, labels, groups, source=source, source_weights=[0.5, 0.5])
+        losses.more(scores, relevance, groups, source=source, source_weights=[0.5, 0.5])
     with pytest.raises(ValueError, match="losses must be"):
         source_weights(torch.ones(2, 3), normalize="loss")
     with pytest.raises(ValueError, match="normalize must be"):

@@ -11,7 +11,7 @@ import torch
 import vectors
 
 from prefkern import losses
-from prefkern.losses.weights import token_weights
+from prefkern.losses import weights
 from prefkern.ops.segment_sum import segment_sum
 from prefkern.stats import SeqStats
 
@@ -130,8 +130,8 @@ def test_pair_methods(name, dtype):
     bound = losses.bind(record, given)
     stage = None
     if record.weights is not None:
-        supplied = {k: v for k, v in packed.given().items() if k in record.weights.given}
-        stage = record.weights.fn(**supplied, **bound.stage)
+        supplied = {k: v for k, v in packed.given().items() if k in record.inputs.stage}
+        stage = record.weights(**supplied, **bound.stage)
     chosen, rejected = packed.sums(bound.stats, None if stage is None else stage.weights)
     loss = record(chosen, rejected, **bound.args)
     assert loss.shape == (1,)
@@ -176,7 +176,7 @@ def test_mask_module(dtype):
     case = CASES["sparsepo_mask_module"]
     relative = 1e-10 if dtype == torch.float64 else 1e-5
     out, extra = case["outputs"], case["inputs"]["extra"]
-    module = token_weights.SparseMask(2, 3, layer_norm_eps=extra["layernorm_eps"], dtype=dtype)
+    module = weights.SparseMask(2, 3, layer_norm_eps=extra["layernorm_eps"], dtype=dtype)
     with torch.no_grad():
         module.layer_mask_weight.copy_(vectors.tensor(extra["w"]))
         module.layer_mask_bias.copy_(vectors.tensor(extra["b"]))
@@ -188,7 +188,7 @@ def test_mask_module(dtype):
     empty = {**chosen, "mask": [0] * 5}
     packed = Packed({"inputs": {"sequences": {"chosen": chosen, "rejected": empty}}}, dtype)
     both = torch.cat([mask, torch.zeros_like(mask)])
-    stage = token_weights.sparsepo(packed.cu, packed.scored, both, None, rw_kl_independent=False)
+    stage = weights.sparsepo(packed.cu, packed.scored, both, None, rw_kl_independent=False)
     assert stage.penalty is None
     loss = losses.sparsepo(*packed.sums(("logp", "fkl"), stage.weights), beta=0.1).sum()
     assert loss.item() == pytest.approx(out["loss"], rel=relative)
@@ -207,7 +207,7 @@ def test_identities():
     packed = Packed(CASES["tdpo1"], torch.float64)
     plain = packed.sums(("logp", "fkl", "rkl"), None)
     ones = torch.ones(10, dtype=torch.float64)
-    stage = token_weights.sparsepo(packed.cu, packed.scored, ones, ones)
+    stage = weights.sparsepo(packed.cu, packed.scored, ones, ones)
     masked = packed.sums(("logp", "fkl"), stage.weights)
     assert torch.equal(losses.sparsepo(*masked), losses.tdpo1(*plain))
     assert torch.equal(losses.tdpo2(*plain, alpha=0.0), losses.dpo(*plain))

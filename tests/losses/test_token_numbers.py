@@ -8,8 +8,8 @@ import vectors
 from token_cases import CASES, Case, grpo, run, tight, tree_tpo
 
 from prefkern import linear_divergence, losses
+from prefkern.losses import weights
 from prefkern.losses.pairwise.adpa import advantage_rows
-from prefkern.losses.weights import contrast
 from prefkern.stats import SeqStats
 
 
@@ -18,7 +18,7 @@ def test_intermediate_numbers():
         c = Case(name, torch.float64)
         h = c.hyper
         sign = torch.where(torch.arange(10) < 5, 1.0, -1.0).double()
-        got = contrast.tisdpo(
+        got = weights.tisdpo(
             c.logp("aux1"), c.logp("aux2"), sign, c.scored, c.cu, k=h["k"], mu=h["mu"], L=h["L"],
             U=h["U"],
         )  # fmt: skip
@@ -26,7 +26,7 @@ def test_intermediate_numbers():
         vectors.assert_close("weights", got.weights, want, relative=1e-11)
     c = Case("tree_tpo", torch.float64)
     tree_tpo(c)
-    stage = contrast.tree_tpo(c.cu, c.scored, c.args["step_index"], c.args["cosine"])
+    stage = weights.tree_tpo(c.cu, c.scored, c.args["step_index"], c.args["cosine"])
     rho = stage.weights * (c.logp("policy") - c.logp("ref"))
     got = [0.5 * rho[a:b].sum() for a, b in zip(c.cu[:-1], c.cu[1:], strict=True)]
     vectors.assert_close("rewards", torch.stack(got), c.out["rewards"], relative=1e-10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefkern.losses.weights import token_weights
+from prefkern.losses import weights
 
 NAN = float("nan")
 CU = torch.tensor([0, 5, 5, 9], dtype=torch.int32)  # the second sequence is empty
@@ -13,13 +13,13 @@ SCORED = torch.tensor([0, 1, 0, 1, 1, 0, 1, 1, 1]).bool()
 
 
 def test_ld_dpo_counts_scored_tokens_only():
-    stage = token_weights.ld_dpo(CU, SCORED, torch.tensor([2, 0, 1]), alpha=0.25)
+    stage = weights.ld_dpo(CU, SCORED, torch.tensor([2, 0, 1]), alpha=0.25)
     assert stage.weights.tolist() == [0, 1, 0, 1, 0.25, 0, 1, 0.25, 0.25]
     assert stage.penalty is None
-    cut = token_weights.ld_dpo(CU, SCORED, torch.tensor([0, 0, 3]), alpha=0.0)
+    cut = weights.ld_dpo(CU, SCORED, torch.tensor([0, 0, 3]), alpha=0.0)
     assert cut.weights.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1]
     with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\]"):
-        token_weights.ld_dpo(CU, SCORED, torch.tensor([2, 0, 1]), alpha=1.5)
+        weights.ld_dpo(CU, SCORED, torch.tensor([2, 0, 1]), alpha=1.5)
 
 
 def test_tgdpo_weights():
@@ -27,17 +27,15 @@ def test_tgdpo_weights():
     aux = torch.full((9,), -1.0)
     ref = torch.full((9,), -3.0)
     aux[0] = NAN  # a prompt token nobody scored
-    stage = token_weights.tgdpo(aux, ref, sign, SCORED, beta=0.1, alpha=0.5)
+    stage = weights.tgdpo(aux, ref, sign, SCORED, beta=0.1, alpha=0.5)
     want = torch.where(SCORED, 1.0 + sign * 0.1, torch.zeros(9))
     torch.testing.assert_close(stage.weights, want)
-    clamped = token_weights.tgdpo(
-        aux[1:], ref[1:], sign[1:], beta=10.0, alpha=0.5, clamp=(0.0, 2.0)
-    )
+    clamped = weights.tgdpo(aux[1:], ref[1:], sign[1:], beta=10.0, alpha=0.5, clamp=(0.0, 2.0))
     assert clamped.weights.min() == 0 and clamped.weights.max() == 2
     with pytest.raises(ValueError, match="aux_logp must be"):
-        token_weights.tgdpo(aux[:3], ref, sign)
+        weights.tgdpo(aux[:3], ref, sign)
     with pytest.raises(ValueError, match="sign must be"):
-        token_weights.tgdpo(aux, ref, sign[:3])
+        weights.tgdpo(aux, ref, sign[:3])
 
 
 def test_sparsepo_gradient_and_penalty():
@@ -45,7 +43,7 @@ def test_sparsepo_gradient_and_penalty():
     with torch.no_grad():
         masks[0][1] = 0.0
         masks[1][0] = NAN  # not scored: must not be seen
-    stage = token_weights.sparsepo(CU, SCORED, *masks, l1_norm_param_u=0.5, l1_norm_param_d=0.25)
+    stage = weights.sparsepo(CU, SCORED, *masks, l1_norm_param_u=0.5, l1_norm_param_d=0.25)
     assert set(stage.weights) == {"logp", "fkl"}
     assert (
         stage.penalty.dtype == torch.float64
@@ -62,7 +60,7 @@ def test_sparsepo_gradient_and_penalty():
 
 def test_sparsepo_common_mask_is_penalised_once():
     mask = torch.ones(9, dtype=torch.float64)
-    stage = token_weights.sparsepo(
+    stage = weights.sparsepo(
         CU, SCORED, mask, None, rw_kl_independent=False, l1_norm_param_u=0.5, l1_norm_param_d=0.1,
         kl_direction="pol_ref",
     )  # fmt: skip
@@ -72,8 +70,8 @@ def test_sparsepo_common_mask_is_penalised_once():
 
 def test_sparsepo_one_mask_leaves_the_other_term_alone():
     mask = torch.ones(9)
-    assert set(token_weights.sparsepo(CU, SCORED, None, mask).weights) == {"fkl"}
-    assert set(token_weights.sparsepo(CU, SCORED, mask, None).weights) == {"logp"}
+    assert set(weights.sparsepo(CU, SCORED, None, mask).weights) == {"fkl"}
+    assert set(weights.sparsepo(CU, SCORED, mask, None).weights) == {"logp"}
 
 
 @pytest.mark.parametrize(
@@ -91,17 +89,17 @@ def test_sparsepo_one_mask_leaves_the_other_term_alone():
 )
 def test_sparsepo_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
-        token_weights.sparsepo(CU, SCORED, **arguments)
+        weights.sparsepo(CU, SCORED, **arguments)
 
 
 def test_mapo_mask():
     activations = torch.tensor([[9.0, 0.0, NAN, 1.0, 4.0, 9.0, 2.0, 2.0, 2.0]])
-    stage = token_weights.mapo(CU, SCORED, activations, torch.tensor([0]))
+    stage = weights.mapo(CU, SCORED, activations, torch.tensor([0]))
     # constant activations (the last sequence) give 1; masked tokens, whatever they hold, give 0
     assert stage.weights.tolist() == [0, 0, 0, 0.25, 1, 0, 1, 1, 1]
-    many = token_weights.mapo(CU, SCORED, activations.repeat(3, 1), torch.tensor([0, 2, 2]))
+    many = weights.mapo(CU, SCORED, activations.repeat(3, 1), torch.tensor([0, 2, 2]))
     torch.testing.assert_close(many.weights, stage.weights)  # type 1 has no hook and no vote
-    alone = token_weights.mapo(
+    alone = weights.mapo(
         torch.tensor([0, 1], dtype=torch.int32),
         torch.ones(1).bool(),
         torch.ones(1, 1),
@@ -109,38 +107,38 @@ def test_mapo_mask():
     )
     assert alone.weights.tolist() == [1.0]
     with pytest.raises(ValueError, match="activations must be"):
-        token_weights.mapo(CU, SCORED, activations[0], torch.tensor([0]))
+        weights.mapo(CU, SCORED, activations[0], torch.tensor([0]))
     with pytest.raises(ValueError, match="hook_type must be"):
-        token_weights.mapo(CU, SCORED, activations, torch.tensor([0, 1]))
+        weights.mapo(CU, SCORED, activations, torch.tensor([0, 1]))
 
 
 def test_masks_module():
     states = torch.randn(3, 9, 4, requires_grad=True)
-    both = token_weights.SparseMasks(3, 4)
-    common = token_weights.SparseMasks(3, 4, rw_kl_independent=False)
+    both = weights.SparseMasks(3, 4)
+    common = weights.SparseMasks(3, 4, rw_kl_independent=False)
     for module in (both, common):
         assert all("_mask" in name for name, _ in module.named_parameters())
         out = module(states)
-        stage = token_weights.sparsepo(CU, SCORED, l1_norm_param_u=0.1, l1_norm_param_d=0.1, **out)
+        stage = weights.sparsepo(CU, SCORED, l1_norm_param_u=0.1, l1_norm_param_d=0.1, **out)
         (stage.penalty.sum() + sum(w.sum() for w in stage.weights.values())).backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in module.parameters())
     assert states.grad is None  # the reference is a constant
     assert both(states)["kl_mask"] is not None and common(states)["kl_mask"] is None
     assert (both(states)["reward_mask"] >= 0).all()
-    only = token_weights.SparseMasks(3, 4, mask_on_kl=False)
+    only = weights.SparseMasks(3, 4, mask_on_kl=False)
     assert only(states)["kl_mask"] is None and len(list(only.parameters())) == 5
     with pytest.raises(ValueError, match="nothing would be masked"):
-        token_weights.SparseMasks(3, 4, mask_on_kl=False, mask_on_reward=False)
+        weights.SparseMasks(3, 4, mask_on_kl=False, mask_on_reward=False)
     with pytest.raises(ValueError, match="one mask for both"):
-        token_weights.SparseMasks(3, 4, mask_on_kl=False, rw_kl_independent=False)
+        weights.SparseMasks(3, 4, mask_on_kl=False, rw_kl_independent=False)
     with pytest.raises(ValueError, match=r"states must be \[L, N, D\] = \[3, N, 4\]"):
         both(states[:2])
     with pytest.raises(ValueError, match="num_layers and hidden_size"):
-        token_weights.SparseMask(0, 4)
+        weights.SparseMask(0, 4)
 
 
 def test_masks_survive_a_checkpoint():
-    first, second = (token_weights.SparseMasks(2, 3) for _ in range(2))
+    first, second = (weights.SparseMasks(2, 3) for _ in range(2))
     second.load_state_dict(first.state_dict())
     states = torch.randn(2, 7, 3)
     assert torch.equal(first(states)["reward_mask"], second(states)["reward_mask"])
@@ -150,10 +148,10 @@ def test_stages_trace_whole():
     activations, types = torch.rand(3, 9), torch.tensor([0, 2, 2])
     mask, sign = torch.rand(9), torch.ones(9)
     stages = [
-        lambda: token_weights.ld_dpo(CU, SCORED, torch.tensor([2, 0, 1])),
-        lambda: token_weights.tgdpo(mask, mask, sign, SCORED),
-        lambda: token_weights.sparsepo(CU, SCORED, mask, mask, l1_norm_param_u=0.1),
-        lambda: token_weights.mapo(CU, SCORED, activations, types),
+        lambda: weights.ld_dpo(CU, SCORED, torch.tensor([2, 0, 1])),
+        lambda: weights.tgdpo(mask, mask, sign, SCORED),
+        lambda: weights.sparsepo(CU, SCORED, mask, mask, l1_norm_param_u=0.1),
+        lambda: weights.mapo(CU, SCORED, activations, types),
     ]
     for stage in stages:
         torch.compiler.reset()

@@ -5,11 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import core as shared
-from ..record import Loss
-from . import core
+from ..declare import diffusion, formula
 from .diff_dpo import diff_dpo
 
 
+@diffusion(
+    source="arXiv 2502.06023",
+    status="provisional: loss of Diffusion-DPO assumed, the paper's equations were not read",
+    reference=True,
+)
 def dcpo(
     chosen_err: Tensor,  # [P]
     rejected_err: Tensor,  # [P]
@@ -26,20 +30,17 @@ def dcpo(
     image's caption is made and the value of beta are not confirmed. Errors are means.
 
     Args:
-        chosen_err, rejected_err: `[P]` errors of the policy's predictions for the two images.
-        ref_chosen_err, ref_rejected_err: `[P]` the reference's, same noise and timesteps. Constant.
-        beta: Strength of the pull to the reference, > 0, default 5000 (Diffusion-DPO's).
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, shapes that differ, a reference with gradient.
+        beta: Strength of the pull to the reference, > 0; the default is Diffusion-DPO's.
     """
     shared.positive("beta", beta)
-    return diff_dpo(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, kappa=0.5 * beta)
+    return formula(diff_dpo)(
+        chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, kappa=0.5 * beta
+    )
 
 
+@diffusion(
+    source="arXiv 2501.06655", status="provisional: from a summary, beta not known", reference=True
+)
 def ppd(
     chosen_err: Tensor,  # [P]
     rejected_err: Tensor,  # [P]
@@ -56,36 +57,9 @@ def ppd(
     through the model's cross-attention, before the errors. Errors are means.
 
     Args:
-        chosen_err, rejected_err: `[P]` errors of the policy's predictions for the two images.
-        ref_chosen_err, ref_rejected_err: `[P]` the reference's, same noise and timesteps. Constant.
-        beta: Strength of the pull to the reference, > 0, default 5000 (Diffusion-DPO's).
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, shapes that differ, a reference with gradient.
+        beta: Strength of the pull to the reference, > 0; the default is Diffusion-DPO's.
     """
-    return dcpo(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, beta=beta)
-
-
-DCPO = Loss(
-    dcpo,
-    "dcpo",
-    "diffusion",
-    stats=(),
-    needs_reference=True,
-    status="provisional: loss of Diffusion-DPO assumed, the paper's equations were not read",
-    source="arXiv 2502.06023",
-    rewards=core.rewards,
-)
-PPD = Loss(
-    ppd,
-    "ppd",
-    "diffusion",
-    stats=(),
-    needs_reference=True,
-    status="provisional: from a summary, beta not known",
-    source="arXiv 2501.06655",
-    rewards=core.rewards,
-)
+    shared.positive("beta", beta)
+    return formula(diff_dpo)(
+        chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, kappa=0.5 * beta
+    )

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from .. import core as shared
 from .. import links
-from ..record import Loss
+from ..declare import diffusion, formula
 from . import core
 
 
+@diffusion(source="arXiv 2311.13231", status="code read", reference=True)
 def d3po(
     chosen_err: Tensor,  # [P]
     rejected_err: Tensor,  # [P]
@@ -35,20 +36,10 @@ def d3po(
     is NaN once u > 88 in fp32. With both sides clamped the gradient is 0, which is normal.
 
     Args:
-        chosen_err, rejected_err: `[P]` errors of the policy's predictions for the two images.
-        ref_chosen_err, ref_rejected_err: `[P]` the reference's, same noise and timesteps. Constant.
-        sigma: Standard deviation of the transition at this step, > 0; a number or `[P]`.
         h: `[P]` +1 where the first sample is preferred, -1 the second, 0 a tie (log 2, no
-            gradient). Default None, all +1.
-        beta: Temperature, > 0, default 0.1.
-        eps: Clip range in (0, 1), default 0.1.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta or sigma <= 0, eps outside (0, 1), shapes that differ, a reference with
-            gradient.
+            gradient); None: all +1.
+        beta: Temperature, > 0.
+        eps: Clip range in (0, 1).
     """
     shared.positive("beta", beta)
     shared.positive("sigma", sigma)
@@ -63,6 +54,7 @@ def d3po(
     return links.logistic(margin if h is None else shared.data("h", h, margin) * margin)
 
 
+@diffusion(source="arXiv 2406.04314", status="code read", reference=True)
 def spo_step(
     chosen_err: Tensor,  # [P]
     rejected_err: Tensor,  # [P]
@@ -82,20 +74,10 @@ def spo_step(
     their softmax differs by more than 0.3 (SDXL 0.4); training starts at step 4 of 20.
 
     Args:
-        chosen_err, rejected_err: `[P]` errors of the policy's predictions for the two images.
-        ref_chosen_err, ref_rejected_err: `[P]` the reference's, same noise and timesteps. Constant.
-        sigma: Standard deviation of the transition at this step, > 0; a number or `[P]`.
-        beta: Temperature, > 0, default 10.
-        eps: Clip range in (0, 1), default 0.1.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta or sigma <= 0, eps outside (0, 1), shapes that differ, a reference with
-            gradient.
+        beta: Temperature, > 0.
+        eps: Clip range in (0, 1).
     """
-    return d3po(
+    return formula(d3po)(
         chosen_err,
         rejected_err,
         ref_chosen_err,
@@ -104,27 +86,3 @@ def spo_step(
         beta=beta,
         eps=eps,
     )
-
-
-D3PO = Loss(
-    d3po,
-    "d3po",
-    "diffusion",
-    stats=(),
-    needs_reference=True,
-    extra=("sigma",),
-    status="code read",
-    source="arXiv 2311.13231",
-    rewards=core.rewards,
-)
-SPO_STEP = Loss(
-    spo_step,
-    "spo_step",
-    "diffusion",
-    stats=(),
-    needs_reference=True,
-    extra=("sigma",),
-    status="code read",
-    source="arXiv 2406.04314",
-    rewards=core.rewards,
-)

@@ -7,10 +7,15 @@ from torch import Tensor
 
 from .. import core as shared
 from .. import links
-from ..record import Loss
+from ..declare import diffusion
 from . import core
 
 
+@diffusion(
+    source="arXiv 2506.03517",
+    status="paper read; the reduction inside a segment is not stated there",
+    reference=True,
+)
 def dense_dpo(
     chosen_err: Tensor,  # [P, F]
     rejected_err: Tensor,  # [P, F]
@@ -33,14 +38,6 @@ def dense_dpo(
         chosen_err, rejected_err: `[P, F]` errors of the policy for the first and second video.
         ref_chosen_err, ref_rejected_err: `[P, F]` the reference's, same noise and time. Constant.
         labels: `[P, F]` +1 where the first video's segment is better, -1 the second's, 0 a tie.
-        beta: Strength of the pull to the reference, > 0, default 500.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, errors that are not [P, F], shapes that differ, a reference with
-            gradient.
     """
     shared.positive("beta", beta)
     delta = core.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
@@ -53,16 +50,3 @@ def dense_dpo(
     # select, not multiply: a tied segment contributes nothing, whatever its error is
     voted = torch.where(signs == 0, 0.0, signs * delta).sum(1)
     return links.logistic(-beta * voted)
-
-
-DENSE_DPO = Loss(
-    dense_dpo,
-    "dense_dpo",
-    "diffusion",
-    stats=(),
-    needs_reference=True,
-    extra=("labels",),
-    status="paper read; the reduction inside a segment is not stated there",
-    source="arXiv 2506.03517",
-    rewards=core.rewards,
-)

@@ -6,12 +6,17 @@ from torch import Tensor
 
 from .. import core as shared
 from .. import links
-from ..record import Loss
+from ..declare import diffusion, formula
 from . import core
 
 KINDS = ("logistic", "hinge", "ipo")
 
 
+@diffusion(
+    source="arXiv 2311.12908 eq. 14",
+    status="paper and two codes read; values and gradients checked against our oracle",
+    reference=True,
+)
 def diff_dpo(
     chosen_err: Tensor,  # [P]
     rejected_err: Tensor,  # [P]
@@ -32,16 +37,8 @@ def diff_dpo(
     number of elements. At policy = reference, l = log 2 and the slope is kappa / 2.
 
     Args:
-        chosen_err, rejected_err: `[P]` errors of the policy's predictions for the two images.
-        ref_chosen_err, ref_rejected_err: `[P]` the reference's, same noise and timesteps. Constant.
-        kappa: Scale of Delta, > 0, default 2500 (the authors' for means and SDXL).
-        kind: "logistic", "hinge" or "ipo" (the diffusers script's variants); default "logistic".
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: kappa <= 0, an unknown kind, shapes that differ, a reference with gradient.
+        kappa: Scale of Delta, > 0; the default is the authors' for means and SDXL.
+        kind: "logistic", "hinge" or "ipo" (the diffusers script's variants).
     """
     shared.positive("kappa", kappa)
     shared.choice("kind", kind, KINDS)
@@ -53,6 +50,7 @@ def diff_dpo(
     return links.hinge(margin) if kind == "hinge" else links.logistic(margin)
 
 
+@diffusion(source="arXiv 2505.11245", status="code read", reference=True)
 def diff_npo(
     chosen_err: Tensor,  # [P]
     rejected_err: Tensor,  # [P]
@@ -69,36 +67,8 @@ def diff_npo(
     of classifier-free guidance.
 
     Args:
-        chosen_err, rejected_err: `[P]` errors of the policy's predictions for the two images.
-        ref_chosen_err, ref_rejected_err: `[P]` the reference's, same noise and timesteps. Constant.
-        kappa: Scale of Delta for mean errors, > 0, default 2500 (the code's).
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: kappa <= 0, shapes that differ, a reference with gradient.
+        kappa: Scale of Delta for mean errors, > 0; the default is the code's.
     """
-    return diff_dpo(rejected_err, chosen_err, ref_rejected_err, ref_chosen_err, kappa=kappa)
-
-
-DIFF_DPO = Loss(
-    diff_dpo,
-    "diff_dpo",
-    "diffusion",
-    stats=(),
-    needs_reference=True,
-    status="paper and two codes read; values and gradients checked against our oracle",
-    source="arXiv 2311.12908 eq. 14",
-    rewards=core.rewards,
-)
-DIFF_NPO = Loss(
-    diff_npo,
-    "diff_npo",
-    "diffusion",
-    stats=(),
-    needs_reference=True,
-    status="code read",
-    source="arXiv 2505.11245",
-    rewards=core.rewards,
-)
+    return formula(diff_dpo)(
+        rejected_err, chosen_err, ref_rejected_err, ref_chosen_err, kappa=kappa
+    )

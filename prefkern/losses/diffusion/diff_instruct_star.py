@@ -7,10 +7,16 @@ from torch import Tensor
 
 from ... import checks
 from .. import core as shared
-from ..record import Loss
+from ..declare import diffusion
 from . import core
 
 
+@diffusion(
+    source="arXiv 2410.20898",
+    status="provisional: weights of the divergence not read",
+    reference=True,
+    rewards=core.error_rewards,
+)
 def diff_instruct_star(
     score_dot: Tensor,  # [B]
     score_gap: Tensor,  # [B]
@@ -33,16 +39,13 @@ def diff_instruct_star(
     Args:
         score_dot: `[B]` y . v.
         score_gap: `[B]` ||y||^2. Constant.
-        reward: `[B]` reward of the generated sample, differentiable. Default None, no reward term.
-        alpha: Weight of the reward, >= 0, default 1.
-        c: Width of the pseudo-Huber distance, > 0, default 1.
-        weight: w(t) of each sample, >= 0; a number or `[B]`; default 1.
+        reward: `[B]` reward of the generated sample, differentiable; None: no reward term.
+        alpha: Weight of the reward, >= 0.
+        c: Width of the pseudo-Huber distance, > 0.
+        weight: w(t) of each sample, >= 0; a number or `[B]`.
 
     Returns:
         Unreduced loss `[B]`.
-
-    Raises:
-        ValueError: c <= 0, alpha or weight < 0, shapes that differ, a score_gap with gradient.
     """
     shared.positive("c", c)
     shared.not_negative("alpha", alpha)
@@ -57,15 +60,3 @@ def diff_instruct_star(
     if reward is None:
         return loss
     return shared.difference(loss, alpha * reward.to(loss.dtype))
-
-
-DIFF_INSTRUCT_STAR = Loss(
-    diff_instruct_star,
-    "diff_instruct_star",
-    "diffusion",
-    stats=(),
-    needs_reference=True,
-    status="provisional: weights of the divergence not read",
-    source="arXiv 2410.20898",
-    rewards=core.error_rewards,
-)

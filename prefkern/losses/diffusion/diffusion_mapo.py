@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import checks
 from .. import core as shared
 from .. import links
-from ..record import Loss
+from ..declare import diffusion
 from . import core
 
 SERIES_BELOW = 1e-2  # there the series is exact to 3e-17, and x / (e^x - 1) starts to lose digits
@@ -25,6 +25,7 @@ def link(x: Tensor) -> Tensor:
     return torch.where(near, series, large * torch.exp(-large) / -torch.expm1(-large))
 
 
+@diffusion(source="arXiv 2406.06424", status="executed against the authors' code")
 def diffusion_mapo(
     chosen_err: Tensor,  # [P]
     rejected_err: Tensor,  # [P]
@@ -42,16 +43,12 @@ def diffusion_mapo(
     Not the token loss `mapo` of SparsePO.
 
     Args:
-        chosen_err, rejected_err: `[P]` errors of the policy's predictions for the two images.
-        snr: Scale of the error inside the link, > 0, default 0.5.
-        T: Scale of the margin, the number of training timesteps, > 0, default 1000.
-        beta_mapo: Weight of the margin term, >= 0, default 0.1.
+        snr: Scale of the error inside the link, > 0.
+        T: Scale of the margin, the number of training timesteps, > 0.
+        beta_mapo: Weight of the margin term, >= 0.
 
     Returns:
         Unreduced loss `[P]`; it contains the supervised term e_w.
-
-    Raises:
-        ValueError: snr or T <= 0, beta_mapo < 0, shapes that differ.
     """
     shared.positive("snr", snr)
     shared.positive("T", T)
@@ -61,14 +58,3 @@ def diffusion_mapo(
         core.one_per_sample(name, err)
     margin = T * shared.difference(link(snr * chosen_err), link(snr * rejected_err))
     return chosen_err + links.logistic(margin, beta_mapo)
-
-
-DIFFUSION_MAPO = Loss(
-    diffusion_mapo,
-    "diffusion_mapo",
-    "diffusion",
-    stats=(),
-    status="executed against the authors' code",
-    source="arXiv 2406.06424",
-    rewards=core.error_rewards,
-)

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from .. import core as shared
 from .. import links
-from ..record import Loss
+from ..declare import diffusion
 from . import core
 
 
+@diffusion(source="arXiv 2510.18353", status="code read", reference=True)
 def dro(
     chosen_err: Tensor,  # [P]
     rejected_err: Tensor,  # [P]
@@ -27,29 +28,9 @@ def dro(
     policy itself predicted, at the same timestep. Errors are means. The slope at the kink is 0.
 
     Args:
-        chosen_err, rejected_err: `[P]` errors of the policy's predictions for the two images.
-        ref_chosen_err, ref_rejected_err: `[P]` the reference's, same noise and timesteps. Constant.
-        margin: Margin in units of the error, >= 0, default 0.001.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: margin < 0, shapes that differ, a reference with gradient.
+        margin: Margin in units of the error, >= 0.
     """
     shared.not_negative("margin", margin)
     core.one_per_sample("chosen_err", chosen_err)
     delta = core.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
     return links.hinge(-delta, margin)
-
-
-DRO = Loss(
-    dro,
-    "dro",
-    "diffusion",
-    stats=(),
-    needs_reference=True,
-    status="code read",
-    source="arXiv 2510.18353",
-    rewards=core.rewards,
-)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import core as shared
-from ..record import Loss
-from . import core
+from ..declare import diffusion, formula
 from .diff_dpo import diff_dpo
 
 
+@diffusion(source="arXiv 2503.18454", status="code read", reference=True)
 def inpo(
     chosen_err: Tensor,  # [P]
     rejected_err: Tensor,  # [P]
@@ -27,27 +27,9 @@ def inpo(
     (x_t - sqrt(abar) x_0) / sqrt(1 - abar). Errors are means.
 
     Args:
-        chosen_err, rejected_err: `[P]` errors of the policy's predictions for the two images.
-        ref_chosen_err, ref_rejected_err: `[P]` the reference's, same noise and timesteps. Constant.
-        beta: Strength of the pull to the reference, > 0, default 2000 (SD 1.5; 5000 for SDXL).
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, shapes that differ, a reference with gradient.
+        beta: Strength of the pull to the reference, > 0; 2000 for SD 1.5, 5000 for SDXL.
     """
     shared.positive("beta", beta)
-    return diff_dpo(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, kappa=0.5 * beta)
-
-
-INPO = Loss(
-    inpo,
-    "inpo",
-    "diffusion",
-    stats=(),
-    needs_reference=True,
-    status="code read",
-    source="arXiv 2503.18454",
-    rewards=core.rewards,
-)
+    return formula(diff_dpo)(
+        chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, kappa=0.5 * beta
+    )

@@ -6,10 +6,15 @@ from torch import Tensor
 
 from ...ops.list_rank import list_rank
 from .. import core as shared
-from ..record import Loss
+from ..declare import diffusion
 from . import core
 
 
+@diffusion(
+    source="arXiv 2410.18013 eq. 5, Algorithm 2",
+    status="paper read; beta is not stated in the part read",
+    reference=True,
+)
 def rank_dpo(
     err: Tensor,  # [S]
     ref_err: Tensor,  # [S]
@@ -35,17 +40,12 @@ def rank_dpo(
         err: `[S]` error of the policy's prediction for each image.
         ref_err: `[S]` the reference's. Constant.
         phi: `[S]` share of comparisons an image wins, in [0, 1]; NaN leaves an image out. Constant.
-        cu_groups: `[G+1]` boundaries of the groups.
-        beta: Strength of the pull to the reference, > 0, default 5000 (Diffusion-DPO's for SDXL;
-            the part of the paper that was read states none).
-        log_base: Of the discount, "e" or "2", default "e".
-        backend: Of the list_rank op, default "auto".
+        beta: Strength of the pull to the reference, > 0; the default is Diffusion-DPO's for SDXL,
+            the part of the paper that was read states none.
+        log_base: Of the discount, "e" or "2".
 
     Returns:
         Unreduced loss `[G]`; a group without a strict pair gives 0.
-
-    Raises:
-        ValueError: beta <= 0, an unknown log_base, shapes that differ, a reference with gradient.
     """
     shared.positive("beta", beta)
     core.one_per_sample("err", err)
@@ -59,16 +59,3 @@ def rank_dpo(
         log_base=log_base,
         backend=backend,
     )
-
-
-RANK_DPO = Loss(
-    rank_dpo,
-    "rank_dpo",
-    "diffusion",
-    stats=(),
-    needs_reference=True,
-    extra=("phi", "cu_groups"),
-    status="paper read; beta is not stated in the part read",
-    source="arXiv 2410.18013 eq. 5, Algorithm 2",
-    rewards=core.rewards,
-)

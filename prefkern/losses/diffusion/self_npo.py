@@ -6,10 +6,11 @@ from torch import Tensor
 
 from ... import checks
 from .. import core as shared
-from ..record import Loss
+from ..declare import diffusion
 from . import core
 
 
+@diffusion(source="arXiv 2505.11777", status="code read")
 def self_npo(
     err: Tensor,  # [B]
     *,
@@ -25,27 +26,13 @@ def self_npo(
 
     Args:
         err: `[B]` reduced error of each sample.
-        weight: Weight of a sample, >= 0; a number or `[B]`; default 1.
+        weight: Weight of a sample, >= 0; a number or `[B]`.
 
     Returns:
         Unreduced loss `[B]`.
-
-    Raises:
-        ValueError: errors that are not `[B]`, a weight of another shape.
     """
     checks.check_float("err", err)
     core.one_per_sample("err", err)
     if not isinstance(weight, Tensor):
         shared.not_negative("weight", weight)
     return shared.per_item("weight", weight, err) * err
-
-
-SELF_NPO = Loss(
-    self_npo,
-    "self_npo",
-    "diffusion",
-    stats=(),
-    status="code read",
-    source="arXiv 2505.11777",
-    rewards=core.error_rewards,
-)

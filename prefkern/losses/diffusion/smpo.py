@@ -6,10 +6,11 @@ from torch import Tensor
 
 from .. import core as shared
 from .. import links
-from ..record import Loss
+from ..declare import diffusion
 from . import core
 
 
+@diffusion(source="arXiv 2506.02698", status="code read, equation from a summary", reference=True)
 def smpo(
     chosen_err: Tensor,  # [P]
     rejected_err: Tensor,  # [P]
@@ -29,18 +30,10 @@ def smpo(
     no gradient. Errors are means; noise comes from an inversion of the image.
 
     Args:
-        chosen_err, rejected_err: `[P]` errors of the policy's predictions for the two images.
-        ref_chosen_err, ref_rejected_err: `[P]` the reference's, same noise and timesteps. Constant.
         p_win: `[P]` probability that the chosen image is the better one, a softmax over the two
             normalised rewards. Constant.
-        beta: Strength of the pull to the reference, > 0, default 2000 (SD 1.5; 5000 for SDXL).
-        gamma: Scale of the preference, > 0, default 10.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta or gamma <= 0, shapes that differ, a reference with gradient.
+        beta: Strength of the pull to the reference, > 0; 2000 for SD 1.5, 5000 for SDXL.
+        gamma: Scale of the preference, > 0.
     """
     shared.positive("beta", beta)
     shared.positive("gamma", gamma)
@@ -48,16 +41,3 @@ def smpo(
     delta = core.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
     strength = gamma * (2.0 * shared.data("p_win", p_win, delta) - 1.0)
     return links.logistic(-0.5 * beta * strength * delta)
-
-
-SMPO = Loss(
-    smpo,
-    "smpo",
-    "diffusion",
-    stats=(),
-    needs_reference=True,
-    extra=("p_win",),
-    status="code read, equation from a summary",
-    source="arXiv 2506.02698",
-    rewards=core.rewards,
-)

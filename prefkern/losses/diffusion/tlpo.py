@@ -6,10 +6,15 @@ from torch import Tensor
 
 from .. import core as shared
 from .. import links
-from ..record import Loss
+from ..declare import diffusion
 from . import core
 
 
+@diffusion(
+    source="arXiv 2508.11255",
+    status="provisional: expert stage only, composed after the abstract",
+    reference=True,
+)
 def tlpo(
     chosen_err: Tensor,  # [P, K]
     rejected_err: Tensor,  # [P, K]
@@ -29,14 +34,7 @@ def tlpo(
     Args:
         chosen_err, rejected_err: `[P, K]` errors of expert k for the two videos of its pair.
         ref_chosen_err, ref_rejected_err: `[P, K]` the reference's. Constant.
-        beta: Strength of the pull to the reference, > 0, default 500 (DenseDPO's).
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, errors that are not [P, K], shapes that differ, a reference with
-            gradient.
+        beta: Strength of the pull to the reference, > 0; the default is DenseDPO's.
     """
     shared.positive("beta", beta)
     delta = core.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
@@ -46,15 +44,3 @@ def tlpo(
             "one dimension use diff_dpo."
         )
     return links.logistic(-beta * delta).sum(1)
-
-
-TLPO = Loss(
-    tlpo,
-    "tlpo",
-    "diffusion",
-    stats=(),
-    needs_reference=True,
-    status="provisional: expert stage only, composed after the abstract",
-    source="arXiv 2508.11255",
-    rewards=core.rewards,
-)

@@ -1,1 +1,1 @@
-"""Losses of ranked lists: (scores, labels, cu_groups, *, ...) -> [G]."""
+"""Losses of ranked lists: (scores, relevance, cu_groups, *, ...) -> [G]."""

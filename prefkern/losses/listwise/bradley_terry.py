@@ -7,12 +7,15 @@ from torch import Tensor
 from ...ops.list_rank import list_rank
 from ...ops.segment_sum import segment_sum
 from .. import core
-from ..record import Loss
+from ..declare import listwise
 
 
+@listwise(
+    source="arXiv 2203.02155 eq. 1", status="pair core checked against rax", score="mean_logp"
+)
 def bradley_terry(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     pair_reduction: str = "mean",
@@ -32,36 +35,21 @@ def bradley_terry(
 
     Args:
         scores: `[S]` reward r of each answer.
-        labels: `[S]` rank or rating, higher is better, ties form no pair; NaN removes an answer.
-        cu_groups: `[G+1]` boundaries of the answers to one prompt.
-        pair_reduction: "mean" (paper) or "sum" over the comparisons of a prompt; default "mean".
-        center: Weight of the pull of rewards to 0, which fixes their free constant, >= 0, default
-            0. Groups without a comparison are pulled too.
-        backend: Of the list_rank op, default "auto".
+        relevance: `[S]` rank or rating, higher is better, ties form no pair; NaN leaves an answer
+            out.
+        pair_reduction: "mean" (paper) or "sum" over the comparisons of a prompt.
+        center: Weight of the pull of rewards to 0, which fixes their free constant, >= 0. Groups
+            without a comparison are pulled too.
 
     Returns:
         Unreduced loss `[G]`; a group without a strict pair has only its centering term.
-
-    Raises:
-        ValueError: center < 0, an unknown pair_reduction, shapes that do not fit.
     """
     core.not_negative("center", center)
     loss = list_rank(
-        scores, labels, cu_groups, family="pair", pair_reduction=pair_reduction, backend=backend
+        scores, relevance, cu_groups, family="pair", pair_reduction=pair_reduction, backend=backend
     )
     if center == 0.0:
         return loss
-    squares = core.group_sum(scores * scores, labels, cu_groups)
-    size = segment_sum((~labels.isnan()).to(scores.dtype), cu_groups).clamp(min=1.0)
+    squares = core.group_sum(scores * scores, relevance, cu_groups)
+    size = segment_sum((~relevance.isnan()).to(scores.dtype), cu_groups).clamp(min=1.0)
     return loss + center * squares / size.to(loss.dtype)
-
-
-BRADLEY_TERRY = Loss(
-    bradley_terry,
-    "bradley_terry",
-    "listwise",
-    status="pair core checked against rax",
-    source="arXiv 2203.02155 eq. 1",
-    score="mean_logp",
-    rewards=core.mean_logp_rewards,
-)

@@ -6,12 +6,13 @@ from torch import Tensor
 
 from ...ops.list_rank import list_rank
 from .. import core
-from ..record import Loss
+from ..declare import listwise
 
 
+@listwise(source="arXiv 2402.05369", status="checked against the authors' code", reference=True)
 def infonca(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     beta: float = 0.01,
@@ -25,36 +26,29 @@ def infonca(
     Chen et al. 2024 (arXiv 2402.05369). A list of two with alpha -> 0 is DPO.
 
     Args:
-        scores: `[S]` log-ratio of each response.
-        labels: `[S]` reward, higher is better; NaN removes a response.
-        cu_groups: `[G+1]` boundaries of the lists.
-        beta: Strength of the pull to the reference, > 0, default 0.01.
-        alpha: Temperature of the rewards, > 0, default 1e-4 (almost one-hot).
-        backend: Of the list_rank op, default "auto".
+        alpha: Temperature of the rewards, > 0; the default is almost one-hot.
 
     Returns:
         Unreduced loss `[G]`; a list of one gives 0.
-
-    Raises:
-        ValueError: beta or alpha <= 0, shapes that do not fit.
     """
     core.positive("beta", beta)
     return list_rank(
-        beta * scores, labels, cu_groups, family="softmax", target="softmax", alpha=alpha,
+        beta * scores, relevance, cu_groups, family="softmax", target="softmax", alpha=alpha,
         backend=backend,
     )  # fmt: skip
 
 
+@listwise(source="arXiv 2402.05369", status="checked against the authors' code", reference=True)
 def nca(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     beta: float = 0.01,
     alpha: float = 1e-4,
     backend: str = "auto",
 ) -> Tensor:  # [G]
-    """NCA: tells responses from noise one by one, so that absolute likelihood counts.
+    """NCA: tells answers from noise one by one, so that absolute likelihood counts.
 
     l = -sum_i q_i log sigmoid(s_i) - 1/K sum_i log sigmoid(-s_i),
     q = softmax(y / alpha),  s = beta logratio
@@ -62,32 +56,12 @@ def nca(
     Chen et al. 2024 (arXiv 2402.05369). `nca_pair` is the list of two with one-hot q.
 
     Args:
-        scores: `[S]` log-ratio of each response.
-        labels: `[S]` reward, higher is better; NaN removes a response.
-        cu_groups: `[G+1]` boundaries of the lists.
-        beta: Strength of the pull to the reference, > 0, default 0.01.
-        alpha: Temperature of the rewards, > 0, default 1e-4 (almost one-hot).
-        backend: Of the list_rank op, default "auto".
+        alpha: Temperature of the rewards, > 0; the default is almost one-hot.
 
     Returns:
         Unreduced loss `[G]`; a list of one counts.
-
-    Raises:
-        ValueError: beta or alpha <= 0, shapes that do not fit.
     """
     core.positive("beta", beta)
-    return list_rank(beta * scores, labels, cu_groups, family="nca", alpha=alpha, backend=backend)
-
-
-INFONCA, NCA = (
-    Loss(
-        fn,
-        fn.__name__,
-        "listwise",
-        needs_reference=True,
-        status="checked against the authors' code",
-        source="arXiv 2402.05369",
-        rewards=core.logratio_rewards,
+    return list_rank(
+        beta * scores, relevance, cu_groups, family="nca", alpha=alpha, backend=backend
     )
-    for fn in (infonca, nca)
-)

@@ -2,7 +2,7 @@
 
 Pairs: bradley_terry on the logit of the "relevant" class. Points: the two-class cross-entropy is
 point_sigmoid(beta=1) on the difference of the two logits. The authors add the three with the
-weights of prefkern.losses.min_norm.min_norm_weights over the encoder's gradients.
+weights of prefkern.losses.listwise.more.min_norm_weights over the encoder's gradients.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...ops import ragged
 from .. import core
-from ..weights.token_weights import sequence_of
 
 
 def sup_con(
@@ -51,7 +51,7 @@ def sup_con(
     valid = ~labels.isnan()
     kept = torch.where(valid[:, None], embeddings, 0.0)
     z = torch.nn.functional.normalize(kept, dim=-1)
-    group = sequence_of(cu_groups, labels)
+    group = ragged.owner(cu_groups, len(labels))
     other = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     rival = (group[:, None] == group[None, :]) & valid[:, None] & valid[None, :] & other  # [S, S]
     friend = rival & (labels[:, None] == labels[None, :])

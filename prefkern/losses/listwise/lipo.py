@@ -8,12 +8,17 @@ from torch import Tensor
 
 from ...ops.list_rank import list_rank
 from .. import core
-from ..record import Loss
+from ..declare import listwise
 
 
+@listwise(
+    source="arXiv 2402.01878 eq. 5, 6, 8",
+    status="paper read; values and gradients checked against rax",
+    reference=True,
+)
 def lipo(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     beta: float = 0.05,
@@ -35,36 +40,26 @@ def lipo(
     l = sum_{y_i > y_j} w_ij softplus(-(s_i - s_j)),  s = beta logratio,
     w_ij = |G_i - G_j| |1 / log(1 + tau_i) - 1 / log(1 + tau_j)|,  G = 2^y - 1
 
-    with tau the rank of an item by its current score. Responses should be stored in random order:
+    with tau the rank of an item by its current score. Answers should be stored in random order:
     at the first step all scores tie and tau is the order of storage.
 
     Liu et al. 2024 (arXiv 2402.01878), eq. 8 (lambda), eq. 5 (pair), eq. 6 (hinge).
 
     Args:
-        scores: `[S]` log-ratio of each response.
-        labels: `[S]` relevance, higher is better, best in [0, 1]; NaN removes a response.
-        cu_groups: `[G+1]` boundaries of the lists.
-        beta: Strength of the pull to the reference, > 0, default 0.05.
-        variant: "lambda", "pair" (all w = 1), "labeldiff" (w = |y_i - y_j|) or "hinge"; default
-            "lambda".
-        gain: "exp2" or "linear" in y, default "exp2" (lambda).
-        log_base: Of the discount, "e" or "2", default "e" (lambda).
-        form: "dcg", or "dcg2" with the discount of rank differences; default "dcg" (lambda).
-        normalize: Divides gains by the ideal DCG, default False (lambda).
-        topn: Discount 0 beyond this rank; 0, the default, is no limit (lambda).
-        rank_source: tau from "score" or "label", default "score" (lambda).
-        tie_rank: Tied scores take "position" order or the "average" discount; default "position"
-            (lambda).
-        margin: Hinge margin after beta, default 1 (hinge).
-        pair_reduction: "sum" (paper) or "mean" over the strict pairs of a list, default "sum".
-        scale_by_list_size: Multiplies by the list's size as rax does, default False.
-        backend: Of the list_rank op, default "auto".
+        relevance: `[S]` numbers, higher is better, best in [0, 1]; NaN leaves an answer out.
+        variant: "lambda", "pair" (all w = 1), "labeldiff" (w = |y_i - y_j|) or "hinge".
+        gain: "exp2" or "linear" in y (lambda).
+        log_base: Of the discount, "e" or "2" (lambda).
+        form: "dcg", or "dcg2" with the discount of rank differences (lambda).
+        normalize: Divides gains by the ideal DCG (lambda).
+        topn: Discount 0 beyond this rank; 0 is no limit (lambda).
+        rank_source: tau from "score" or "label" (lambda).
+        tie_rank: Tied scores take "position" order or the "average" discount (lambda).
+        margin: Hinge margin after beta (hinge).
+        scale_by_list_size: Multiplies by the list's size as rax does.
 
     Returns:
         Unreduced loss `[G]`; a list without a strict pair gives 0.
-
-    Raises:
-        ValueError: beta <= 0, an unknown variant or option, shapes that do not fit.
     """
     core.positive("beta", beta)
     core.choice("variant", variant, ("lambda", "pair", "labeldiff", "hinge"))
@@ -75,7 +70,7 @@ def lipo(
     if variant == "hinge":
         return list_rank(
             beta * scores,
-            labels,
+            relevance,
             cu_groups,
             family="hinge",
             margin=margin,
@@ -84,7 +79,7 @@ def lipo(
         )
     return list_rank(
         beta * scores,
-        labels,
+        relevance,
         cu_groups,
         family="pair",
         weights="none" if variant == "pair" else variant,
@@ -98,14 +93,3 @@ def lipo(
         backend=backend,
         **shared,
     )
-
-
-LIPO = Loss(
-    lipo,
-    "lipo",
-    "listwise",
-    needs_reference=True,
-    status="paper read; values and gradients checked against rax",
-    source="arXiv 2402.01878 eq. 5, 6, 8",
-    rewards=core.logratio_rewards,
-)

@@ -8,14 +8,17 @@ from torch import Tensor
 
 from ...ops.list_rank import list_rank
 from .. import core, links
-from ..record import Loss
+from ..declare import formula, listwise
 from .lipo import lipo
 from .plackett_luce import plackett_luce
 
+STATUS = "paper read; values and gradients checked against rax away from ties"
 
+
+@listwise(source="arXiv 2402.01878 eq. 5", status=STATUS, reference=True)
 def pair_logistic(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     beta: float = 0.05,
@@ -30,29 +33,22 @@ def pair_logistic(
     Liu et al. 2024 (arXiv 2402.01878), eq. 5. A list of two is DPO.
 
     Args:
-        scores: `[S]` log-ratio of each response.
-        labels: `[S]` relevance, higher is better; NaN removes a response.
-        cu_groups: `[G+1]` boundaries of the lists.
-        beta: Strength of the pull to the reference, > 0, default 0.05.
-        weights: None (1), "labeldiff" (y_i - y_j) or "lambda" (see `lipo`); default None.
-        pair_reduction: "sum" (paper) or "mean" over the strict pairs of a list, default "sum".
-        backend: Of the list_rank op, default "auto".
+        weights: None (1), "labeldiff" (y_i - y_j) or "lambda" (see `lipo`).
 
     Returns:
         Unreduced loss `[G]`; a list without a strict pair gives 0.
-
-    Raises:
-        ValueError: beta <= 0, an unknown option, shapes that do not fit.
     """
-    return lipo(
-        scores, labels, cu_groups, beta=beta, variant="pair" if weights is None else weights,
+    core.choice("weights", weights, (None, "labeldiff", "lambda"))
+    return formula(lipo)(
+        scores, relevance, cu_groups, beta=beta, variant=weights or "pair",
         pair_reduction=pair_reduction, backend=backend,
     )  # fmt: skip
 
 
+@listwise(source="arXiv 2402.01878 eq. 6", status=STATUS, reference=True)
 def pair_hinge(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     beta: float = 0.05,
@@ -67,91 +63,73 @@ def pair_hinge(
     Liu et al. 2024 (arXiv 2402.01878), eq. 6.
 
     Args:
-        scores: `[S]` log-ratio of each response.
-        labels: `[S]` relevance, higher is better; NaN removes a response.
-        cu_groups: `[G+1]` boundaries of the lists.
-        beta: Strength of the pull to the reference, > 0, default 0.05.
-        margin: In units after beta, default 1.
-        pair_reduction: "sum" (paper) or "mean" over the strict pairs of a list, default "sum".
-        backend: Of the list_rank op, default "auto".
+        margin: In units after beta.
 
     Returns:
         Unreduced loss `[G]`; the derivative is 0 at the kink.
-
-    Raises:
-        ValueError: beta <= 0, an unknown option, shapes that do not fit.
     """
-    return lipo(
-        scores, labels, cu_groups, beta=beta, variant="hinge", margin=margin,
+    return formula(lipo)(
+        scores, relevance, cu_groups, beta=beta, variant="hinge", margin=margin,
         pair_reduction=pair_reduction, backend=backend,
     )  # fmt: skip
 
 
+@listwise(source="arXiv 2402.01878 eq. 9", status=STATUS, reference=True)
 def point_mse(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     beta: float = 0.05,
 ) -> Tensor:  # [G]
-    """Squared distance of each score from its label.
+    """Squared distance of each score from its relevance.
 
     l = sum_i (y_i - s_i)^2,  s = beta logratio
 
     Liu et al. 2024 (arXiv 2402.01878), eq. 9.
 
     Args:
-        scores: `[S]` log-ratio of each response.
-        labels: `[S]` target of the score; NaN removes a response.
-        cu_groups: `[G+1]` boundaries of the lists.
-        beta: Strength of the pull to the reference, > 0, default 0.05.
+        relevance: `[S]` target of the score; NaN leaves an answer out.
 
     Returns:
         Unreduced loss `[G]`; a list of one counts.
-
-    Raises:
-        ValueError: beta <= 0, shapes that do not fit.
     """
     core.positive("beta", beta)
-    label = core.labels_like(labels, scores)
-    return core.group_sum(links.squared(label - beta * scores), labels, cu_groups)
+    target = core.relevance_like(relevance, scores)
+    return core.group_sum(links.squared(target - beta * scores), relevance, cu_groups)
 
 
+@listwise(source="arXiv 2402.01878 eq. 10", status=STATUS, reference=True)
 def point_sigmoid(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     beta: float = 0.05,
 ) -> Tensor:  # [G]
-    """Cross-entropy of sigmoid(score) with a label in [0, 1].
+    """Cross-entropy of sigmoid(score) with a relevance in [0, 1].
 
     l = sum_i softplus(s_i) - y_i s_i,  s = beta logratio
 
     Liu et al. 2024 (arXiv 2402.01878), eq. 10.
 
     Args:
-        scores: `[S]` log-ratio of each response.
-        labels: `[S]` probability that the response is good; clipped to [0, 1] as in rax. NaN
-            removes a response.
-        cu_groups: `[G+1]` boundaries of the lists.
-        beta: Strength of the pull to the reference, > 0, default 0.05.
+        relevance: `[S]` probability that the answer is good; clipped to [0, 1] as in rax. NaN
+            leaves an answer out.
 
     Returns:
         Unreduced loss `[G]`; a list of one counts.
-
-    Raises:
-        ValueError: beta <= 0, shapes that do not fit.
     """
     core.positive("beta", beta)
-    label = core.labels_like(labels, scores).clamp(0.0, 1.0)
+    target = core.relevance_like(relevance, scores).clamp(0.0, 1.0)
     # y softplus(-s) + (1 - y) softplus(s): no difference of two large numbers.
-    return core.group_sum(links.logistic(beta * scores, label, 1.0 - label), labels, cu_groups)
+    return core.group_sum(links.logistic(beta * scores, target, 1.0 - target), relevance, cu_groups)
 
 
+@listwise(source="arXiv 2402.01878 eq. 7", status=STATUS, reference=True)
 def list_mle(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     beta: float = 0.05,
@@ -160,35 +138,25 @@ def list_mle(
     topk: int | Tensor | None = None,  # [G]
     backend: str = "auto",
 ) -> Tensor:  # [G]
-    """Plackett-Luce likelihood of the label order, with LiPO's beta and rax's tie policy.
+    """Plackett-Luce likelihood of the order of relevance, with LiPO's beta and rax's tie policy.
 
     l = sum over ranks i <= topk of log sum_{j not before i} exp(s_j) - s_i,  s = beta logratio
 
     Liu et al. 2024 (arXiv 2402.01878), eq. 7.
 
-    Args:
-        scores, labels, cu_groups: As in `plackett_luce`.
-        beta: Strength of the pull to the reference, > 0, default 0.05.
-        ties: "stable" (the stored order is trained), "breslow" or "strict"; default "stable".
-        item_gain: "none", or "exp2" to weigh each rank by 2^y - 1; default "none".
-        topk: Number of ranks that count, int or `[G]` integers >= 1, default None (all).
-        backend: Of the list_rank op, default "auto".
-
     Returns:
         Unreduced loss `[G]`; a list of one gives 0.
-
-    Raises:
-        ValueError: beta <= 0, an unknown option, topk < 1, shapes that do not fit.
     """
-    return plackett_luce(
-        scores, labels, cu_groups, beta=beta, topk=topk, ties=ties, item_gain=item_gain,
+    return formula(plackett_luce)(
+        scores, relevance, cu_groups, beta=beta, topk=topk, ties=ties, item_gain=item_gain,
         backend=backend,
     )  # fmt: skip
 
 
+@listwise(source="arXiv 2402.01878 eq. 11", status=STATUS, reference=True)
 def softmax(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     beta: float = 0.05,
@@ -196,7 +164,7 @@ def softmax(
     alpha: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:  # [G]
-    """Cross-entropy of the scores' softmax with a target distribution made from the labels.
+    """Cross-entropy of the scores' softmax with a target distribution made from the relevance.
 
     l = -sum_i q_i (s_i - log sum_j exp s_j),  s = beta logratio
 
@@ -204,41 +172,17 @@ def softmax(
     compute; "softmax" with alpha = 1 is ListNet's top-one form.
 
     Args:
-        scores: `[S]` log-ratio of each response.
-        labels: `[S]` relevance, higher is better, >= 0 with target "sum"; NaN removes a response.
-        cu_groups: `[G+1]` boundaries of the lists.
-        beta: Strength of the pull to the reference, > 0, default 0.05.
-        target: q from "sum" (y / sum y), "none" (y) or "softmax" (softmax(y / alpha)); default
-            "sum".
-        alpha: Temperature of target "softmax", > 0, default 1.
-        backend: Of the list_rank op, default "auto".
+        relevance: `[S]` numbers, higher is better, >= 0 with target "sum"; NaN leaves an answer
+            out.
+        target: q from "sum" (y / sum y), "none" (y) or "softmax" (softmax(y / alpha)).
+        alpha: Temperature of target "softmax", > 0.
 
     Returns:
         Unreduced loss `[G]`; a list of one gives 0.
-
-    Raises:
-        ValueError: beta or alpha <= 0, an unknown target, negative labels with "sum", shapes.
     """
     core.positive("beta", beta)
     options: dict[str, Any] = {"alpha": alpha} if target == "softmax" else {}
     return list_rank(
-        beta * scores, labels, cu_groups, family="softmax", target=target, backend=backend,
+        beta * scores, relevance, cu_groups, family="softmax", target=target, backend=backend,
         **options,
     )  # fmt: skip
-
-
-PAIR_LOGISTIC, PAIR_HINGE, POINT_MSE, POINT_SIGMOID, LIST_MLE, SOFTMAX = (
-    Loss(
-        fn,
-        fn.__name__,
-        "listwise",
-        needs_reference=True,
-        status="paper read; values and gradients checked against rax away from ties",
-        source=f"arXiv 2402.01878 eq. {equation}",
-        rewards=core.logratio_rewards,
-    )
-    for fn, equation in (
-        (pair_logistic, 5), (pair_hinge, 6), (point_mse, 9), (point_sigmoid, 10), (list_mle, 7),
-        (softmax, 11),
-    )
-)  # fmt: skip

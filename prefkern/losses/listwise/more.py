@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ...ops import ragged
 from ...ops.list_rank import list_rank
 from .. import core
-from ..min_norm import min_norm_weights
-from ..record import Loss
-from ..weights.token_weights import sequence_of
+from ..declare import listwise
 
 NORMALIZERS = ("none", "l2", "loss", "loss+")
+_TOLERANCE = 1e-12  # of an inner product, relative to the longest gradient's square
+_ROUNDS = 1000  # the method ends after a few rounds per gradient; this bounds a rounding cycle
 
 
+@listwise(
+    source="arXiv 2312.07401",
+    status="loss executed against the authors' code; paper read in abstract only",
+    score="mean_logp",
+)
 def more(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     source: Tensor,  # [G]
@@ -39,27 +46,21 @@ def more(
 
     Args:
         scores: `[S]` reward r of each answer.
-        labels: `[S]` rank or rating, higher is better, ties form no pair; NaN removes an answer.
-        cu_groups: `[G+1]` boundaries of the answers to one prompt.
         source: `[G]` integers in [0, n), the preference data each group comes from.
-        source_weights: `[n]` lambda, constant, summing to 1 over the sources of the batch.
-        pair_reduction: "mean" or "sum" over the comparisons of a prompt, default "mean".
-        backend: Of the list_rank op, default "auto".
+        source_weights: `[n]` lambda, constant, summing to 1 over the sources of the batch:
+            prefkern.losses.listwise.more.source_weights(...).
 
     Returns:
         Unreduced loss `[G]`; a group without a strict pair gives 0.
-
-    Raises:
-        ValueError: source is not `[G]` integers, source_weights is not `[n]`, shapes that do not
-            fit.
     """
     groups = cu_groups.numel() - 1
     _check_source(source, groups)
-    if not isinstance(source_weights, Tensor) or source_weights.dim() != 1:
-        got = getattr(source_weights, "shape", type(source_weights).__name__)
-        raise ValueError(f"source_weights must be a tensor [n], one per source, got {got}.")
+    if source_weights.dim() != 1:
+        raise ValueError(
+            f"source_weights must be [n], one per source, got {list(source_weights.shape)}."
+        )
     loss = list_rank(
-        scores, labels, cu_groups, family="pair", pair_reduction=pair_reduction, backend=backend
+        scores, relevance, cu_groups, family="pair", pair_reduction=pair_reduction, backend=backend
     )
     weight = source_weights.detach().to(loss.dtype)
     present = torch.zeros_like(weight).index_fill(0, source.long(), 1.0).sum()
@@ -69,7 +70,7 @@ def more(
 def head_gradients(
     features: Tensor,  # [S, D]
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     source: Tensor,  # [G]
     sources: int,
@@ -84,7 +85,7 @@ def head_gradients(
 
     Args:
         features: `[S, D]` inputs of the head.
-        scores, labels, cu_groups, source: As in `more`.
+        scores, relevance, cu_groups, source: As in `more`.
         sources: n.
         backend: Of the list_rank op, default "auto".
 
@@ -103,13 +104,13 @@ def head_gradients(
     leaf = scores.detach().requires_grad_()
     with torch.enable_grad():
         loss = list_rank(
-            leaf, labels, cu_groups, family="pair", pair_reduction="mean", backend=backend
+            leaf, relevance, cu_groups, family="pair", pair_reduction="mean", backend=backend
         )
         count = torch.zeros(sources, dtype=loss.dtype, device=loss.device)
         count = count.index_add(0, index, torch.ones_like(loss)).clamp(min=1.0)
         mean = loss / count[index]
         (slope,) = torch.autograd.grad(mean.sum(), leaf)
-    owner = index[sequence_of(cu_groups, scores)]
+    owner = index[ragged.owner(cu_groups, scores.numel())]
     rows = slope[:, None] * features.detach().to(slope.dtype)
     gradient = rows.new_zeros(sources, features.shape[1]).index_add(0, owner, rows)
     return gradient, count.new_zeros(sources).index_add(0, index, mean.detach())
@@ -166,13 +167,67 @@ def _check_source(source: Tensor, groups: int) -> None:
         raise ValueError(f"source must be integers [G] = [{groups}], one per group, got {got}.")
 
 
-MORE = Loss(
-    more,
-    "more",
-    "listwise",
-    extra=("source", "source_weights"),
-    status="loss executed against the authors' code; paper read in abstract only",
-    source="arXiv 2312.07401",
-    score="mean_logp",
-    rewards=core.mean_logp_rewards,
-)
+def min_norm_weights(gradients: Tensor) -> Tensor:  # [n]
+    """Weights of the point nearest to 0 in the convex hull of n gradients.
+
+    argmin over lambda >= 0, sum lambda = 1 of |sum_i lambda_i g_i|^2
+
+    A step against that point lets no loss grow (to first order), or is 0 where no such step exists.
+    Desideri 2012; Sener and Koltun 2018 (arXiv 1810.04650). Exact, by Wolfe's method on the n x n
+    inner products, where the usual Frank-Wolfe iteration stops at a tolerance.
+
+    Args:
+        gradients: `[n, D]`, one row per loss, finite. Read on the host: on a GPU this waits.
+
+    Returns:
+        `[n]` in the dtype of gradients, on their device, without gradient.
+
+    Raises:
+        ValueError: gradients that are not `[n, D]` with n >= 1, or not finite.
+    """
+    if gradients.dim() != 2 or gradients.shape[0] == 0:
+        raise ValueError(
+            f"gradients must be [n, D] with n >= 1, got {list(gradients.shape)}; flatten each."
+        )
+    g = gradients.detach().double()
+    gram = (g @ g.T).cpu().numpy()
+    if not np.isfinite(gram).all():
+        raise ValueError("gradients must be finite, and so must their inner products.")
+    n = len(gram)
+    weights = np.zeros(n)
+    start = int(np.argmin(np.diag(gram)))
+    weights[start] = 1.0
+    active = [start]
+    slack = _TOLERANCE * max(float(np.diag(gram).max()), np.finfo(np.float64).tiny)
+    for _ in range(_ROUNDS):
+        product = gram @ weights  # of every gradient with the current point
+        nearest = int(np.argmin(product))
+        if product[nearest] >= weights @ product - slack or nearest in active:
+            break
+        active.append(nearest)
+        _to_the_nearest_point(gram, weights, active)
+    return torch.from_numpy(weights / weights.sum()).to(gradients)
+
+
+def _to_the_nearest_point(gram: np.ndarray, weights: np.ndarray, active: list[int]) -> None:
+    """Moves `weights` to the nearest point of the hull of the active gradients, dropping from
+    `active` those that it leaves."""
+    while True:
+        k = len(active)
+        # stationarity and sum 1 of the affine hull; lstsq, since gradients may be parallel
+        system = np.zeros((k + 1, k + 1))
+        system[0, 1:] = system[1:, 0] = 1.0
+        system[1:, 1:] = gram[np.ix_(active, active)]
+        right = np.zeros(k + 1)
+        right[0] = 1.0
+        goal = np.linalg.lstsq(system, right, rcond=None)[0][1:]
+        here = weights[active]
+        if (goal > 0.0).all():
+            weights[active] = goal
+            return
+        out = goal <= 0.0
+        step = float(np.min(here[out] / np.maximum(here[out] - goal[out], 1e-300)))
+        moved = np.maximum(here + min(step, 1.0) * (goal - here), 0.0)
+        moved[np.argmin(np.where(out, moved, np.inf))] = 0.0
+        weights[active] = moved
+        active[:] = [a for a, w in zip(active, moved, strict=True) if w > 0.0]

@@ -6,12 +6,17 @@ from torch import Tensor
 
 from ...ops.list_rank import list_rank
 from .. import core
-from ..record import Loss
+from ..declare import listwise
 
 
+@listwise(
+    source="arXiv 2410.04346 for its use in alignment",
+    status="values and gradients checked against rax and allRank",
+    reference=True,
+)
 def approx_ndcg(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     beta: float = 0.05,
@@ -27,29 +32,27 @@ def approx_ndcg(
     where scores differ by much more than T.
 
     Args:
-        scores: `[S]` log-ratio of each response.
-        labels: `[S]` relevance, higher is better, below 128; NaN removes a response.
-        cu_groups: `[G+1]` boundaries of the lists.
-        beta: Strength of the pull to the reference, > 0, default 0.05.
-        temperature: T > 0, default 1 (allRank, rax); 0.1 in TF-Ranking.
-        backend: Of the list_rank op, default "auto".
+        relevance: `[S]` numbers, higher is better, below 128; NaN leaves an answer out.
+        temperature: T > 0; 1 as in allRank and rax, 0.1 in TF-Ranking.
 
     Returns:
-        Unreduced loss `[G]` in [-1, 0]; 0 where no label differs or the ideal DCG is 0.
-
-    Raises:
-        ValueError: beta or temperature <= 0, shapes that do not fit.
+        Unreduced loss `[G]` in [-1, 0]; 0 where all are equally relevant or the ideal DCG is 0.
     """
     core.positive("beta", beta)
     return list_rank(
-        beta * scores, labels, cu_groups, family="approx_ndcg", temperature=temperature,
+        beta * scores, relevance, cu_groups, family="approx_ndcg", temperature=temperature,
         backend=backend,
     )  # fmt: skip
 
 
+@listwise(
+    source="arXiv 2102.07831",
+    status="checked against allRank to 6e-7 (its early stop)",
+    reference=True,
+)
 def neural_ndcg(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     beta: float = 0.05,
@@ -66,43 +69,16 @@ def neural_ndcg(
     over the whole batch; here every list takes the same number, so that its value is its own.
 
     Args:
-        scores: `[S]` log-ratio of each response.
-        labels: `[S]` relevance, higher is better, below 128; NaN removes a response.
-        cu_groups: `[G+1]` boundaries of the lists.
-        beta: Strength of the pull to the reference, > 0, default 0.05.
-        temperature: Of the soft permutation, > 0, default 1.
-        sinkhorn_iters: Rounds of column and row scaling, >= 1, default 20.
-        backend: Of the list_rank op, default "auto".
+        relevance: `[S]` numbers, higher is better, below 128; NaN leaves an answer out.
+        temperature: Of the soft permutation, > 0.
+        sinkhorn_iters: Rounds of column and row scaling, >= 1.
 
     Returns:
-        Unreduced loss `[G]` in [-1, 0]; 0 where no label differs or the ideal DCG is 0. The slope
-        of |s_j - s_k| is 0 at a tie.
-
-    Raises:
-        ValueError: beta or temperature <= 0, sinkhorn_iters < 1, shapes that do not fit.
+        Unreduced loss `[G]` in [-1, 0]; 0 where all are equally relevant or the ideal DCG is 0.
+        The slope of |s_j - s_k| is 0 at a tie.
     """
     core.positive("beta", beta)
     return list_rank(
-        beta * scores, labels, cu_groups, family="neural_ndcg", temperature=temperature,
+        beta * scores, relevance, cu_groups, family="neural_ndcg", temperature=temperature,
         sinkhorn_iters=sinkhorn_iters, backend=backend,
     )  # fmt: skip
-
-
-APPROX_NDCG = Loss(
-    approx_ndcg,
-    "approx_ndcg",
-    "listwise",
-    needs_reference=True,
-    status="values and gradients checked against rax and allRank",
-    source="arXiv 2410.04346 for its use in alignment",
-    rewards=core.logratio_rewards,
-)
-NEURAL_NDCG = Loss(
-    neural_ndcg,
-    "neural_ndcg",
-    "listwise",
-    needs_reference=True,
-    status="checked against allRank to 6e-7 (its early stop)",
-    source="arXiv 2102.07831",
-    rewards=core.logratio_rewards,
-)

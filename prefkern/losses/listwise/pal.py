@@ -7,12 +7,17 @@ from torch import Tensor
 
 from ...ops.list_rank import list_rank
 from .. import core
-from ..record import Loss
+from ..declare import listwise
 
 
+@listwise(
+    source="arXiv 2406.08469",
+    status="scores and loss executed against the authors' code; paper read in abstract only",
+    score="mean_logp",
+)
 def pal(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     link: str = "hinge",
@@ -37,28 +42,22 @@ def pal(
 
     Args:
         scores: `[S]` reward r of each answer for the user of its group.
-        labels: `[S]` rank or rating, higher is better, ties form no pair; NaN removes an answer.
         cu_groups: `[G+1]` boundaries of the answers that one user compared.
-        link: "hinge" or "logistic", default "hinge".
-        margin: Of the hinge, default 1.
-        pair_reduction: "mean" or "sum" over the comparisons of a group, default "mean".
-        backend: Of the list_rank op, default "auto".
+        link: "hinge" or "logistic".
+        margin: Of the hinge.
 
     Returns:
         Unreduced loss `[G]`; the derivative at the kink is 0, a group without a strict pair gives
         0.
-
-    Raises:
-        ValueError: an unknown link, shapes that do not fit.
     """
     core.choice("link", link, ("hinge", "logistic"))
     if link == "hinge":
         return list_rank(
-            scores, labels, cu_groups, family="hinge", margin=margin,
+            scores, relevance, cu_groups, family="hinge", margin=margin,
             pair_reduction=pair_reduction, backend=backend,
         )  # fmt: skip
     return list_rank(
-        scores, labels, cu_groups, family="pair", pair_reduction=pair_reduction, backend=backend
+        scores, relevance, cu_groups, family="pair", pair_reduction=pair_reduction, backend=backend
     )
 
 
@@ -138,14 +137,3 @@ def bound_penalty(
 ) -> Tensor:  # []
     """weight times the sum over rows of max(0, |a| - upper_bound), the authors' regulariser."""
     return weight * (torch.linalg.vector_norm(points, dim=-1) - upper_bound).clamp(min=0.0).sum()
-
-
-PAL = Loss(
-    pal,
-    "pal",
-    "listwise",
-    status="scores and loss executed against the authors' code; paper read in abstract only",
-    source="arXiv 2406.08469",
-    score="mean_logp",
-    rewards=core.mean_logp_rewards,
-)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ...ops.list_rank import list_rank
 from .. import core
-from ..record import Loss
+from ..declare import formula, listwise
 
 
+@listwise(
+    source="arXiv 2312.17055",
+    status="provisional: two readings of an equation that was not legible",
+    score="mean_logp",
+)
 def rank_gap_hinge(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     mode: str = "margin",
@@ -31,29 +34,29 @@ def rank_gap_hinge(
     Two readings of an equation of BiAlign (arXiv 2312.17055) that was not legible.
 
     Args:
-        scores: `[S]` mean log-probability per token of each answer.
-        labels: `[S]` the teacher's score, higher is better; NaN removes an answer.
-        cu_groups: `[G+1]` boundaries of the lists.
-        mode: "margin" or "product", default "margin".
-        scale: Factor of the rank gap, default 1.
-        per_item: Divides the rank gap by the number of answers, default False.
-        backend: Of the list_rank op, default "auto".
+        relevance: `[S]` the teacher's score, higher is better; NaN leaves an answer out.
+        mode: "margin" or "product".
+        scale: Factor of the rank gap.
+        per_item: Divides the rank gap by the number of answers.
 
     Returns:
         Unreduced loss `[G]`; the derivative is 0 at the kink.
-
-    Raises:
-        ValueError: an unknown mode, shapes that do not fit.
     """
     return list_rank(
-        scores, labels, cu_groups, family="rank_hinge", mode=mode, scale=scale, per_item=per_item,
-        backend=backend,
+        scores, relevance, cu_groups, family="rank_hinge", mode=mode, scale=scale,
+        per_item=per_item, backend=backend,
     )  # fmt: skip
 
 
+@listwise(
+    source="arXiv 2312.17055",
+    status="provisional: ranking term guessed, direction of the KL assumed",
+    reads=("logp", "fkl"),
+    score="mean_logp",
+)
 def bialign(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     fkl: Tensor,  # [S]
@@ -73,28 +76,24 @@ def bialign(
 
     Args:
         scores: `[S]` mean log-probability per token of the answer given each subset of examples.
-        labels: `[S]` the teacher's score of the same, higher is better; NaN leaves a sequence out
-            of the ranking (a first sequence that is there for the KL alone).
+        relevance: `[S]` the teacher's score of the same, higher is better; NaN leaves a sequence
+            out of the ranking (a first sequence that is there for the KL alone).
         cu_groups: `[G+1]` boundaries of the lists; the first sequence of each holds the full
             context.
         fkl: `[S]` KL(teacher || policy) summed over the tokens of each sequence.
         length: `[S]` scored tokens of each sequence.
-        lam: Weight of the ranking term, >= 0, default 1.
-        mode: As in `rank_gap_hinge`, default "margin".
+        lam: Weight of the ranking term, >= 0.
+        mode: As in `rank_gap_hinge`.
         tokens_per_group: Mean length of the first sequences over a whole step of several
-            micro-batches, default None, the batch's own.
-        backend: Of the list_rank op, default "auto".
+            micro-batches; None: the batch's own.
 
     Returns:
         Unreduced loss `[G]`, whose mean holds the KL per token of all first sequences.
-
-    Raises:
-        ValueError: lam < 0, an unknown mode, shapes that do not fit.
     """
     core.not_negative("lam", lam)
     core.difference(fkl, scores)
-    ranking = rank_gap_hinge(
-        scores, core.drop_empty(labels, length), cu_groups, mode=mode, per_item=True,
+    ranking = formula(rank_gap_hinge)(
+        scores, core.drop_empty(relevance, length), cu_groups, mode=mode, per_item=True,
         backend=backend,
     )  # fmt: skip
     # An empty list has no first sequence: it borrows one and is weighed 0.
@@ -105,29 +104,3 @@ def bialign(
     kl = torch.where(filled, fkl[first], 0.0)
     tokens = torch.where(filled, length[first], 0.0)
     return core.per_token(kl, tokens, tokens_per_group).to(ranking.dtype) + lam * ranking
-
-
-def _rewards(seq: Any, **_: Any) -> Tensor:
-    return seq.mean_logp
-
-
-RANK_GAP_HINGE = Loss(
-    rank_gap_hinge,
-    "rank_gap_hinge",
-    "listwise",
-    status="provisional: two readings of an equation that was not legible",
-    source="arXiv 2312.17055",
-    score="mean_logp",
-    rewards=_rewards,
-)
-BIALIGN = Loss(
-    bialign,
-    "bialign",
-    "listwise",
-    stats=("logp", "fkl"),
-    extra=("fkl", "length"),
-    status="provisional: ranking term guessed, direction of the KL assumed",
-    source="arXiv 2312.17055",
-    score="mean_logp",
-    rewards=_rewards,
-)

@@ -6,13 +6,19 @@ from torch import Tensor
 
 from ...ops.list_rank import list_rank
 from .. import core
-from ..record import Loss, WeightStage
-from ..weights import contrast
+from ..declare import listwise
+from ..weights import steps
 
 
+@listwise(
+    source="arXiv 2410.12854",
+    status="provisional: own definition in the style of the paper, whose equations were not read",
+    reference=True,
+    weights=steps.tree_tpo,
+)
 def tree_tpo(
     scores: Tensor,  # [S]
-    labels: Tensor,  # [S]
+    relevance: Tensor,  # [S]
     cu_groups: Tensor,  # [G+1]
     *,
     beta: float = 0.5,
@@ -25,45 +31,22 @@ def tree_tpo(
     l = 1 / |pairs| sum_{y_i > y_j} w_ij softplus(-(R_i - R_j)),
     R = beta sum_k c_k (mean log-ratio of step k) / sum_k c_k
 
-    with the step weights of contrast.tree_tpo, which make R = beta logratio. A definition
-    of this package in the style of tree preference optimization (arXiv 2410.12854): the paper's
-    equations were not read and its released loss trains the wrong way.
+    with the step weights of prefkern.losses.weights.tree_tpo, which make R = beta logratio. A
+    definition of this package in the style of tree preference optimization (arXiv 2410.12854): the
+    paper's equations were not read and its released loss trains the wrong way.
 
     Args:
-        scores: `[S]` step-weighted log-ratio of each response.
-        labels: `[S]` value of each leaf, higher is better; NaN removes a response. With lambda
+        scores: `[S]` step-weighted log-ratio of each answer.
+        relevance: `[S]` value of each leaf, higher is better; NaN leaves an answer out. With lambda
             weights 2^y must fit the dtype.
-        cu_groups: `[G+1]` boundaries of the lists.
-        beta: Strength of the pull to the reference, > 0, default 0.5.
-        weights: "none" or "lambda" (see `lipo`), default "none".
-        pair_reduction: "mean" or "sum" over the strict pairs of a list, default "mean".
-        backend: Of the list_rank op, default "auto".
+        weights: "none" or "lambda" (see `lipo`).
 
     Returns:
         Unreduced loss `[G]`; a list without a strict pair gives 0.
-
-    Raises:
-        ValueError: beta <= 0, an unknown option, shapes that do not fit.
     """
     core.positive("beta", beta)
     core.choice("weights", weights, ("none", "lambda"))
     return list_rank(
-        beta * scores, labels, cu_groups, family="pair", weights=weights,
+        beta * scores, relevance, cu_groups, family="pair", weights=weights,
         pair_reduction=pair_reduction, backend=backend,
     )  # fmt: skip
-
-
-TREE_TPO = Loss(
-    tree_tpo,
-    "tree_tpo",
-    "listwise",
-    needs_reference=True,
-    status="provisional: own definition in the style of the paper, whose equations were not read",
-    source="arXiv 2410.12854",
-    weights=WeightStage(
-        contrast.tree_tpo,
-        given=("cu_seqlens", "scored"),
-        extra=("step_index", "cosine"),
-    ),
-    rewards=core.logratio_rewards,
-)

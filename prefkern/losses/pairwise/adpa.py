@@ -7,9 +7,20 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core
-from ..record import Loss, Supervised
+from ..declare import pairwise
+from ..record import Supervised
 
 
+def _dckd_reads(*, top_k: int | None = None, **_: object) -> tuple[str, ...]:
+    return ("logp", "fkl" if top_k is None else f"bkl:{top_k}", "length")
+
+
+@pairwise(
+    source="arXiv 2502.17927",
+    status="trainer read in a third-party copy",
+    reads=_dckd_reads,
+    supervised=Supervised("sft_on_chosen", 1.0),
+)
 def dckd(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -31,20 +42,17 @@ def dckd(
     reference model. The released code caches its top 50 entries and one rest bucket.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `fkl`, or `bkl`
-            with top_k, and `length`.
-        distillation_weight: w, default 1 (recipe values are not known).
-        chosen_distil_weight, rejected_distil_weight: w_c and w_r, default 1.
-        top_k: Folds all but the teacher's top_k entries into one bucket (50 in the released code),
-            default None, the full KL.
-        chosen_tokens, rejected_tokens: n_c and n_r over a whole step of several micro-batches,
-            default None, the batch's own.
+        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `logp`, `length`,
+            and `fkl`, or `bkl` with top_k.
+        distillation_weight: w; recipe values are not known.
+        chosen_distil_weight, rejected_distil_weight: w_c and w_r.
+        top_k: Folds all but the teacher's top_k entries into one bucket (50 in the released code);
+            None: the full KL.
+        chosen_tokens, rejected_tokens: n_c and n_r over a whole step of several micro-batches;
+            None: the batch's own.
 
     Returns:
         Loss `[P]`; its mean over pairs is the published token mean.
-
-    Raises:
-        ValueError: a missing statistic, shapes that differ.
     """
     core.same_items(chosen, rejected)
     field = "fkl" if top_k is None else "bkl"
@@ -53,6 +61,12 @@ def dckd(
     return distillation_weight * (chosen_distil_weight * kl_w + rejected_distil_weight * kl_l)
 
 
+@pairwise(
+    source="arXiv 2502.17927",
+    status="trainer read in a third-party copy; equation of the paper from memory",
+    reads=("logp", "ev", "length"),
+    supervised=Supervised("sft_on_chosen", 1.0),
+)
 def adpa(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -71,16 +85,11 @@ def adpa(
     to [1e-8, 1 - 1e-8] on the teacher's top 50; `advantage_rows` makes such rows.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ev`, `length`.
-        adpa_weight: Weight of the advantage, default 1 (recipe values are not known).
-        rejected_tokens: n_r over a whole step of several micro-batches, default None, the batch's
-            own.
+        adpa_weight: Weight of the advantage; recipe values are not known.
+        rejected_tokens: n_r over a whole step of several micro-batches; None: the batch's own.
 
     Returns:
         Loss `[P]`; its mean over pairs is the published token mean.
-
-    Raises:
-        ValueError: a missing statistic, shapes that differ.
     """
     core.same_items(chosen, rejected)
     expected = core.per_token(rejected.require("ev"), rejected.require("length"), rejected_tokens)
@@ -115,30 +124,3 @@ def advantage_rows(
     index = torch.topk(aux_logp, min(top_k, aux_logp.shape[1]), dim=1).indices
     value = (aux_logp.gather(1, index) - ref_logp.gather(1, index)).detach()
     return index, value if clamp is None else value.clamp(*clamp)
-
-
-def _dckd_stats(*, top_k: int | None = None, **_: object) -> tuple[str, ...]:
-    return ("logp", "fkl" if top_k is None else f"bkl:{top_k}")
-
-
-DCKD = Loss(
-    dckd,
-    "dckd",
-    "pairwise",
-    stats=("logp", "fkl"),
-    status="trainer read in a third-party copy",
-    source="arXiv 2502.17927",
-    supervised=Supervised("sft_on_chosen", 1.0),
-    stats_for=_dckd_stats,
-    rewards=core.logp_rewards,
-)
-ADPA = Loss(
-    adpa,
-    "adpa",
-    "pairwise",
-    stats=("logp", "ev"),
-    status="trainer read in a third-party copy; equation of the paper from memory",
-    source="arXiv 2502.17927",
-    supervised=Supervised("sft_on_chosen", 1.0),
-    rewards=core.logp_rewards,
-)

@@ -6,9 +6,16 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2501.03884",
+    status="checked against TRL",
+    reads=("logp", "length"),
+    score="mean_logp",
+    rewards=core.mean_logp_rewards,
+)
 def alphapo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -25,16 +32,8 @@ def alphapo(
     Gupta et al. 2025 (arXiv 2501.03884).
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `length`.
-        beta: Scale of the margin, > 0, default 2.5.
-        gamma: Target margin after beta, default 0.1.
-        alpha: Shape of the reward, default 0.25.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, shapes that differ.
+        gamma: Target margin after beta.
+        alpha: Shape of the reward.
     """
     core.positive("beta", beta)
     score = core.difference(
@@ -42,14 +41,3 @@ def alphapo(
         links.alpha_score(rejected.mean_logp, alpha),
     )
     return links.logistic(beta * score - gamma)
-
-
-ALPHAPO = Loss(
-    alphapo,
-    "alphapo",
-    "pairwise",
-    status="checked against TRL",
-    source="arXiv 2501.03884",
-    rewards=core.mean_logp_rewards,
-    logps="mean_logp",
-)

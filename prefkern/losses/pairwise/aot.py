@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(source="arXiv 2406.05882", status="checked against TRL", reference=True)
 def aot(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -28,17 +29,12 @@ def aot(
     Melnyk et al. 2024 (arXiv 2406.05882). The result depends on what is in the batch.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
+        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `logp`, `ref_logp`.
             Unpaired answers may belong to different prompts.
-        beta: Strength of the pull to the reference, > 0, default 0.01.
-        label_smoothing: Probability eps in [0, 0.5] that a label is wrong, default 0.
-        paired: True compares margins, False answers; default True.
+        paired: True compares margins, False answers.
 
     Returns:
         Unreduced loss `[P]`, in ascending order of the sorted samples.
-
-    Raises:
-        ValueError: beta <= 0, label_smoothing outside [0, 0.5], shapes that differ.
     """
     core.positive("beta", beta)
     core.same_items(chosen, rejected)
@@ -50,14 +46,3 @@ def aot(
     # Stable sorts: a tie does not change the loss, but it decides which row receives the gradient.
     gap = torch.sort(u, stable=True).values - torch.sort(v, stable=True).values
     return links.smoothed_logistic(beta * gap, label_smoothing)
-
-
-AOT = Loss(
-    aot,
-    "aot",
-    "pairwise",
-    needs_reference=True,
-    status="checked against TRL",
-    source="arXiv 2406.05882",
-    rewards=core.logratio_rewards,
-)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss, Supervised
+from ..declare import pairwise
+from ..record import Supervised
 
 
+@pairwise(
+    source="arXiv 2409.10571, arXiv 2502.01237",
+    status="restated in a later paper; the paper itself was not read and has no code",
+    reads=("logp", "length"),
+    score="mean_logp",
+    rewards=core.plain_mean_logp,
+    supervised=Supervised("nll_weight", 1.0, mode="seq"),
+)
 def asft(
     chosen: SeqStats, rejected: SeqStats, *, lam: float = 0.1, beta: float = 1.0
 ) -> Tensor:  # [P]
@@ -22,15 +29,8 @@ def asft(
     Wang et al. 2024 (arXiv 2409.10571), as restated in arXiv 2502.01237.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `length`.
-        lam: Weight of the alignment terms, >= 0, default 0.1.
-        beta: Temperature of the odds, > 0, default 1.
-
-    Returns:
-        Unreduced loss `[P]`, without the likelihood term (weight `nll_weight`, default 1).
-
-    Raises:
-        ValueError: lam < 0, beta <= 0, shapes that differ.
+        lam: Weight of the alignment terms, >= 0.
+        beta: Temperature of the odds, > 0.
     """
     core.not_negative("lam", lam)
     core.positive("beta", beta)
@@ -38,19 +38,3 @@ def asft(
     good = links.logistic(beta * links.log_odds(chosen.mean_logp))
     bad = links.logistic(-beta * links.log_odds(rejected.mean_logp))
     return lam * (good + bad)
-
-
-def _rewards(seq: SeqStats, **_: Any) -> Tensor:
-    return seq.mean_logp
-
-
-ASFT = Loss(
-    asft,
-    "asft",
-    "pairwise",
-    status="restated in a later paper; the paper itself was not read and has no code",
-    source="arXiv 2409.10571, arXiv 2502.01237",
-    rewards=_rewards,
-    supervised=Supervised("nll_weight", 1.0, mode="seq"),
-    logps="mean_logp",
-)

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(source="arXiv 2404.04656", status="checked against TRL", reference=True)
 def bco_pair(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -23,30 +24,11 @@ def bco_pair(
     Jung et al. 2024 (arXiv 2404.04656), pair form of TRL; its documentation prints DPO's formula.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
         delta: Reward shift, a number or 0-d tensor, constant; TRL fixes 0 since 0.29, older
-            versions keep a running mean of rewards. Default 0.
-        beta: Strength of the pull to the reference, > 0, default 0.01.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, shapes that differ.
+            versions keep a running mean of rewards.
     """
     core.positive("beta", beta)
     core.same_items(chosen, rejected)
     shift = core.scalar("delta", delta, chosen.logratio)
     good = links.logistic(beta * chosen.logratio - shift)
     return good + links.logistic(shift - beta * rejected.logratio)
-
-
-BCO_PAIR = Loss(
-    bco_pair,
-    "bco_pair",
-    "pairwise",
-    needs_reference=True,
-    status="checked against TRL",
-    source="arXiv 2404.04656",
-    rewards=core.logratio_rewards,
-)

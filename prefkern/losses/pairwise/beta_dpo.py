@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
 class BetaState(NamedTuple):
@@ -19,6 +19,28 @@ class BetaState(NamedTuple):
     std: float = 0.0
 
 
+def update(
+    state: BetaState, chosen: SeqStats, rejected: SeqStats, *, ema: float = 0.9
+) -> BetaState:
+    """The state after this batch: moving averages of mean and (unbiased) deviation of its margins.
+
+    A batch of one has no deviation and leaves that average as it is.
+    """
+    gap = core.logratio_gap(chosen, rejected).detach().double()
+    if gap.numel() == 0:
+        return state
+    mean = ema * state.mean + (1.0 - ema) * gap.mean().item()
+    if gap.numel() == 1:
+        return BetaState(mean, state.std)
+    return BetaState(mean, ema * state.std + (1.0 - ema) * gap.std().item())
+
+
+@pairwise(
+    source="arXiv 2407.08639",
+    status="checked against the authors' code",
+    reference=True,
+    update=update,
+)
 def beta_dpo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -37,19 +59,16 @@ def beta_dpo(
     Wu et al. 2024 (arXiv 2407.08639), as in the authors' code. beta_b is constant.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        keep: `[P]` bool or 0/1, pairs that count; see `select`.
-        gap_mean: Moving average of the mean margin before this batch, default 0; see `update`.
-        beta: Base strength, > 0, default 0.1.
-        a: How strongly beta follows the margin, default 0.6.
-        ema: Momentum of the moving average in [0, 1), default 0.9.
+        keep: `[P]` bool or 0/1, pairs that count: prefkern.losses.pairwise.beta_dpo.select(...).
+        gap_mean: Moving average of the mean margin before this batch: the mean of the state that
+            prefkern.losses.pairwise.beta_dpo.update gives.
+        beta: Base strength, > 0.
+        a: How strongly beta follows the margin.
+        ema: Momentum of the moving average in [0, 1).
 
     Returns:
         Unreduced loss `[P]`, 0 where not kept. Its mean runs over the kept pairs: divide the sum by
         max(1, keep.sum()).
-
-    Raises:
-        ValueError: beta <= 0, ema outside [0, 1), keep is not `[P]`, shapes that differ.
     """
     core.positive("beta", beta)
     if not 0.0 <= ema < 1.0:
@@ -78,22 +97,6 @@ def batch_beta(
     return (beta * (1.0 + a * (kept_mean - mean))).clamp(min=1e-3)
 
 
-def update(
-    state: BetaState, chosen: SeqStats, rejected: SeqStats, *, ema: float = 0.9
-) -> BetaState:
-    """The state after this batch: moving averages of mean and (unbiased) deviation of its margins.
-
-    A batch of one has no deviation and leaves that average as it is.
-    """
-    gap = core.logratio_gap(chosen, rejected).detach().double()
-    if gap.numel() == 0:
-        return state
-    mean = ema * state.mean + (1.0 - ema) * gap.mean().item()
-    if gap.numel() == 1:
-        return BetaState(mean, state.std)
-    return BetaState(mean, ema * state.std + (1.0 - ema) * gap.std().item())
-
-
 def select(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -119,16 +122,3 @@ def select(
     keep = torch.zeros_like(gap, dtype=torch.bool)
     keep[key.topk(wanted).indices] = True
     return keep
-
-
-BETA_DPO = Loss(
-    beta_dpo,
-    "beta_dpo",
-    "pairwise",
-    needs_reference=True,
-    extra=("keep",),
-    status="checked against the authors' code",
-    source="arXiv 2407.08639",
-    rewards=core.logratio_rewards,
-    update=update,
-)

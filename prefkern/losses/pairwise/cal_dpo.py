@@ -8,9 +8,19 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+def _rewards(seq: SeqStats, **_: Any) -> Tensor:
+    return seq.logratio
+
+
+@pairwise(
+    source="arXiv 2412.14516, arXiv 2502.01237",
+    status="restated in a later paper; no runnable official code",
+    reference=True,
+    rewards=_rewards,
+)
 def cal_dpo(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.001) -> Tensor:  # [P]
     """Cal-DPO: DPO's link on the plain margin, and squared distances to a calibrated reward.
 
@@ -20,32 +30,10 @@ def cal_dpo(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.001) -> Ten
     Xiao et al. 2024 (arXiv 2412.14516), as restated in arXiv 2502.01237.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        beta: Sets the calibrated log-ratios +-1 / (2 beta), > 0, default 0.001.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, shapes that differ.
+        beta: Sets the calibrated log-ratios +-1 / (2 beta), > 0.
     """
     core.positive("beta", beta)
     target = 1.0 / (2.0 * beta)
     loss = links.logistic(core.logratio_gap(chosen, rejected))
     loss = loss + links.squared(chosen.logratio - target)
     return loss + links.squared(rejected.logratio + target)
-
-
-def _rewards(seq: SeqStats, **_: Any) -> Tensor:
-    return seq.logratio
-
-
-CAL_DPO = Loss(
-    cal_dpo,
-    "cal_dpo",
-    "pairwise",
-    needs_reference=True,
-    status="restated in a later paper; no runnable official code",
-    source="arXiv 2412.14516, arXiv 2502.01237",
-    rewards=_rewards,
-)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2403.03419 eq. 3",
+    status="two independent notes agree; no official code found",
+    reference=True,
+)
 def d2o(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -28,17 +31,11 @@ def d2o(
 
     Args:
         chosen: Statistics of K >= 1 self-samples per prompt, `[P, K]` (or `[P]` for K = 1); needs
-            `ref_logp` under the more harmful reference.
-        rejected: Statistics of the rejected answer `[P]`; needs `ref_logp` under the more helpful
-            one.
-        beta: Strength on the self-samples, > 0, default 0.1.
-        alpha: Strength on the rejected answer, > 0, default 0.1.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta or alpha <= 0, K = 0, shapes that differ.
+            `logp`, and `ref_logp` under the more harmful reference.
+        rejected: Statistics of the rejected answer `[P]`; needs `logp`, and `ref_logp` under the
+            more helpful reference.
+        beta: Strength on the self-samples, > 0.
+        alpha: Strength on the rejected answer, > 0.
     """
     core.positive("beta", beta)
     core.positive("alpha", alpha)
@@ -48,18 +45,3 @@ def d2o(
             raise ValueError("d2o needs at least one self-sample per prompt, got [P, 0].")
         samples = samples.mean(1)
     return links.logistic(core.difference(beta * samples, alpha * rejected.logratio))
-
-
-def _rewards(seq: SeqStats, *, beta: float, **_: Any) -> Tensor:
-    return beta * seq.logratio
-
-
-D2O = Loss(
-    d2o,
-    "d2o",
-    "pairwise",
-    needs_reference=True,
-    status="two independent notes agree; no official code found",
-    source="arXiv 2403.03419 eq. 3",
-    rewards=_rewards,
-)

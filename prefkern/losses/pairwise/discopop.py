@@ -6,9 +6,14 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2406.08414 eq. 5",
+    status="checked against the authors' code and TRL in their finite range",
+    reference=True,
+)
 def discopop(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -25,26 +30,7 @@ def discopop(
     exp(-m) overflows at m < -88 in fp32.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        beta: Strength of the pull to the reference, > 0, default 0.05.
-        tau: Temperature of the gate, in (0, 1], default 0.05.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, tau outside (0, 1], shapes that differ.
+        tau: Temperature of the gate, in (0, 1].
     """
     core.positive("beta", beta)
     return links.log_ratio_modulated(beta * core.logratio_gap(chosen, rejected), tau)
-
-
-DISCOPOP = Loss(
-    discopop,
-    "discopop",
-    "pairwise",
-    needs_reference=True,
-    status="checked against the authors' code and TRL in their finite range",
-    source="arXiv 2406.08414 eq. 5",
-    rewards=core.logratio_rewards,
-)

@@ -6,9 +6,14 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2305.18290 eq. 7",
+    status="checked against the authors' code and TRL",
+    reference=True,
+)
 def dpo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -28,18 +33,10 @@ def dpo(
     the offset as in ODPO (arXiv 2402.10571).
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        pair_weight: Constant factor of each pair, number or `[P]`, default 1.
-        offset: Margin each pair must exceed, number or `[P]`, after beta, default 0.
-        beta: Strength of the pull to the reference, > 0, number or `[P]`, default 0.1.
-        label_smoothing: Probability eps in [0, 0.5] that a label is wrong, default 0.
-        reference_free: Takes the reference log-probability as 0, default False.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: label_smoothing outside [0, 0.5], beta <= 0, shapes that differ.
+        pair_weight: Constant factor of each pair, number or `[P]`.
+        offset: Margin each pair must exceed, number or `[P]`, after beta.
+        beta: Strength of the pull to the reference, > 0, number or `[P]`.
+        reference_free: Takes the reference log-probability as 0.
 
     >>> import torch
     >>> one = torch.tensor([-4.0], dtype=torch.float64)
@@ -56,14 +53,3 @@ def dpo(
     return core.per_item("pair_weight", pair_weight, gap) * links.smoothed_logistic(
         margin, label_smoothing
     )
-
-
-DPO = Loss(
-    dpo,
-    "dpo",
-    "pairwise",
-    needs_reference=True,
-    status="checked against the authors' code and TRL",
-    source="arXiv 2305.18290 eq. 7",
-    rewards=core.logratio_rewards,
-)

@@ -7,9 +7,14 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2402.13228",
+    status="formula second-hand, defaults from several independent implementations",
+    reference=True,
+)
 def dpop(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -26,28 +31,9 @@ def dpop(
     derivative is taken as 0.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        beta: Strength of the pull to the reference, > 0, default 0.3.
-        lam: Weight of the penalty, >= 0, default 50.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, lam < 0, shapes that differ.
+        lam: Weight of the penalty, >= 0.
     """
     core.positive("beta", beta)
     core.not_negative("lam", lam)
     gap = core.logratio_gap(chosen, rejected)
     return links.logistic(beta * (gap - lam * torch.relu(-chosen.logratio)))
-
-
-DPOP = Loss(
-    dpop,
-    "dpop",
-    "pairwise",
-    needs_reference=True,
-    status="formula second-hand, defaults from several independent implementations",
-    source="arXiv 2402.13228",
-    rewards=core.logratio_rewards,
-)

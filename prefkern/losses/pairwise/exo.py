@@ -6,9 +6,14 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2402.00856 eq. 16",
+    status="checked against TRL; authors' code read",
+    reference=True,
+)
 def exo_pair(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -25,26 +30,7 @@ def exo_pair(
     ordered pair gets no signal.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        beta: Strength of the pull to the reference, > 0, default 0.1.
-        label_smoothing: eps in (0, 0.5], default 0.001; 0 would make the loss infinite.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, label_smoothing outside (0, 0.5], shapes that differ.
+        label_smoothing: eps in (0, 0.5]; 0 would make the loss infinite.
     """
     core.positive("beta", beta)
     return links.exo(beta * core.logratio_gap(chosen, rejected), label_smoothing)
-
-
-EXO_PAIR = Loss(
-    exo_pair,
-    "exo_pair",
-    "pairwise",
-    needs_reference=True,
-    status="checked against TRL; authors' code read",
-    source="arXiv 2402.00856 eq. 16",
-    rewards=core.logratio_rewards,
-)

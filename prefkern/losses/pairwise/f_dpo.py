@@ -6,11 +6,14 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
 
+@pairwise(
+    source="arXiv 2309.16240", status="checked against the authors' code and TRL", reference=True
+)
 def fdpo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -29,16 +32,8 @@ def fdpo(
     0.29 takes 1 - alpha.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        beta: Strength of the pull to the reference, > 0, default 0.1.
-        divergence: "reverse_kl" (DPO), "forward_kl", "js" or "alpha"; default "reverse_kl".
-        alpha: Of the alpha divergence, in [0, 1], default 0.5.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, an unknown divergence, alpha outside [0, 1], shapes that differ.
+        divergence: "reverse_kl" (DPO), "forward_kl", "js" or "alpha".
+        alpha: Of the alpha divergence, in [0, 1].
     """
     core.positive("beta", beta)
     core.choice("divergence", divergence, DIVERGENCES)
@@ -51,14 +46,3 @@ def fdpo(
         "alpha": lambda a: links.alpha_score(a, alpha),
     }[divergence]
     return links.logistic(beta * core.difference(score(chosen.logratio), score(rejected.logratio)))
-
-
-FDPO = Loss(
-    fdpo,
-    "fdpo",
-    "pairwise",
-    needs_reference=True,
-    status="checked against the authors' code and TRL",
-    source="arXiv 2309.16240",
-    rewards=core.logratio_rewards,
-)

@@ -8,9 +8,19 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+def _rewards(seq: SeqStats, *, beta_plus: float, **_: Any) -> Tensor:
+    return beta_plus * seq.logratio
+
+
+@pairwise(
+    source="arXiv 2406.07327 sec. 4.3",
+    status="second-hand description; no official code found",
+    reference=True,
+    rewards=_rewards,
+)
 def flex_dpo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -25,32 +35,10 @@ def flex_dpo(
     Yan et al. 2024 (arXiv 2406.07327), section 4.3.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        beta_plus: Strength on the chosen answer, > 0, default 0.1.
-        beta_minus: Strength on the rejected answer, > 0, default 0.08.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: a strength <= 0, shapes that differ.
+        beta_plus: Strength on the chosen answer, > 0.
+        beta_minus: Strength on the rejected answer, > 0.
     """
     core.positive("beta_plus", beta_plus)
     core.positive("beta_minus", beta_minus)
     margin = core.difference(beta_plus * chosen.logratio, beta_minus * rejected.logratio)
     return links.logistic(margin)
-
-
-def _rewards(seq: SeqStats, *, beta_plus: float, **_: Any) -> Tensor:
-    return beta_plus * seq.logratio
-
-
-FLEX_DPO = Loss(
-    flex_dpo,
-    "flex_dpo",
-    "pairwise",
-    needs_reference=True,
-    status="second-hand description; no official code found",
-    source="arXiv 2406.07327 sec. 4.3",
-    rewards=_rewards,
-)

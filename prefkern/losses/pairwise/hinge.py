@@ -6,9 +6,10 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(source="arXiv 2309.06657", status="checked against TRL", reference=True)
 def hinge(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.05) -> Tensor:  # [P]
     """RSO hinge-norm: how much the log-ratio margin falls short of 1.
 
@@ -17,25 +18,7 @@ def hinge(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.05) -> Tensor
     Liu et al. 2023 (arXiv 2309.06657). The derivative at the kink m = 1 is 0.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        beta: Inverse of the margin in nats, > 0, default 0.05.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, shapes that differ.
+        beta: Inverse of the margin in nats, > 0.
     """
     core.positive("beta", beta)
     return links.hinge(beta * core.logratio_gap(chosen, rejected))
-
-
-HINGE = Loss(
-    hinge,
-    "hinge",
-    "pairwise",
-    needs_reference=True,
-    status="checked against TRL",
-    source="arXiv 2309.06657",
-    rewards=core.logratio_rewards,
-)

@@ -9,9 +9,22 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+def _rewards(seq: SeqStats, *, beta: float, **_: Any) -> Tensor:
+    """Over the pivot: the fused reference is known per pair only."""
+    return beta * seq.mean_logratio
+
+
+@pairwise(
+    source="arXiv 2505.13878 eq. 10-13",
+    status="paper read; two points left open by it; trainer not released",
+    reference=True,
+    reads=("logp", "length"),
+    score="mean_logp",
+    rewards=_rewards,
+)
 def infifpo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -31,20 +44,13 @@ def infifpo(
     before or after clipping and against which pivot: here after, against the initial one.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp` (the
-            policy at its start, the pivot) and `length`.
+        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `logp`, `ref_logp`
+            (the policy at its start, the pivot) and `length`.
         source_chosen_mean_logps: `[P, M]` mean log-probability of the chosen answer under M source
             models, each over its own tokens. Constant.
         source_rejected_mean_logps: `[P, M]` the same for the rejected answer.
-        beta: Strength of the pull to the fused reference, > 0, default 2.5.
-        fusion: "max_margin" (paper) or "mean" (the released script's default), default
-            "max_margin".
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, an unknown fusion, sources that are not `[P, M]`, M = 0.
+        beta: Strength of the pull to the fused reference, > 0.
+        fusion: "max_margin" (paper) or "mean" (what the released script takes).
     """
     core.positive("beta", beta)
     core.same_items(chosen, rejected)
@@ -92,21 +98,3 @@ def fused_reference(
         return pick(sources, pivot[:, None]).mean(1)
     # the best of the clipped ones is the best one clipped, which needs no second [P, M]
     return pick(sources.amax(1) if side == "chosen" else sources.amin(1), pivot)
-
-
-def _rewards(seq: SeqStats, *, beta: float, **_: Any) -> Tensor:
-    """Over the pivot: the fused reference is known per pair only."""
-    return beta * seq.mean_logratio
-
-
-INFIFPO = Loss(
-    infifpo,
-    "infifpo",
-    "pairwise",
-    needs_reference=True,
-    extra=("source_chosen_mean_logps", "source_rejected_mean_logps"),
-    status="paper read; two points left open by it; trainer not released",
-    source="arXiv 2505.13878 eq. 10-13",
-    rewards=_rewards,
-    logps="mean_logp",
-)

@@ -6,9 +6,15 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2310.12036 eq. 17",
+    status="mean form checked against TRL, sum form against the DPO authors' code",
+    reference=True,
+    reads=("logp", "length"),
+)
 def ipo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -24,16 +30,10 @@ def ipo(
     most trainers use means. With sums a beta of 0.01 or less is usual.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`, and
-            `length` for norm="mean".
-        beta: The paper's tau, > 0, default 0.1; the target margin is 1 / (2 beta) nats.
-        norm: "mean" divides each log-ratio by its length, "sum" does not; default "mean".
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, an unknown norm, shapes that differ.
+        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `logp`, `ref_logp`,
+            and `length` for norm="mean".
+        beta: The paper's tau, > 0; the target margin is 1 / (2 beta) nats.
+        norm: "mean" divides each log-ratio by its length, "sum" does not.
     """
     core.positive("beta", beta)
     core.choice("norm", norm, ("mean", "sum"))
@@ -42,14 +42,3 @@ def ipo(
     else:
         margin = core.difference(chosen.logratio, rejected.logratio)
     return links.squared(margin - 1.0 / (2.0 * beta))
-
-
-IPO = Loss(
-    ipo,
-    "ipo",
-    "pairwise",
-    needs_reference=True,
-    status="mean form checked against TRL, sum form against the DPO authors' code",
-    source="arXiv 2310.12036 eq. 17",
-    rewards=core.logratio_rewards,
-)

@@ -6,9 +6,20 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+def _rewards(seq: SeqStats, *, tau: float = 0.1, **_: object) -> Tensor:
+    return tau * seq.logratio
+
+
+@pairwise(
+    source="arXiv 2403.08635",
+    status="second-hand; no official code",
+    reference=True,
+    reads=("logp", "length"),
+    rewards=_rewards,
+)
 def ipo_md(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -27,17 +38,11 @@ def ipo_md(
     Calandriello et al. 2024 (arXiv 2403.08635). P = 1 is IPO; b = 0 is online IPO.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`, and
-            `length` for reduction="mean".
-        preference_prob: P in [0, 1] that the first answer is preferred, number or `[P]`, default 1.
-        tau: > 0, default 0.1; the target margin of a sure preference is 1 / (2 tau) nats.
-        reduction: Log-ratios as "sum" (paper) or "mean" over tokens, default "sum".
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: tau <= 0, an unknown reduction, shapes that differ.
+        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `logp`, `ref_logp`,
+            and `length` for reduction="mean".
+        preference_prob: P in [0, 1] that the first answer is preferred, number or `[P]`.
+        tau: > 0; the target margin of a sure preference is 1 / (2 tau) nats.
+        reduction: Log-ratios as "sum" (paper) or "mean" over tokens.
     """
     core.positive("tau", tau)
     core.choice("reduction", reduction, ("sum", "mean"))
@@ -45,18 +50,3 @@ def ipo_md(
     margin = core.difference(getattr(chosen, field), getattr(rejected, field))
     preference = core.per_item("preference_prob", preference_prob, margin)
     return links.squared(margin - (preference - 0.5) / tau)
-
-
-def _rewards(seq: SeqStats, *, tau: float = 0.1, **_: object) -> Tensor:
-    return tau * seq.logratio
-
-
-IPO_MD = Loss(
-    ipo_md,
-    "ipo_md",
-    "pairwise",
-    needs_reference=True,
-    status="second-hand; no official code",
-    source="arXiv 2403.08635",
-    rewards=_rewards,
-)

@@ -7,53 +7,9 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 BASES = ("dpo", "ipo")
-
-
-def lcpo(
-    chosen: SeqStats,
-    rejected: SeqStats,
-    *,
-    eta: float | Tensor = 0.9,  # [P]
-    beta: float = 0.01,
-    base: str = "dpo",
-) -> Tensor:  # [P]
-    """LCPO: soft labels from the posterior that a label is right, given the model and the
-    annotator.
-
-    l = w softplus(-D) + (1 - w) softplus(D),  w = sigmoid(stopgrad(D) + logit(eta)),
-    D = base loss with the label reversed less the base loss: beta A (dpo), 2 A / beta (ipo, sums),
-    A = logratio(chosen) - logratio(rejected)
-
-    arXiv 2509.24159. At the first step w = eta: label smoothing with 1 - eta.
-
-    Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        eta: Reliability of the annotator of each pair, number or `[P]`, kept within
-            [1e-4, 1 - 1e-4]; default 0.9. See `update`.
-        beta: Of the base loss, > 0, default 0.01.
-        base: "dpo" or "ipo", default "dpo".
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, an unknown base, eta outside (0, 1), shapes that differ.
-    """
-    contrast = _contrast(chosen, rejected, beta, base)
-    weight = posterior(contrast, eta)
-    return links.logistic(contrast, weight, 1.0 - weight)
-
-
-def posterior(contrast: Tensor, eta: float | Tensor) -> Tensor:  # [P]
-    """Probability that each label is right: sigmoid(D + logit(eta)), constant."""
-    if not isinstance(eta, Tensor) and not 0.0 < eta < 1.0:
-        raise ValueError(f"eta must be in (0, 1), got {eta}.")
-    like = contrast.detach()
-    eta = torch.as_tensor(core.per_item("eta", eta, like), dtype=like.dtype, device=like.device)
-    return torch.sigmoid(like + torch.logit(eta.clamp(1e-4, 1.0 - 1e-4)))
 
 
 def update(
@@ -73,20 +29,51 @@ def update(
     return (1.0 - ema) * eta + ema * posterior(contrast, eta).mean().item()
 
 
+@pairwise(
+    source="arXiv 2509.24159",
+    status="a detailed note with equations; official code not available",
+    reference=True,
+    update=update,
+)
+def lcpo(
+    chosen: SeqStats,
+    rejected: SeqStats,
+    *,
+    eta: float | Tensor = 0.9,  # [P]
+    beta: float = 0.01,
+    base: str = "dpo",
+) -> Tensor:  # [P]
+    """LCPO: soft labels from the posterior that a label is right, given the model and the
+    annotator.
+
+    l = w softplus(-D) + (1 - w) softplus(D),  w = sigmoid(stopgrad(D) + logit(eta)),
+    D = base loss with the label reversed less the base loss: beta A (dpo), 2 A / beta (ipo, sums),
+    A = logratio(chosen) - logratio(rejected)
+
+    arXiv 2509.24159. At the first step w = eta: label smoothing with 1 - eta.
+
+    Args:
+        eta: Reliability of the annotator of each pair, number or `[P]`, kept within [1e-4, 1 -
+            1e-4]; prefkern.losses.pairwise.lcpo.update gives the next.
+        beta: Of the base loss, > 0.
+        base: "dpo" or "ipo".
+    """
+    contrast = _contrast(chosen, rejected, beta, base)
+    weight = posterior(contrast, eta)
+    return links.logistic(contrast, weight, 1.0 - weight)
+
+
+def posterior(contrast: Tensor, eta: float | Tensor) -> Tensor:  # [P]
+    """Probability that each label is right: sigmoid(D + logit(eta)), constant."""
+    if not isinstance(eta, Tensor) and not 0.0 < eta < 1.0:
+        raise ValueError(f"eta must be in (0, 1), got {eta}.")
+    like = contrast.detach()
+    eta = torch.as_tensor(core.per_item("eta", eta, like), dtype=like.dtype, device=like.device)
+    return torch.sigmoid(like + torch.logit(eta.clamp(1e-4, 1.0 - 1e-4)))
+
+
 def _contrast(chosen: SeqStats, rejected: SeqStats, beta: float, base: str) -> Tensor:  # [P]
     core.positive("beta", beta)
     core.choice("base", base, BASES)
     gap = core.logratio_gap(chosen, rejected)
     return beta * gap if base == "dpo" else (2.0 / beta) * gap
-
-
-LCPO = Loss(
-    lcpo,
-    "lcpo",
-    "pairwise",
-    needs_reference=True,
-    status="a detailed note with equations; official code not available",
-    source="arXiv 2509.24159",
-    rewards=core.logratio_rewards,
-    update=update,
-)

@@ -10,9 +10,14 @@ from torch.nn.functional import logsigmoid
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2510.05342 v1",
+    status="checked against the authors' code; the paper's second version was not read",
+    reference=True,
+)
 def madpo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -33,19 +38,11 @@ def madpo(
     arXiv 2510.05342, first version, as in the authors' code with stable exponentials.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
         rm_margin: `[P]` reward model's score of chosen minus rejected, h. Constant.
-        beta: Strength of the pull to the reference, > 0, default 0.1.
-        c_max: Largest coefficient, > 1, default 2.
-        c_min: Smallest coefficient, < 1, default 0.5.
-        lam: Steepness of the transition, default 1.
-        tau: |h| at which the weight is 1, default log 999.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, c_min < 1 < c_max violated, shapes that differ.
+        c_max: Largest coefficient, > 1.
+        c_min: Smallest coefficient, < 1.
+        lam: Steepness of the transition.
+        tau: |h| at which the weight is 1.
     """
     core.positive("beta", beta)
     if not c_min < 1.0 < c_max:
@@ -60,15 +57,3 @@ def pair_weight(h: Tensor, c_max: float, c_min: float, lam: float, tau: float) -
     scale = (c_max - 1.0) / (1.0 - c_min)
     c = c_min + (c_max - c_min) * torch.sigmoid(-(lam * (h.abs() - tau) + math.log(scale)))
     return torch.where(h > -tau, torch.exp(logsigmoid(c * h) - logsigmoid(h)), 1.0)
-
-
-MADPO = Loss(
-    madpo,
-    "madpo",
-    "pairwise",
-    needs_reference=True,
-    extra=("rm_margin",),
-    status="checked against the authors' code; the paper's second version was not read",
-    source="arXiv 2510.05342 v1",
-    rewards=core.logratio_rewards,
-)

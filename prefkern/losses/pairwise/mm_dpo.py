@@ -6,9 +6,14 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2406.11839, arXiv 2502.13146",
+    status="checked against the authors' code",
+    reference=True,
+)
 def mm_dpo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -29,34 +34,15 @@ def mm_dpo(
     is VDPO.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        cond: Statistics of the chosen text given the corrupted or retrieved image `[P]`.
-        beta: Strength of the pull to the reference, > 0, default 0.1.
-        delta: Anchor of the chosen reward, default 0.
-        w_text: Weight of the text term, default 1.
-        w_visual: Weight of the image term, default 1.
-        w_anchor: Weight of the anchor, default 1.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, shapes that differ.
+        cond: Statistics of the chosen text given the corrupted or retrieved image, each field
+            `[P]`.
+        delta: Anchor of the chosen reward.
+        w_text: Weight of the text term.
+        w_visual: Weight of the image term.
+        w_anchor: Weight of the anchor.
     """
     core.positive("beta", beta)
     text = links.logistic(beta * core.logratio_gap(chosen, rejected))
     visual = links.logistic(beta * core.logratio_gap(chosen, cond))
     anchor = links.logistic(beta * chosen.logratio - delta)
     return w_text * text + w_visual * visual + w_anchor * anchor
-
-
-MM_DPO = Loss(
-    mm_dpo,
-    "mm_dpo",
-    "pairwise",
-    needs_reference=True,
-    status="checked against the authors' code",
-    source="arXiv 2406.11839, arXiv 2502.13146",
-    rows=("chosen", "rejected", "cond"),
-    rewards=core.logratio_rewards,
-)

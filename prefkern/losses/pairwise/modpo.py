@@ -10,9 +10,20 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+def _rewards(seq: SeqStats, *, beta: float, w: Sequence[float], **_: Any) -> Tensor:
+    """The part of the reward that the policy sets; the other objectives' rewards are left out."""
+    return beta * seq.logratio / w[0]
+
+
+@pairwise(
+    source="arXiv 2310.03708",
+    status="checked against the authors' code",
+    reference=True,
+    rewards=_rewards,
+)
 def modpo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -31,18 +42,9 @@ def modpo(
     Zhou et al. 2023 (arXiv 2310.03708).
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
         margin_reward_chosen: `[P, n-1]` rewards of the other objectives for the chosen answer.
         margin_reward_rejected: `[P, n-1]` the same for the rejected answer.
-        w: n weights of the objectives, w_0 > 0 that of the trained preference; default (0.5, 0.5).
-        beta: Strength of the pull to the reference, > 0, default 0.1.
-        link: "sigmoid" or "hinge" (max(0, 1 - m)), default "sigmoid".
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, w_0 <= 0, rewards that are not `[P, n-1]`, an unknown link.
+        w: n weights of the objectives, w_0 > 0 that of the trained preference.
     """
     core.positive("beta", beta)
     core.positive("w[0]", w[0])
@@ -54,20 +56,3 @@ def modpo(
     )
     margin = (beta * gap - rewards @ torch.tensor(w[1:], dtype=gap.dtype, device=gap.device)) / w[0]
     return links.hinge(margin) if link == "hinge" else links.logistic(margin)
-
-
-def _rewards(seq: SeqStats, *, beta: float, w: Sequence[float], **_: Any) -> Tensor:
-    """The part of the reward that the policy sets; the other objectives' rewards are left out."""
-    return beta * seq.logratio / w[0]
-
-
-MODPO = Loss(
-    modpo,
-    "modpo",
-    "pairwise",
-    needs_reference=True,
-    extra=("margin_reward_chosen", "margin_reward_rejected"),
-    status="checked against the authors' code",
-    source="arXiv 2310.03708",
-    rewards=_rewards,
-)

@@ -6,9 +6,12 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2402.05369", status="checked against the authors' code and TRL", reference=True
+)
 def nca_pair(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.01) -> Tensor:  # [P]
     """NCA for pairs: classifies each answer against the reference, the chosen one both ways.
 
@@ -16,29 +19,8 @@ def nca_pair(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.01) -> Ten
     u = beta logratio(chosen),  v = beta logratio(rejected)
 
     Chen et al. 2024 (arXiv 2402.05369).
-
-    Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        beta: Strength of the pull to the reference, > 0, default 0.01.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, shapes that differ.
     """
     core.positive("beta", beta)
     core.same_items(chosen, rejected)
     good = links.logistic(beta * chosen.logratio, 1.0, 0.5)
     return good + 0.5 * links.logistic(-beta * rejected.logratio)
-
-
-NCA_PAIR = Loss(
-    nca_pair,
-    "nca_pair",
-    "pairwise",
-    needs_reference=True,
-    status="checked against the authors' code and TRL",
-    source="arXiv 2402.05369",
-    rewards=core.logratio_rewards,
-)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss, Supervised
+from ..declare import pairwise
+from ..record import Supervised
 
 
+@pairwise(
+    source="arXiv 2403.07691 eq. 4, 7",
+    status="checked against TRL",
+    reads=("logp", "length"),
+    score="mean_logp",
+    rewards=core.plain_mean_logp,
+    supervised=Supervised("nll_weight", 1.0),
+)
 def orpo(chosen: SeqStats, rejected: SeqStats, *, lam: float = 0.1) -> Tensor:  # [P]
     """ORPO: logistic loss of the log odds ratio of the mean log-probabilities.
 
@@ -22,31 +29,8 @@ def orpo(chosen: SeqStats, rejected: SeqStats, *, lam: float = 0.1) -> Tensor:  
     preference_loss(..., likelihood_targets=targets that do).
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `length`.
-        lam: Weight of the odds-ratio term, >= 0, default 0.1 (TRL calls it beta).
-
-    Returns:
-        Unreduced loss `[P]`, without the likelihood term (weight `nll_weight`, default 1).
-
-    Raises:
-        ValueError: lam < 0, shapes that differ.
+        lam: Weight of the odds-ratio term, >= 0 (TRL calls it beta).
     """
     core.not_negative("lam", lam)
     odds = core.difference(links.log_odds(chosen.mean_logp), links.log_odds(rejected.mean_logp))
     return lam * links.logistic(odds)
-
-
-def _rewards(seq: SeqStats, **_: Any) -> Tensor:
-    return seq.mean_logp
-
-
-ORPO = Loss(
-    orpo,
-    "orpo",
-    "pairwise",
-    status="checked against TRL",
-    source="arXiv 2403.07691 eq. 4, 7",
-    rewards=_rewards,
-    supervised=Supervised("nll_weight", 1.0),
-    logps="mean_logp",
-)

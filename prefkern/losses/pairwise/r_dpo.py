@@ -6,9 +6,15 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2403.19159",
+    status="sign second-hand, from a third-party trainer and the objective",
+    reference=True,
+    reads=("logp", "length"),
+)
 def r_dpo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -24,29 +30,9 @@ def r_dpo(
     Park et al. 2024 (arXiv 2403.19159); the sign follows from the length-penalised objective.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`,
-            `length`.
-        beta: Strength of the pull to the reference, > 0, default 0.1.
-        alpha: Penalty per token, default 0.05.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, shapes that differ.
+        alpha: Penalty per token.
     """
     core.positive("beta", beta)
     gap = core.logratio_gap(chosen, rejected)
     longer = (chosen.require("length") - rejected.require("length")).to(gap.dtype)
     return links.logistic(beta * gap + alpha * longer)
-
-
-R_DPO = Loss(
-    r_dpo,
-    "r_dpo",
-    "pairwise",
-    needs_reference=True,
-    status="sign second-hand, from a third-party trainer and the objective",
-    source="arXiv 2403.19159",
-    rewards=core.logratio_rewards,
-)

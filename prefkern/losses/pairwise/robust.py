@@ -6,9 +6,10 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(source="arXiv 2403.00409", status="checked against TRL", reference=True)
 def robust(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -26,15 +27,7 @@ def robust(
     Chowdhury et al. 2024 (arXiv 2403.00409).
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        beta: Strength of the pull to the reference, > 0, default 0.1.
-        label_smoothing: Flip rate eps in [0, 0.5), default 0.1.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, label_smoothing outside [0, 0.5), shapes that differ.
+        label_smoothing: Flip rate eps in [0, 0.5).
     """
     core.positive("beta", beta)
     if not 0.0 <= label_smoothing < 0.5:
@@ -45,14 +38,3 @@ def robust(
     scale = 1.0 - 2.0 * label_smoothing
     margin = beta * core.logratio_gap(chosen, rejected)
     return links.logistic(margin, (1.0 - label_smoothing) / scale, -label_smoothing / scale)
-
-
-ROBUST = Loss(
-    robust,
-    "robust",
-    "pairwise",
-    needs_reference=True,
-    status="checked against TRL",
-    source="arXiv 2403.00409",
-    rewards=core.logratio_rewards,
-)

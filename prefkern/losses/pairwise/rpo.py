@@ -5,11 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...stats import SeqStats
-from .. import core
-from ..record import Loss, Supervised
+from ..declare import formula, pairwise
+from ..record import Supervised
 from .dpo import dpo
 
 
+@pairwise(
+    source="arXiv 2405.16436",
+    status="checked against the authors' code",
+    reference=True,
+    supervised=Supervised("eta", 0.005, mode="sum", scale="beta"),
+)
 def rpo(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.01) -> Tensor:  # [P]
     """RPO: DPO; the objective adds the summed NLL of the chosen answer times eta beta.
 
@@ -19,20 +25,16 @@ def rpo(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.01) -> Tensor: 
     Liu et al. 2024 (arXiv 2405.16436), as in the authors' handbook fork. Two other conventions:
     `rpo_seq` (their OpenRLHF fork, NLL per token of each answer) and TRL's ["sigmoid", "sft"] (NLL
     per token of the batch). The weights are not interchangeable.
-
-    Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        beta: Strength of the pull to the reference, > 0, default 0.01.
-
-    Returns:
-        Unreduced loss `[P]`, without the likelihood term (weight `eta`, default 0.005, times beta).
-
-    Raises:
-        ValueError: beta <= 0, shapes that differ.
     """
-    return dpo(chosen, rejected, beta=beta)
+    return formula(dpo)(chosen, rejected, beta=beta)
 
 
+@pairwise(
+    source="arXiv 2405.16436",
+    status="checked against the authors' code",
+    reference=True,
+    supervised=Supervised("eta", 0.2, mode="seq"),
+)
 def rpo_seq(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.5) -> Tensor:  # [P]
     """RPO with the NLL of the chosen answer per token.
 
@@ -40,33 +42,5 @@ def rpo_seq(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.5) -> Tenso
     objective: mean l + eta * mean over pairs of NLL(chosen) / length
 
     Liu et al. 2024 (arXiv 2405.16436), as in the authors' OpenRLHF fork.
-
-    Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        beta: Strength of the pull to the reference, > 0, default 0.5.
-
-    Returns:
-        Unreduced loss `[P]`, without the likelihood term (weight `eta`, default 0.2).
-
-    Raises:
-        ValueError: beta <= 0, shapes that differ.
     """
-    return dpo(chosen, rejected, beta=beta)
-
-
-RPO, RPO_SEQ = (
-    Loss(
-        fn,
-        fn.__name__,
-        "pairwise",
-        needs_reference=True,
-        status="checked against the authors' code",
-        source="arXiv 2405.16436",
-        rewards=core.logratio_rewards,
-        supervised=term,
-    )
-    for fn, term in (
-        (rpo, Supervised("eta", 0.005, mode="sum", scale="beta")),
-        (rpo_seq, Supervised("eta", 0.2, mode="seq")),
-    )
-)
+    return formula(dpo)(chosen, rejected, beta=beta)

@@ -6,9 +6,14 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2406.05534",
+    status="provisional: composition after a description; the paper's regulariser was not read",
+    reference=True,
+)
 def dpo_second_reference(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -27,18 +32,10 @@ def dpo_second_reference(
     regulariser was not read. The slow model itself trains with plain `dpo`.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
         slow_chosen_logps: `[P]` log-probability of the chosen answer under the slow model,
             constant.
         slow_rejected_logps: `[P]` the same for the rejected answer.
-        beta: Strength of the pull to the reference, > 0, default 0.1.
-        alpha: Weight of the second term, >= 0, default 0.5; 0 is DPO.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, alpha < 0, shapes that differ.
+        alpha: Weight of the second term, >= 0; 0 is DPO.
     """
     core.positive("beta", beta)
     core.not_negative("alpha", alpha)
@@ -48,15 +45,3 @@ def dpo_second_reference(
         "slow_rejected_logps", slow_rejected_logps, gap
     )
     return links.logistic(beta * margin) + alpha * links.logistic(beta * (gap - slow))
-
-
-DPO_SECOND_REFERENCE = Loss(
-    dpo_second_reference,
-    "dpo_second_reference",
-    "pairwise",
-    needs_reference=True,
-    extra=("slow_chosen_logps", "slow_rejected_logps"),
-    status="provisional: composition after a description; the paper's regulariser was not read",
-    source="arXiv 2406.05534",
-    rewards=core.logratio_rewards,
-)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 WINDOW = 50  # batches whose mean margins the threshold looks back on
 
@@ -20,6 +20,28 @@ class SelfieState(NamedTuple):
     margins: tuple[float, ...] = ()
 
 
+def update(
+    state: SelfieState,
+    chosen: SeqStats,
+    rejected: SeqStats,
+    *,
+    mix_chosen_logps: Tensor,  # [P]
+    mix_rejected_logps: Tensor,  # [P]
+    beta: float = 0.1,
+) -> SelfieState:
+    """The state after this batch: its mean margin joins the window, the oldest leaves it."""
+    margin = confidence(chosen, rejected, mix_chosen_logps, mix_rejected_logps, beta)
+    if margin.numel() == 0:
+        return state
+    return SelfieState((*state.margins, margin.mean().item())[-WINDOW:])
+
+
+@pairwise(
+    source="arXiv 2406.04412",
+    status="loss checked against the authors' code",
+    reference=True,
+    update=update,
+)
 def selfie(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -40,18 +62,10 @@ def selfie(
     under logits mixed from policy and reference.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
         mix_chosen_logps: `[P]` h of the chosen answer. Constant; the policy's logp is mixture 1.
         mix_rejected_logps: `[P]` h of the rejected answer.
-        beta: Strength of the pull to the reference, > 0, default 0.1.
-        alpha: Doubt about a flagged label, in [0, 0.5], default 0.1.
-        threshold: Margin at or below which a pair is flagged, default 0.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, alpha outside [0, 0.5], shapes that differ.
+        alpha: Doubt about a flagged label, in [0, 0.5].
+        threshold: Margin at or below which a pair is flagged.
     """
     core.positive("beta", beta)
     if not 0.0 <= alpha <= 0.5:
@@ -76,38 +90,9 @@ def confidence(
     return beta * (mixed - other)
 
 
-def update(
-    state: SelfieState,
-    chosen: SeqStats,
-    rejected: SeqStats,
-    *,
-    mix_chosen_logps: Tensor,  # [P]
-    mix_rejected_logps: Tensor,  # [P]
-    beta: float = 0.1,
-) -> SelfieState:
-    """The state after this batch: its mean margin joins the window, the oldest leaves it."""
-    margin = confidence(chosen, rejected, mix_chosen_logps, mix_rejected_logps, beta)
-    if margin.numel() == 0:
-        return state
-    return SelfieState((*state.margins, margin.mean().item())[-WINDOW:])
-
-
 def threshold(state: SelfieState, share: float = 0.1) -> float:
     """The `share` quantile of the window, which `selfie` takes as `threshold`; -inf (no pair is
     flagged) before the first batch. The authors' window never drops a value, so theirs drifts."""
     if not state.margins:
         return float("-inf")
     return torch.tensor(state.margins, dtype=torch.float64).quantile(share).item()
-
-
-SELFIE = Loss(
-    selfie,
-    "selfie",
-    "pairwise",
-    needs_reference=True,
-    extra=("mix_chosen_logps", "mix_rejected_logps"),
-    status="loss checked against the authors' code",
-    source="arXiv 2406.04412",
-    rewards=core.logratio_rewards,
-    update=update,
-)

@@ -6,9 +6,18 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss, Supervised
+from ..declare import pairwise
+from ..record import Supervised
 
 
+@pairwise(
+    source="arXiv 2405.14734",
+    status="checked against the authors' code, TRL and HALOs",
+    reads=("logp", "length"),
+    score="mean_logp",
+    rewards=core.mean_logp_rewards,
+    supervised=Supervised("sft_weight", 0.0),
+)
 def simpo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -26,18 +35,8 @@ def simpo(
     Meng et al. 2024 (arXiv 2405.14734). An empty answer has mean_logp 0.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `length`.
-        beta: Scale of the margin, > 0, default 2.0; released recipes use 2 to 10.
-        gamma_beta_ratio: Target margin in nats per token, default 0.25; recipes use 0.1 to 0.8.
-        label_smoothing: Probability eps in [0, 0.5] that a label is wrong, default 0.
-        link: "sigmoid" or "hinge" (max(0, 1 - m)), default "sigmoid".
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, label_smoothing outside [0, 0.5], an unknown link, shapes that
-            differ.
+        beta: Scale of the margin, > 0; released recipes use 2 to 10.
+        gamma_beta_ratio: Target margin in nats per token; recipes use 0.1 to 0.8.
     """
     core.positive("beta", beta)
     core.choice("link", link, ("sigmoid", "hinge"))
@@ -45,15 +44,3 @@ def simpo(
     if link == "hinge":
         return links.hinge(margin)
     return links.smoothed_logistic(margin, label_smoothing)
-
-
-SIMPO = Loss(
-    simpo,
-    "simpo",
-    "pairwise",
-    status="checked against the authors' code, TRL and HALOs",
-    source="arXiv 2405.14734",
-    rewards=core.mean_logp_rewards,
-    supervised=Supervised("sft_weight", 0.0),
-    logps="mean_logp",
-)

@@ -6,9 +6,14 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2405.14103",
+    status="loss form second-hand; OSP's pairing not verified",
+    reference=True,
+)
 def soft_label(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -24,29 +29,9 @@ def soft_label(
     q = 1 - min(1 - confidence, 0.5). q = 1 is DPO, q = 0.5 pulls the margin to 0.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
         pref_prob: `[P]` probability in [0, 1] that chosen is better, q. Constant.
-        beta: Strength of the pull to the reference, > 0, default 0.1.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, pref_prob is not `[P]`, shapes that differ.
     """
     core.positive("beta", beta)
     margin = beta * core.logratio_gap(chosen, rejected)
     q = core.data("pref_prob", pref_prob, margin)
     return links.logistic(margin, q, 1.0 - q)
-
-
-SOFT_LABEL = Loss(
-    soft_label,
-    "soft_label",
-    "pairwise",
-    needs_reference=True,
-    extra=("pref_prob",),
-    status="loss form second-hand; OSP's pairing not verified",
-    source="arXiv 2405.14103",
-    rewards=core.logratio_rewards,
-)

@@ -8,12 +8,28 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss, WeightStage
-from ..weights import token_weights
+from ..declare import pairwise
+from ..weights import masks
+from ..weights.masks import KL_FIELD
 
-KL_FIELD = token_weights.KL_FIELD
+
+def _reads(*, kl_direction: str = "ref_pol", **_: Any) -> tuple[str, ...]:
+    core.choice("kl_direction", kl_direction, tuple(KL_FIELD))
+    return ("logp", KL_FIELD[kl_direction])
 
 
+def _rewards(seq: SeqStats, *, beta: float, kl_direction: str = "ref_pol", **_: Any) -> Tensor:
+    return beta * (seq.logratio + seq.require(KL_FIELD[kl_direction]))
+
+
+@pairwise(
+    source="arXiv 2410.05102",
+    status="loss, logit and mask gradients checked against the authors' code; paper text not read",
+    reference=True,
+    reads=_reads,
+    rewards=_rewards,
+    weights=masks.sparsepo,
+)
 def sparsepo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -28,24 +44,20 @@ def sparsepo(
     h = beta [logratio(chosen) - logratio(rejected) + kl_sign (kl(chosen) - kl(rejected))]
 
     with log-ratios summed under the reward mask and KLs under the KL mask. The weight stage
-    token_weights.sparsepo applies the masks and adds their L1 norms; with unit masks this is TDPO1.
+    prefkern.losses.weights.sparsepo applies the masks and adds their L1 norms; with unit masks this
+    is TDPO1.
 
     Christopoulou et al. 2024 (arXiv 2410.05102), as in the authors' code: KL(reference || policy)
     with TDPO1's sign. kl_direction="pol_ref", kl_sign=-1 is the other reading of the paper's text.
 
     Args:
-        chosen, rejected: Masked statistics of the two answers, each field `[P]`; needs `ref_logp`
-            and `fkl` (kl_direction="ref_pol") or `rkl` ("pol_ref").
-        beta: Strength of the pull to the reference, > 0, default 0.1.
-        kl_direction: "ref_pol" is KL(reference || policy), "pol_ref" the reverse; default
-            "ref_pol".
-        kl_sign: +1 or -1, sign of the KL margin, default +1.
+        chosen, rejected: Masked statistics of the two answers, each field `[P]`; needs `logp`,
+            `ref_logp` and `fkl` (kl_direction="ref_pol") or `rkl` ("pol_ref").
+        kl_direction: "ref_pol" is KL(reference || policy), "pol_ref" the reverse.
+        kl_sign: +1 or -1, sign of the KL margin.
 
     Returns:
         Unreduced loss `[P]`, without the masks' penalty.
-
-    Raises:
-        ValueError: beta <= 0, an unknown kl_direction or kl_sign, a missing statistic.
     """
     core.positive("beta", beta)
     core.choice("kl_direction", kl_direction, tuple(KL_FIELD))
@@ -55,30 +67,3 @@ def sparsepo(
     gap = core.difference(chosen.logratio, rejected.logratio)
     kl_gap = chosen.require(field) - rejected.require(field)
     return links.logistic(beta * (gap + kl_sign * kl_gap))
-
-
-def _stats(*, kl_direction: str = "ref_pol", **_: Any) -> tuple[str, ...]:
-    core.choice("kl_direction", kl_direction, tuple(KL_FIELD))
-    return ("logp", KL_FIELD[kl_direction])
-
-
-def _rewards(seq: SeqStats, *, beta: float, kl_direction: str = "ref_pol", **_: Any) -> Tensor:
-    return beta * (seq.logratio + seq.require(KL_FIELD[kl_direction]))
-
-
-SPARSEPO = Loss(
-    sparsepo,
-    "sparsepo",
-    "pairwise",
-    stats=("logp", "fkl"),
-    needs_reference=True,
-    status="loss, logit and mask gradients checked against the authors' code; paper text not read",
-    source="arXiv 2410.05102",
-    weights=WeightStage(
-        token_weights.sparsepo,
-        given=("cu_seqlens", "scored"),
-        extra=("reward_mask", "kl_mask"),
-    ),
-    stats_for=_stats,
-    rewards=_rewards,
-)

@@ -6,9 +6,14 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2405.00675 eq. 4.7",
+    status="checked against the authors' code (half, soft) and TRL (hard)",
+    reference=True,
+)
 def sppo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -27,17 +32,10 @@ def sppo(
     near 2.5e5.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`.
-        p_win: Win rate of the chosen answer in [0, 1], number or `[P]`, default 1 (hard label).
-        p_lose: Win rate of the rejected answer, default 0.
-        beta: 1 / eta of the paper, > 0, default 0.001.
-        half: c = 1/2 as in the authors' code instead of 1 as in TRL, default False.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, shapes that differ.
+        p_win: Win rate of the chosen answer in [0, 1], number or `[P]`; 1 is a hard label.
+        p_lose: Win rate of the rejected answer.
+        beta: 1 / eta of the paper, > 0.
+        half: c = 1/2 as in the authors' code instead of 1 as in TRL.
     """
     core.positive("beta", beta)
     core.same_items(chosen, rejected)
@@ -45,14 +43,3 @@ def sppo(
     loss = links.squared(a - (core.per_item("p_win", p_win, a) - 0.5) / beta)
     loss = loss + links.squared(b - (core.per_item("p_lose", p_lose, b) - 0.5) / beta)
     return 0.5 * loss if half else loss
-
-
-SPPO = Loss(
-    sppo,
-    "sppo",
-    "pairwise",
-    needs_reference=True,
-    status="checked against the authors' code (half, soft) and TRL (hard)",
-    source="arXiv 2405.00675 eq. 4.7",
-    rewards=core.logratio_rewards,
-)

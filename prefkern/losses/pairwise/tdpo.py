@@ -6,9 +6,16 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2404.11999",
+    status="loss and logit gradients checked against the authors' code",
+    reference=True,
+    reads=("logp", "fkl"),
+    rewards=core.token_rewards,
+)
 def tdpo1(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.1) -> Tensor:  # [P]
     """TDPO1: the difference of the two sequence KLs is subtracted from DPO's margin.
 
@@ -16,22 +23,19 @@ def tdpo1(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.1) -> Tensor:
     d = fkl(rejected) - fkl(chosen),  fkl = sum over tokens of KL(reference || policy)
 
     Zeng et al. 2024 (arXiv 2404.11999), as in the authors' code. Gradients flow through both KLs.
-
-    Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`, `fkl`.
-        beta: Strength of the pull to the reference, > 0, default 0.1.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, a missing statistic, shapes that differ.
     """
     core.positive("beta", beta)
     gap = core.difference(chosen.logratio, rejected.logratio)
     return links.logistic(beta * (gap + (chosen.require("fkl") - rejected.require("fkl"))))
 
 
+@pairwise(
+    source="arXiv 2404.11999",
+    status="loss and logit gradients checked against the authors' code",
+    reference=True,
+    reads=("logp", "fkl"),
+    rewards=core.token_rewards,
+)
 def tdpo2(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -47,15 +51,7 @@ def tdpo2(
     Zeng et al. 2024 (arXiv 2404.11999), as in the authors' code. alpha = 0 is DPO.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`, `fkl`.
-        alpha: Weight of the KL difference, >= 0, default 0.5.
-        beta: Strength of the pull to the reference, > 0, default 0.1.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, alpha < 0, a missing statistic, shapes that differ.
+        alpha: Weight of the KL difference, >= 0.
     """
     core.positive("beta", beta)
     if alpha < 0:
@@ -63,18 +59,3 @@ def tdpo2(
     gap = core.difference(chosen.logratio, rejected.logratio)
     kl_gap = rejected.require("fkl") - chosen.require("fkl").detach()
     return links.logistic(beta * (gap - alpha * kl_gap))
-
-
-TDPO1, TDPO2 = (
-    Loss(
-        fn,
-        fn.__name__,
-        "pairwise",
-        stats=("logp", "fkl"),
-        needs_reference=True,
-        status="loss and logit gradients checked against the authors' code",
-        source="arXiv 2404.11999",
-        rewards=core.token_rewards,
-    )
-    for fn in (tdpo1, tdpo2)
-)

@@ -6,10 +6,22 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss, WeightStage
-from ..weights import contrast
+from ..declare import pairwise
+from ..weights import model_ratios
 
 
+def _reads(*, alpha: float = 0.0, **_: object) -> tuple[str, ...]:
+    return ("logp", "rkl") if alpha else ("logp",)
+
+
+@pairwise(
+    source="arXiv 2410.04350 eq. 19",
+    status="loss and logit gradients checked against the authors' code, weights given; bounds "
+    "of the weights second-hand",
+    reference=True,
+    reads=_reads,
+    weights=model_ratios.tisdpo,
+)
 def tisdpo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -22,23 +34,16 @@ def tisdpo(
     l = softplus(-beta [logratio(chosen) - logratio(rejected)
                         - alpha (rkl(chosen) - rkl(rejected))])
 
-    with every token weighted by contrast.tisdpo; rkl = sum of KL(policy || reference),
-    with gradient. Note its sign, opposite to TDPO's.
+    with every token weighted by prefkern.losses.weights.tisdpo; rkl = sum of
+    KL(policy || reference), with gradient. Note its sign, opposite to TDPO's.
 
     Liu et al. 2024 (arXiv 2410.04350). The paper has alpha = 1, the released code none by default
     and 0.5 where switched on.
 
     Args:
-        chosen, rejected: Weighted statistics of the two answers, each field `[P]`; needs
+        chosen, rejected: Weighted statistics of the two answers, each field `[P]`; needs `logp`,
             `ref_logp`, and `rkl` for alpha != 0.
-        beta: Strength of the pull to the reference, > 0, default 0.1.
-        alpha: Weight of the KL difference, >= 0, default 0 (no KL is computed).
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, alpha < 0, a missing statistic, shapes that differ.
+        alpha: Weight of the KL difference, >= 0; at 0 no KL is computed.
     """
     core.positive("beta", beta)
     core.not_negative("alpha", alpha)
@@ -46,25 +51,3 @@ def tisdpo(
     if alpha:
         gap = gap - alpha * core.difference(chosen.require("rkl"), rejected.require("rkl"))
     return links.logistic(beta * gap)
-
-
-def _stats(*, alpha: float = 0.0, **_: object) -> tuple[str, ...]:
-    return ("logp", "rkl") if alpha else ("logp",)
-
-
-TISDPO = Loss(
-    tisdpo,
-    "tisdpo",
-    "pairwise",
-    needs_reference=True,
-    status="loss and logit gradients checked against the authors' code, weights given; "
-    "bounds of the weights second-hand",
-    source="arXiv 2410.04350 eq. 19",
-    weights=WeightStage(
-        contrast.tisdpo,
-        given=("sign", "scored", "cu_seqlens"),
-        extra=("positive_logp", "negative_logp"),
-    ),
-    stats_for=_stats,
-    rewards=core.logratio_rewards,
-)

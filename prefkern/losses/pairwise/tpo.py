@@ -6,9 +6,15 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss, Supervised
+from ..declare import pairwise
+from ..record import Supervised
 
 
+@pairwise(
+    source="arXiv 2405.16681",
+    status="checked against the authors' code and TRL",
+    supervised=Supervised("tpo_alpha", 1.0, rows="gold"),
+)
 def tpo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -25,16 +31,7 @@ def tpo(
     Saeidi et al. 2024 (arXiv 2405.16681).
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`.
-        gold: Statistics of the best answer `[P]`; only the likelihood term scores it.
-        beta: Scale of the margin, > 0, default 0.01; the authors' example uses 0.2.
-        label_smoothing: Probability eps in [0, 0.5] that a label is wrong, default 0.
-
-    Returns:
-        Unreduced loss `[P]`, without the likelihood term (weight `tpo_alpha`, default 1).
-
-    Raises:
-        ValueError: beta <= 0, label_smoothing outside [0, 0.5], shapes that differ.
+        beta: Scale of the margin, > 0; the authors' example uses 0.2.
     """
     core.positive("beta", beta)
     core.same_items(chosen, gold)
@@ -42,6 +39,14 @@ def tpo(
     return links.smoothed_logistic(beta * gap, label_smoothing)
 
 
+@pairwise(
+    source="arXiv 2405.16681",
+    status="checked against TRL",
+    reads=("logp", "length"),
+    score="mean_logp",
+    rewards=core.mean_logp_rewards,
+    supervised=Supervised("tpo_alpha", 1.0, rows="gold"),
+)
 def tpo_l(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -60,38 +65,9 @@ def tpo_l(
     Saeidi et al. 2024 (arXiv 2405.16681).
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `length`.
-        gold: Statistics of the best answer `[P]`; only the likelihood term scores it.
-        beta: Scale of the margin, > 0, default 0.01.
-        gamma: Target margin after beta, default 0.5.
-        label_smoothing: Probability eps in [0, 0.5] that a label is wrong, default 0.
-
-    Returns:
-        Unreduced loss `[P]`, without the likelihood term (weight `tpo_alpha`, default 1).
-
-    Raises:
-        ValueError: beta <= 0, label_smoothing outside [0, 0.5], shapes that differ.
+        gamma: Target margin after beta.
     """
     core.positive("beta", beta)
     core.same_items(chosen, gold)
     gap = core.difference(chosen.mean_logp, rejected.mean_logp)
     return links.smoothed_logistic(beta * gap - gamma, label_smoothing)
-
-
-TPO, TPO_L = (
-    Loss(
-        fn,
-        fn.__name__,
-        "pairwise",
-        status=status,
-        source="arXiv 2405.16681",
-        rows=("chosen", "rejected", "gold"),
-        rewards=rewards,
-        supervised=Supervised("tpo_alpha", 1.0, rows="gold"),
-        logps=logps,
-    )
-    for fn, status, rewards, logps in (
-        (tpo, "checked against the authors' code and TRL", core.logp_rewards, "logp"),
-        (tpo_l, "checked against TRL", core.mean_logp_rewards, "mean_logp"),
-    )
-)

@@ -7,9 +7,15 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pairwise
 
 
+@pairwise(
+    source="arXiv 2406.11827 eq. 2",
+    status="checked against the authors' code, and TRL without the clamp",
+    reference=True,
+    reads=("logp", "col", "length"),
+)
 def wpo(
     chosen: SeqStats,
     rejected: SeqStats,
@@ -27,17 +33,7 @@ def wpo(
     Zhou et al. 2024 (arXiv 2406.11827), eq. 2. w is constant. TRL since 0.29 does not clamp.
 
     Args:
-        chosen, rejected: Statistics of the two answers, each field `[P]`; needs `ref_logp`, `col`,
-            `length`.
-        beta: Strength of the pull to the reference, > 0, default 0.01.
-        label_smoothing: Probability eps in [0, 0.5] that a label is wrong, default 0.
-        clamp: Bounds w by 1, as the authors do, default True.
-
-    Returns:
-        Unreduced loss `[P]`.
-
-    Raises:
-        ValueError: beta <= 0, label_smoothing outside [0, 0.5], shapes that differ.
+        clamp: Bounds w by 1, as the authors do.
     """
     core.positive("beta", beta)
     margin = beta * core.logratio_gap(chosen, rejected)
@@ -50,15 +46,3 @@ def wpo(
 def _aligned_mean(seq: SeqStats) -> Tensor:  # [P]
     total = seq.require("logp") - seq.require("col")
     return (total / seq.require("length").clamp(min=1)).detach()
-
-
-WPO = Loss(
-    wpo,
-    "wpo",
-    "pairwise",
-    stats=("logp", "col"),
-    needs_reference=True,
-    status="checked against the authors' code, and TRL without the clamp",
-    source="arXiv 2406.11827 eq. 2",
-    rewards=core.logratio_rewards,
-)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pointwise
 
 
 class BcoState(NamedTuple):
@@ -19,6 +19,18 @@ class BcoState(NamedTuple):
     count: int = 0  # type: ignore[assignment]  # the public field name hides tuple.count
 
 
+def update(state: BcoState, seq: SeqStats, *, beta: float = 0.1) -> BcoState:
+    """The state after this batch's rewards; call it before the loss (it waits for the device)."""
+    rewards = beta * seq.logratio.detach()
+    count = state.count + rewards.numel()
+    if count == 0:
+        return state
+    return BcoState((state.mean * state.count + rewards.double().sum().item()) / count, count)
+
+
+@pointwise(
+    source="arXiv 2404.04656", status="checked against TRL 1.10", reference=True, update=update
+)
 def bco(
     seq: SeqStats,
     *,
@@ -36,18 +48,14 @@ def bco(
     state = update(state, seq, beta=beta); bco(..., delta=state.mean).
 
     Args:
-        seq: Statistics of the answers, each field `[S]`; needs `ref_logp`.
-        desirable: `[S]` bool, True where the answer is desirable.
-        delta: Reward shift, a number or 0-d tensor, constant.
-        undesirable_weight: Factor of undesirable answers, number or `[S]`, see `density_weight`;
-            default 1.
-        beta: Strength of the pull to the reference, > 0, default 0.1; the paper uses 0.01.
+        delta: Reward shift, a number or 0-d tensor, constant: the mean of the state that
+            prefkern.losses.pointwise.bco.update gives.
+        undesirable_weight: Factor of undesirable answers, number or `[S]`;
+            prefkern.losses.pointwise.bco.density_weight makes one.
+        beta: Strength of the pull to the reference, > 0; the paper uses 0.01.
 
     Returns:
         Unreduced loss `[S]`; its mean runs over all rows, both labels together.
-
-    Raises:
-        ValueError: desirable is not a bool tensor `[S]`, beta <= 0, shapes that differ.
     """
     core.positive("beta", beta)
     reward = beta * seq.logratio
@@ -57,15 +65,6 @@ def bco(
     return torch.where(desirable, links.logistic(above), weight * links.logistic(-above))
 
 
-def update(state: BcoState, seq: SeqStats, *, beta: float = 0.1) -> BcoState:
-    """The state after this batch's rewards; call it before the loss (it waits for the device)."""
-    rewards = beta * seq.logratio.detach()
-    count = state.count + rewards.numel()
-    if count == 0:
-        return state
-    return BcoState((state.mean * state.count + rewards.double().sum().item()) / count, count)
-
-
 def density_weight(probability: Tensor) -> Tensor:  # [S]
     """Underlying distribution matching: clip(p / (1 - p + 1e-8), 0.5, 10).
 
@@ -73,16 +72,3 @@ def density_weight(probability: Tensor) -> Tensor:  # [S]
     prompts, that the prompt is one of a desirable answer.
     """
     return (probability / (1.0 - probability + 1e-8)).clamp(0.5, 10.0)
-
-
-BCO = Loss(
-    bco,
-    "bco",
-    "pointwise",
-    needs_reference=True,
-    extra=("desirable", "delta"),
-    status="checked against TRL 1.10",
-    source="arXiv 2404.04656",
-    rewards=core.logratio_rewards,
-    update=update,
-)

@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pointwise
 
 WINDOW = 1024  # samples whose mean is the baseline, as in the authors' code
 
@@ -30,6 +30,9 @@ class FdpgState(NamedTuple):
 DIVERGENCES = ("forward_kl", "reverse_kl", "js", "tv", "chi2", "reverse_chi2")
 
 
+@pointwise(
+    source="arXiv 2302.08215", status="losses of four divergences checked against the authors' code"
+)
 def fdpg(
     seq: SeqStats,
     *,
@@ -47,19 +50,16 @@ def fdpg(
     js log 2 - softplus(-log t), tv sign(log t) / 2, chi2 1 - t^-2, reverse_chi2 2 (t - 1).
 
     Args:
-        seq: Statistics of sampled answers, each field `[S]`.
+        seq: Statistics of sampled answers, each field `[S]`; needs `logp`.
         log_target_prob: `[S]` log of the normalised target P(x) / Z.
-        proposal_logp: `[S]` log-probability under the model that drew the answers; None, the
-            default, is the policy itself (w = 1).
-        divergence: One of the above, default "js".
-        baseline: Moving average of -f' before this batch, a number or 0-d tensor, default 0:
-            fdpg(..., baseline=state.mean), then state = update(state, seq, ...).
+        proposal_logp: `[S]` log-probability under the model that drew the answers; None: the policy
+            itself (w = 1).
+        divergence: One of the above.
+        baseline: Moving average of -f' before this batch, a number or 0-d tensor: state.mean, and
+            after it state = prefkern.losses.pointwise.fdpg.update(state, seq, ...).
 
     Returns:
         Unreduced loss `[S]`; its value means nothing, its gradient is the point.
-
-    Raises:
-        ValueError: an unknown divergence, shapes that differ.
     """
     logp = seq.require("logp")
     advantage = advantages(logp, log_target_prob, divergence) - core.scalar(
@@ -102,14 +102,3 @@ def update(
     if state.recent is not None:
         found = torch.cat([state.recent.to(found.device), found])
     return FdpgState(found[-WINDOW:])
-
-
-FDPG = Loss(
-    fdpg,
-    "fdpg",
-    "pointwise",
-    extra=("log_target_prob",),
-    status="losses of four divergences checked against the authors' code",
-    source="arXiv 2302.08215",
-    rewards=core.logp_rewards,
-)

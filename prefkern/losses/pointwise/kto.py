@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pointwise
+from ..record import callers_level
 
 
+@pointwise(source="arXiv 2402.01306 eq. 7", status="checked against HALOs and TRL", reference=True)
 def kto(
     seq: SeqStats,
     *,
@@ -30,18 +32,11 @@ def kto(
     `kl_baseline`.
 
     Args:
-        seq: Statistics of the answers, each field `[S]`; needs `ref_logp`.
-        desirable: `[S]` bool, True where the answer is desirable.
-        kl_baseline: z >= 0 in nats, a number or 0-d tensor, without gradient.
-        beta: Strength of the pull to the reference, > 0, default 0.1.
-        desirable_weight: Factor of desirable answers, >= 0, default 1.
-        undesirable_weight: Factor of undesirable answers, >= 0, default 1.
+        kl_baseline: z >= 0 in nats, a number or 0-d tensor, without gradient:
+            prefkern.losses.pointwise.kto.kl_baseline(mismatched).
 
     Returns:
         Unreduced loss `[S]`; its mean runs over all rows of the batch, both labels together.
-
-    Raises:
-        ValueError: desirable is not a bool tensor `[S]`, beta <= 0, a negative weight.
     """
     core.positive("beta", beta)
     if desirable_weight < 0 or undesirable_weight < 0:
@@ -74,18 +69,6 @@ def kl_baseline(mismatched: SeqStats) -> Tensor:  # []
         warnings.warn(
             "KTO's baseline comes from a single row, so the mismatched answer is the row's own and "
             "the baseline equals its log-ratio; use a micro-batch of at least 2.",
-            stacklevel=2,
+            stacklevel=callers_level(),
         )
     return logratio.mean().clamp(min=0.0)
-
-
-KTO = Loss(
-    kto,
-    "kto",
-    "pointwise",
-    needs_reference=True,
-    extra=("desirable", "kl_baseline"),
-    status="checked against HALOs and TRL",
-    source="arXiv 2402.01306 eq. 7",
-    rewards=core.logratio_rewards,
-)

@@ -6,9 +6,15 @@ from torch import Tensor
 
 from ...stats import SeqStats
 from .. import core, links
-from ..record import Loss
+from ..declare import pointwise
 
 
+@pointwise(
+    source="arXiv 2412.12865 eq. 5-8",
+    status="paper and code read",
+    reads=("logp", "length"),
+    rewards=core.mean_logp_rewards,
+)
 def poft(
     seq: SeqStats,
     *,
@@ -25,29 +31,11 @@ def poft(
     the released trainer also scores the prompt.
 
     Args:
-        seq: Statistics of the answers, each field `[S]`; needs `length`.
         baseline_mean_logps: `[S]` b, computed once and cached. Constant.
-        beta: Scale, > 0, default 1.
-        gamma: Shift, default 0.
-
-    Returns:
-        Unreduced loss `[S]`.
-
-    Raises:
-        ValueError: beta <= 0, baseline_mean_logps is not `[S]`.
+        beta: Scale, > 0.
+        gamma: Shift.
     """
     core.positive("beta", beta)
     mean = seq.mean_logp
     gap = mean - core.data("baseline_mean_logps", baseline_mean_logps, mean)
     return links.logistic(beta * gap + gamma)
-
-
-POFT = Loss(
-    poft,
-    "poft",
-    "pointwise",
-    extra=("baseline_mean_logps",),
-    status="paper and code read",
-    source="arXiv 2412.12865 eq. 5-8",
-    rewards=core.mean_logp_rewards,
-)

@@ -8,11 +8,17 @@ from ...ops.segment_sum import segment_sum
 from ...stats import TokenStats
 from .. import core, links
 from .. import tokens as token
-from ..record import Loss
+from ..declare import tokenwise
 
 AGGREGATIONS = ("grpo", "bnpo", "dapo", "dr_grpo")
 
 
+@tokenwise(
+    source="arXiv 2402.03300, arXiv 2503.21819",
+    status="loss checked against Liger (grpo, bnpo); reward mix of the multi-objective paper "
+    "second-hand",
+    reference="beta",
+)
 def grpo(
     tokens: TokenStats,  # [N]
     cu_seqlens: Tensor,  # [S+1]
@@ -41,23 +47,12 @@ def grpo(
 
     Args:
         tokens: Token statistics, each field `[N]`; needs `logp`, and `ref_logp` for beta > 0.
-        cu_seqlens: `[S+1]` boundaries of the responses.
-        scored: `[N]` bool, tokens of the response.
         advantages: `[S]` per response or `[N]` per token. Constant.
-        old_logp: `[N]` log-probabilities under the policy that sampled; None, the default, is the
-            policy itself (r = 1).
-        eps: Clip of the ratio, default 0.2.
-        beta: Weight of k3, >= 0, default 0.04; 0 reads no reference (TRL's default).
-        aggregation: "grpo", "bnpo", "dapo" or "dr_grpo", default "grpo".
-        tokens_per_sequence: Mean length for "bnpo" and "dapo", default None, the batch's own.
+        eps: Clip of the ratio.
+        beta: Weight of k3, >= 0; 0, TRL's default, reads no reference.
+        aggregation: "grpo", "bnpo", "dapo" or "dr_grpo".
+        tokens_per_sequence: Mean length for "bnpo" and "dapo"; None: the batch's own.
         max_length: Of "dr_grpo", the longest response there could be.
-
-    Returns:
-        Unreduced loss `[S]` fp64; an empty response gives 0.
-
-    Raises:
-        ValueError: an unknown aggregation, "dr_grpo" without max_length, a missing statistic,
-            shapes that do not fit.
     """
     core.choice("aggregation", aggregation, AGGREGATIONS)
     core.not_negative("beta", beta)
@@ -77,17 +72,3 @@ def grpo(
             raise ValueError("aggregation 'dr_grpo' divides by max_length; pass it.")
         return total / max_length
     return core.per_token(total, token.count(scored, cu_seqlens), tokens_per_sequence)
-
-
-GRPO = Loss(
-    grpo,
-    "grpo",
-    "tokenwise",
-    needs_reference=True,
-    extra=("scored", "advantages"),
-    status="loss checked against Liger (grpo, bnpo); reward mix of the multi-objective paper "
-    "second-hand",
-    source="arXiv 2402.03300, arXiv 2503.21819",
-    rewards=core.logratio_rewards,
-    reference_weight="beta",
-)

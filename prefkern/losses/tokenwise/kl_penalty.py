@@ -5,11 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...stats import TokenStats
-from .. import core, links
+from .. import links
 from .. import tokens as token
-from ..record import Loss
+from ..declare import tokenwise
 
 
+@tokenwise(
+    source="arXiv 2402.03300 for k3",
+    status="standard algebra",
+    reference=True,
+    items="scored_tokens",
+)
 def kl_penalty(
     tokens: TokenStats,  # [N]
     cu_seqlens: Tensor,  # [S+1]
@@ -28,30 +34,12 @@ def kl_penalty(
     number of tokens.
 
     Args:
-        tokens: Token statistics, each field `[N]`; needs `logp`, `ref_logp`.
         cu_seqlens: `[S+1]` boundaries of the sequences, not read.
-        scored: `[N]` bool, tokens that count.
-        estimator: "k1", "k2" or "k3", default "k3".
-        coef: Weight, default 1.
+        estimator: "k1", "k2" or "k3".
+        coef: Weight.
 
     Returns:
         `[N]`, 0 where a token does not count.
-
-    Raises:
-        ValueError: an unknown estimator, a missing statistic, shapes that do not fit.
     """
     gap = token.field(tokens, "logp", scored) - token.field(tokens, "ref_logp", scored)
     return coef * links.kl_estimate(gap, estimator)
-
-
-KL_PENALTY = Loss(
-    kl_penalty,
-    "kl_penalty",
-    "tokenwise",
-    needs_reference=True,
-    extra=("scored",),
-    status="standard algebra",
-    source="arXiv 2402.03300 for k3",
-    rewards=core.logratio_rewards,
-    items="scored_tokens",
-)

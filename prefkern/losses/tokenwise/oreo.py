@@ -7,14 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops import ragged
 from ...ops.segment_sum import segment_sum
 from ...stats import TokenStats
 from .. import core, links
 from .. import tokens as token
-from ..record import Loss
-from ..weights.token_weights import sequence_of
+from ..declare import tokenwise
 
 
+def _reads(*, kl: str = "rkl", **_: Any) -> tuple[str, ...]:
+    core.choice("kl", kl, ("rkl", "fkl", "k3"))
+    return ("logp",) if kl == "k3" else ("logp", kl)
+
+
+@tokenwise(
+    source="arXiv 2412.16145 eq. 7-10",
+    status="paper read; policy and value losses checked against the authors' code, the step "
+    "level after its description",
+    reference=True,
+    reads=_reads,
+)
 def oreo(
     tokens: TokenStats,  # [N]
     cu_seqlens: Tensor,  # [S+1]
@@ -42,32 +54,25 @@ def oreo(
     Args:
         tokens: Token statistics, each field `[N]`; needs `logp`, `ref_logp`, and `rkl` or `fkl` as
             `kl` says.
-        cu_seqlens: `[S+1]` boundaries of the trajectories.
-        scored: `[N]` bool, tokens of the response.
-        value: `[N]` value head at the state that predicts each token, with gradient. Level
-            "step" reads the one at the first scored token of each step, "response" the first.
+        value: `[N]` value head at the state that predicts each token, with gradient. Level "step"
+            reads the one at the first scored token of each step, "response" the first.
         reward: `[S]` reward of the whole response.
-        beta: Strength of the pull to the reference, > 0, default 0.03.
-        alpha: Weight of the KL, >= 0, default 0.01 (0.1 at step level, 0.3 at response level).
-        level: "token", "step" or "response", default "token".
+        alpha: Weight of the KL, >= 0; 0.1 at step level and 0.3 at response level are usual.
+        level: "token", "step" or "response".
         kl: "rkl" (KL(policy || reference), the shipped flags), "fkl", or "k3" (the code without its
-            flag); default "rkl".
+            flag).
         step_index: `[N]` integers that do not fall within a response, the step a token belongs to;
             needed at level "step".
 
     Returns:
         Unreduced loss `[S]` fp64; an empty trajectory gives 0.
-
-    Raises:
-        ValueError: beta <= 0, alpha < 0, an unknown level or kl, level "step" without step_index,
-            a missing statistic, shapes that do not fit.
     """
     core.positive("beta", beta)
     core.not_negative("alpha", alpha)
     core.choice("level", level, ("token", "step", "response"))
     logp = token.field(tokens, "logp", scored)
     rho = logp - token.field(tokens, "ref_logp", scored)
-    _stats(kl=kl)
+    _reads(kl=kl)
     core.difference(value, logp)
     value = torch.where(scored, value, 0.0).double()
     terminal = core.data("reward", reward, segment_sum(rho.detach(), cu_seqlens))
@@ -79,7 +84,7 @@ def oreo(
         residual = start - terminal + beta * total
         filled = token.count(scored, cu_seqlens) > 0
         return torch.where(filled, residual.square(), 0.0) + penalty
-    owner = sequence_of(cu_seqlens, scored)
+    owner = ragged.owner(cu_seqlens, scored.numel())
     state, gain = scored, rho.double()  # one residual per scored token
     if level == "step":
         step = _step_of_token(step_index, scored, owner)
@@ -125,24 +130,4 @@ def _first(scored: Tensor, cu_seqlens: Tensor) -> Tensor:  # [N] bool
     """True at the first scored token of each sequence."""
     position = scored.cumsum(0)
     before = torch.cat([position.new_zeros(1), position])[cu_seqlens[:-1].long()]
-    return scored & (position - before[sequence_of(cu_seqlens, scored)] == 1)
-
-
-def _stats(*, kl: str = "rkl", **_: Any) -> tuple[str, ...]:
-    core.choice("kl", kl, ("rkl", "fkl", "k3"))
-    return ("logp",) if kl == "k3" else ("logp", kl)
-
-
-OREO = Loss(
-    oreo,
-    "oreo",
-    "tokenwise",
-    stats=("logp", "rkl"),
-    needs_reference=True,
-    extra=("scored", "value", "reward"),
-    status="paper read; policy and value losses checked against the authors' code, the step level "
-    "after its description",
-    source="arXiv 2412.16145 eq. 7-10",
-    stats_for=_stats,
-    rewards=core.logratio_rewards,
-)
+    return scored & (position - before[ragged.owner(cu_seqlens, scored.numel())] == 1)

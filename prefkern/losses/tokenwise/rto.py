@@ -8,9 +8,13 @@ from torch import Tensor
 from ...stats import TokenStats
 from .. import core, links
 from .. import tokens as token
-from ..record import Loss
+from ..declare import tokenwise
 
 
+@tokenwise(
+    source="arXiv 2404.18922 eq. 4.5-4.7",
+    status="paper read; reward shaping, GAE, actor and critic checked against the authors' code",
+)
 def rto(
     tokens: TokenStats,  # [N]
     cu_seqlens: Tensor,  # [S+1]
@@ -35,25 +39,12 @@ def rto(
     whitened over the buffer.
 
     Args:
-        tokens: Token statistics, each field `[N]`; needs `logp`.
-        cu_seqlens: `[S+1]` boundaries of the responses.
-        scored: `[N]` bool, tokens of the response.
         advantages: `[N]` (or `[S]`) A. Constant.
-        old_logp: `[N]` log-probabilities under the policy that sampled; None, the default, is the
-            policy itself (r = 1).
-        value_pred: `[N]` V of the value head, with gradient; None, the default, leaves the critic
-            out.
+        value_pred: `[N]` V of the value head, with gradient; None leaves the critic out.
         old_values: `[N]` V when the responses were sampled; needed with value_pred.
         returns: `[N]` G; needed with value_pred.
-        eps_clip: Clip of the ratio, default 0.2.
-        value_clip: Clip of the change of V, default 0.2.
-
-    Returns:
-        Unreduced loss `[S]` fp64; an empty response gives 0.
-
-    Raises:
-        ValueError: value_pred without old_values or returns, a missing statistic, shapes that do
-            not fit.
+        eps_clip: Clip of the ratio.
+        value_clip: Clip of the change of V.
     """
     logp = token.field(tokens, "logp", scored)
     old = logp.detach() if old_logp is None else token.given("old_logp", old_logp, logp, scored)
@@ -69,14 +60,3 @@ def rto(
     held = before + (value - before).clamp(-value_clip, value_clip)
     critic = torch.maximum((value - target).square(), (held - target).square())
     return loss + 0.5 * token.sequence_mean(critic, scored, cu_seqlens)
-
-
-RTO = Loss(
-    rto,
-    "rto",
-    "tokenwise",
-    extra=("scored", "advantages"),
-    status="paper read; reward shaping, GAE, actor and critic checked against the authors' code",
-    source="arXiv 2404.18922 eq. 4.5-4.7",
-    rewards=core.logp_rewards,
-)

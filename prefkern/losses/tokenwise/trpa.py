@@ -5,15 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...ops import ragged
 from ...ops.list_rank import list_rank
 from ...ops.segment_sum import segment_sum
 from ...stats import TokenStats
 from .. import core, links
 from .. import tokens as token
-from ..record import Loss
-from ..weights.token_weights import sequence_of
+from ..declare import tokenwise
 
 
+@tokenwise(
+    source="arXiv 2504.04524",
+    status="pairwise loss and k3 term checked against the authors' code; paper body not read",
+    reference=True,
+)
 def trpa(
     tokens: TokenStats,  # [N]
     cu_seqlens: Tensor,  # [S+1]
@@ -41,29 +46,22 @@ def trpa(
     falls back to softplus(-g) for level 1 and softplus(g) for the others, without beta.
 
     Args:
-        tokens: Token statistics, each field `[N]`; needs `logp`, `ref_logp`.
-        cu_seqlens: `[S+1]` boundaries of the rollouts.
-        scored: `[N]` bool, tokens of the response.
         cu_groups: `[G+1]` boundaries of the rollouts of one prompt, on the sequence axis.
         preference_levels: `[S]` integers from 1, the best.
-        old_logp: `[N]` log-probabilities under the policy that sampled; None, the default, is the
-            policy itself (no penalty).
-        beta: > 0, default 0.1.
-        anisotropy: Extra scale where the better rollout has level 1, > 0, default 2.5.
-        tr_kl_loss_coef: Weight of the penalty, >= 0, default 0.001.
-        sqrt_kl: Takes sqrt(mean k3 + 0.25) instead, default False.
-        fallback: What the code does without pairs; False gives 0 there. Default True.
+        old_logp: `[N]` log-probabilities under the policy that sampled; None: the policy itself (no
+            penalty).
+        beta: > 0.
+        anisotropy: Extra scale where the better rollout has level 1, > 0.
+        tr_kl_loss_coef: Weight of the penalty, >= 0.
+        sqrt_kl: Takes sqrt(mean k3 + 0.25) instead.
+        fallback: What the code does without pairs; False gives 0 there.
         pairs_per_sequence, tokens_per_sequence: Ordered pairs and tokens over a whole step of
-            several micro-batches, divided by its sequences; default None, the batch's own. With
-            sqrt_kl the penalty is a mean over micro-batches all the same.
-        backend: Of the list_rank op, default "auto".
+            several micro-batches, divided by its sequences; None: the batch's own. With sqrt_kl the
+            penalty is a mean over micro-batches all the same.
 
     Returns:
         `[S]` fp64, coupled through the batch: its mean over the sequences is the loss, each
         prompt's pairs spread evenly over its rollouts.
-
-    Raises:
-        ValueError: beta or anisotropy <= 0, a missing statistic, shapes that do not fit.
     """
     core.positive("beta", beta)
     core.positive("anisotropy", anisotropy)
@@ -77,7 +75,7 @@ def trpa(
     best = list_rank(
         beta * anisotropy * g, top.to(g.dtype), cu_groups, family="pair", backend=backend
     )
-    group = sequence_of(cu_groups, g)
+    group = ragged.owner(cu_groups, g.numel())
     size = torch.zeros_like(rest).index_add(0, group, torch.ones_like(g))
     if pairs_per_sequence is None:
         # With all scores equal a hinge of margin 1 counts the pairs.
@@ -97,15 +95,3 @@ def trpa(
     if sqrt_kl:
         share = (share.mean() + 0.25).sqrt().expand_as(share)
     return preference + tr_kl_loss_coef * share
-
-
-TRPA = Loss(
-    trpa,
-    "trpa",
-    "tokenwise",
-    needs_reference=True,
-    extra=("scored", "cu_groups", "preference_levels"),
-    status="pairwise loss and k3 term checked against the authors' code; paper body not read",
-    source="arXiv 2504.04524",
-    rewards=core.logratio_rewards,
-)

@@ -1,14 +1,20 @@
-"""Token weights: what multiplies the statistics of each token before they are summed."""
+"""Token weights: one number per token, constant or learned, that weighs a token's statistics.
 
-from .contrast import step_cosine, tisdpo, tree_tpo
-from .token_weights import SparseMask, SparseMasks, ld_dpo, mapo, sequence_of, sparsepo, tgdpo
+A weight stage runs before the statistics are summed over each sequence. It is a pure function of
+[N] tensors and returns TokenWeights: the weights and, where it has one, a penalty [S]. A loss names
+its stage (`weights=`); preference_loss gives it what prefkern.losses.inputs.STAGE_INPUTS lists.
+"""
+
+from .length import ld_dpo
+from .masks import SparseMask, SparseMasks, mapo, sparsepo
+from .model_ratios import tgdpo, tisdpo
+from .steps import step_cosine, tree_tpo
 
 __all__ = [
     "SparseMask",
     "SparseMasks",
     "ld_dpo",
     "mapo",
-    "sequence_of",
     "sparsepo",
     "step_cosine",
     "tgdpo",

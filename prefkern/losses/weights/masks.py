@@ -1,7 +1,4 @@
-"""Token weights: one number per token, constant or learned, that weighs a token's statistics.
-
-A weight stage runs before the statistics are summed over each sequence. It is a pure function of
-[N] tensors and returns TokenWeights: the weights and, where it has one, a penalty [S].
+"""Token masks: SparsePO's, learned, and MaPO's, read off activations.
 
 Shapes: N packed tokens, S sequences, L layers, M hooks, D hidden size. `scored` [N] is True where a
 token counts (its target is not ignored); weights are exactly 0 elsewhere.
@@ -14,83 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops import ragged
 from ...ops.segment_sum import segment_sum
+from .. import core
 from ..record import TokenWeights
 
 # kl_direction -> the statistic that holds it
 KL_FIELD = {"ref_pol": "fkl", "pol_ref": "rkl"}
-
-
-def tgdpo(
-    aux_logp: Tensor,  # [N]
-    ref_logp: Tensor,  # [N]
-    sign: Tensor,  # [N]
-    scored: Tensor | None = None,  # [N]
-    *,
-    beta: float = 0.1,
-    alpha: float = 0.5,
-    clamp: tuple[float, float] | None = None,
-) -> TokenWeights:
-    """Token reward guidance: f = 1 + sign alpha beta (aux_logp - ref_logp).
-
-    Zhu et al. 2025 (arXiv 2506.14574), as in the authors' code; beta is the training beta.
-
-    Args:
-        aux_logp: `[N]` log-probability of each target under the frozen guiding model.
-        ref_logp: `[N]` the same under the reference.
-        sign: `[N]` +1 on tokens of chosen answers, -1 on rejected ones.
-        scored: `[N]` bool, tokens that count; weights are 0 elsewhere. Default None, all.
-        beta: The loss's beta, default 0.1.
-        alpha: Strength of the guidance, default 0.5; 0 is DPO.
-        clamp: Bounds of f, default None (an extreme token may weigh less than 0).
-
-    Returns:
-        Constant weights `[N]`.
-
-    Raises:
-        ValueError: shapes that differ.
-    """
-    _same_shape("aux_logp", aux_logp, "ref_logp", ref_logp)
-    _same_shape("sign", sign, "ref_logp", ref_logp)
-    reward = beta * (aux_logp.detach() - ref_logp.detach())
-    weights = 1.0 + sign * (alpha * reward)
-    if clamp is not None:
-        weights = weights.clamp(*clamp)
-    return TokenWeights(weights if scored is None else torch.where(scored, weights, 0.0))
-
-
-def ld_dpo(
-    cu_seqlens: Tensor,  # [S+1]
-    scored: Tensor,  # [N]
-    public_length: Tensor,  # [S]
-    *,
-    alpha: float = 0.5,
-) -> TokenWeights:
-    """Length desensitisation: 1 for the first `public_length` scored tokens, alpha for the rest.
-
-    Liu et al. 2024 (arXiv 2409.06411), as implemented in TRL.
-
-    Args:
-        cu_seqlens: `[S+1]` boundaries of the sequences.
-        scored: `[N]` bool, tokens that count.
-        public_length: `[S]` the smaller number of scored tokens of the pair a sequence belongs to.
-        alpha: Weight of the tail in [0, 1], default 0.5; 1 is DPO, 0 truncates.
-
-    Returns:
-        Constant weights `[N]`, 0 on tokens that do not count.
-
-    Raises:
-        ValueError: alpha outside [0, 1], shapes that differ.
-    """
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}; 1 is plain DPO.")
-    owner = sequence_of(cu_seqlens, scored)
-    position = scored.cumsum(0)  # scored tokens so far, over the whole batch, this one included
-    before = torch.cat([position.new_zeros(1), position])[cu_seqlens[:-1].long()]  # [S]
-    ordinal = position - before[owner]  # 1 on the first scored token of each sequence
-    one = ordinal.new_ones((), dtype=torch.float64)  # alpha = 0.4 in fp32 is off by 1.5e-8
-    weights = torch.where(ordinal <= public_length[owner], one, alpha)
-    return TokenWeights(torch.where(scored, weights, 0.0))
 
 
 def sparsepo(
@@ -133,8 +60,7 @@ def sparsepo(
             f"l1_norm_param_u and l1_norm_param_d must be >= 0, got {l1_norm_param_u}, "
             f"{l1_norm_param_d}."
         )
-    if kl_direction not in KL_FIELD:
-        raise ValueError(f"kl_direction must be one of {tuple(KL_FIELD)}, got {kl_direction!r}.")
+    core.choice("kl_direction", kl_direction, tuple(KL_FIELD))
     l1: tuple[tuple[Tensor | None, float], ...]
     if not rw_kl_independent:
         if reward_mask is None or kl_mask is not None:
@@ -151,7 +77,7 @@ def sparsepo(
         ("kl_mask", KL_FIELD[kl_direction], kl_mask),
     ):
         if mask is not None:
-            _same_shape(name, mask, "scored", scored)
+            core.same_shape(name, mask, "scored", scored)
             weights[field] = torch.where(scored, mask, 0.0)
     if not weights:
         raise ValueError(
@@ -202,7 +128,7 @@ def mapo(
         raise ValueError(
             f"hook_type must be [M] = [{activations.shape[0]}], got {list(hook_type.shape)}."
         )
-    owner = sequence_of(cu_seqlens, scored).expand_as(activations)  # [M, N]
+    owner = ragged.owner(cu_seqlens, scored.numel()).expand_as(activations)  # [M, N]
     values = activations.detach().to(torch.float64)
     size = (activations.shape[0], cu_seqlens.numel() - 1)
     low, high = (
@@ -331,17 +257,3 @@ class SparseMasks(nn.Module):
             "kl_mask": None if self.kl_mask is None else self.kl_mask(states),
             "rw_kl_independent": self.rw_kl_independent,
         }
-
-
-def sequence_of(cu_seqlens: Tensor, tokens: Tensor) -> Tensor:  # [N] int64
-    """The sequence each of the packed tokens belongs to."""
-    position = torch.arange(tokens.numel(), device=tokens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
-
-
-def _same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.shape != other.shape:
-        raise ValueError(
-            f"{name} must be [N] = {list(other.shape)} to match {other_name}, got "
-            f"{list(tensor.shape)}."
-        )
