@@ -3,12 +3,14 @@
 #   make test     set up, then run the tests
 #   make demo     set up, then train a small model on a generated preference task
 #   make bench    benchmark against pinned peers, in an environment of its own
+#   make mutants  plant faults one at a time and see a test turn red (about an hour)
 #   make lint     ruff, mypy, clang-format, codespell
 #   make wheel    build sdist and wheel into dist/
 #   make clean    remove build products (distclean: the virtual environments too)
 #
 # Variables: PYTHON (3.11 or newer), VENV, JOBS (test processes), TORCH_SPEC, PYTEST_ARGS,
-# BENCH_ARGS (for example "--quick" or "--device cuda", see python -m benchmarks --help).
+# BENCH_ARGS (for example "--quick" or "--device cuda", see python -m benchmarks --help),
+# MUTANTS_ARGS (names of planted faults, --list).
 # TORCH_SPEC is handed to pip as it stands. Where the default index serves the CUDA build and the
 # CPU build is wanted:
 #   make test TORCH_SPEC="torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu"
@@ -25,15 +27,16 @@ BENCH_VENV ?= .venv-bench
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$(( n < 8 ? n : 8 )))
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MUTANTS_ARGS ?=
 
 PIP = $(1)/bin/python -m pip --disable-pip-version-check
 # A new TORCH_SPEC is a new stamp, so it is installed; a checksum keeps '=' and '/' out of the name.
 TORCH_KEY := $(shell printf '%s' '$(TORCH_SPEC)' | cksum | cut -d' ' -f1)
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup test demo bench lint lint-setup wheel clean distclean
+.PHONY: help setup test demo bench mutants lint lint-setup wheel clean distclean
 help:
-	@sed -n '3,14p' Makefile | cut -c3-
+	@sed -n '3,15p' Makefile | cut -c3-
 
 # ---- set-up: $(1)/.venv -> .torch-<key> -> .deps-<key> -> .prefkern ---------------------------------
 define environment
@@ -79,6 +82,9 @@ demo: setup
 bench:
 	$(call timed,$(BENCH_VENV))
 	$(BENCH_VENV)/bin/prefkern bench $(BENCH_ARGS)
+
+mutants: setup
+	$(VENV)/bin/python tests/planted_faults/mutants.py $(MUTANTS_ARGS)
 
 lint-setup: setup
 	@$(call PIP,$(VENV)) install --quiet -r requirements/lint.txt

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tiny_models import config, save_model
 
-from prefkern.train.loop import train
+from prefkern.train import train
 
 # Wanted: the letter a. Called with a row of the prompts' file and the answers to it.
 JUDGE = """

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb, *rest = args
     if verb not in VERBS:
-        from ..train.config import nearest
+        from ..train.read_config import nearest
 
         print(f"prefkern: unknown verb {verb!r}{nearest(verb, VERBS)}.\n", file=sys.stderr)
         print(_overview(), file=sys.stderr)
@@ -72,7 +72,7 @@ def _is_missing_extra(error: ImportError) -> bool:
     return "prefkern[train]" in str(error)
 
 
-# -- train, eval, precompute --------------------------------------------------------------------
+# Train, eval, precompute.
 
 
 def _configure(verb: str, args: list[str]) -> tuple[Any, Any]:
@@ -80,20 +80,19 @@ def _configure(verb: str, args: list[str]) -> tuple[Any, Any]:
     from ..train import require_train_extra
 
     require_train_extra()
-    from ..train.options import parse
+    from .options import parse
 
     return parse(verb, args)
 
 
 def _train(args: list[str]) -> int:
     config, command = _configure("train", args)
-    from ..train.loop import train
-    from ..train.loop_options import has_rounds
-    from ..train.rounds import describe_rounds
+    from ..train import train
+    from ..train.recipes.rounds import describe_rounds
     from ..train.run import describe, prepare
 
     if command.dry_run:
-        print(describe_rounds(config) if has_rounds(config) else describe(prepare(config)))
+        print(describe_rounds(config) if config.has_rounds else describe(prepare(config)))
         return 0
     final = train(config)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -115,8 +114,8 @@ def _eval(args: list[str]) -> int:
             eval_dataset=None,
         )
     run = prepare(config, training=False)
-    found = evaluate(run, run.examples, run.reference)
-    if run.accelerator.is_main_process:
+    found = evaluate(run, run.examples)
+    if run.is_main:
         if command.json:
             print(json.dumps(found | {"data": run.facts["data"]}, indent=1))
         else:
@@ -146,13 +145,13 @@ def _merge(args: list[str]) -> int:
     from ..train import require_train_extra
 
     require_train_extra()
-    from ..train.speeds import merge_adapters
+    from ..train.recipes.merge import merge_adapters
 
     print(merge_adapters(options.adapters, options.output_dir, options.weights))
     return 0
 
 
-# -- the other verbs ----------------------------------------------------------------------------
+# The other verbs.
 
 
 def _losses(args: list[str]) -> int:

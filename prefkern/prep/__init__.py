@@ -6,7 +6,12 @@ else a list of dictionaries. Nothing here reads a model, and importing it does n
 """
 
 from .annotators import number_annotators, pairs_per_annotator, with_reliability
-from .conditioning import control_prefix, direction_conditioned, score_conditioned
+from .conditioning import (
+    control_prefix,
+    direction_conditioned,
+    direction_prompts,
+    score_conditioned,
+)
 from .curriculum import curriculum, split_stages
 from .mutual_ranking import mutual_scores, rank_by_run_time, rank_programs
 from .pairs import drop_duplicates, pairs_from_judgements, pairs_from_lists
@@ -20,6 +25,7 @@ __all__ = [
     "control_prefix",
     "curriculum",
     "direction_conditioned",
+    "direction_prompts",
     "divergence_weights",
     "drop_duplicates",
     "mutual_scores",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from .columns import get, items, list_texts, text
-from .table import Row, Table, bad, like, read_rows
+from .cells import BadRow
+from .columns import list_of, responses_of, text_of
+from .table import Row, Table, like, made_rows, map_rows
 
 UNKNOWN = "unknown"
 
@@ -37,24 +38,25 @@ def pairs_per_annotator(table: Table, *, annotations_column: str = "annotations"
         ValueError: Names row and column: not two different responses, an annotation without a name
             or with another value, two labels of one annotator; no label at all is left.
     """
-    out = []
-    for i, data in enumerate(read_rows(table)):
-        texts, column = list_texts(data, i)
+
+    def pairs(data: Row) -> Iterator[Row]:
+        texts, column = responses_of(data)
         if len(texts) != 2:
-            raise bad(i, column, f"must hold two responses, got {len(texts)}")
-        rest = {"prompt": text(get(data, i, "prompt"), i, "prompt")}
+            raise BadRow(column, f"must hold two responses, got {len(texts)}")
+        rest = {"prompt": text_of(data, "prompt")}
         rest |= {k: v for k, v in data.items() if k not in ("prompt", column, annotations_column)}
         seen: set[str] = set()
-        for k, label in enumerate(items(data, i, annotations_column)):
+        for k, label in enumerate(list_of(data, annotations_column)):
             where = f"{annotations_column}[{k}]"
-            name, preferred = _label(label, i, where)
+            name, preferred = _label(label, where)
             if name in seen:
-                raise bad(i, where, f"annotator {name!r} has two labels for one pair")
+                raise BadRow(where, f"annotator {name!r} has two labels for one pair")
             seen.add(name)
             if preferred is not None:
                 chosen, rejected = texts[preferred], texts[1 - preferred]
-                out.append(rest | {"chosen": chosen, "rejected": rejected, "annotator": name})
-    return like(table, out)
+                yield rest | {"chosen": chosen, "rejected": rejected, "annotator": name}
+
+    return map_rows(table, pairs)
 
 
 def number_annotators(table: Table, *, column: str = "annotator") -> Numbered:
@@ -72,12 +74,10 @@ def number_annotators(table: Table, *, column: str = "annotator") -> Numbered:
     Raises:
         ValueError: Names row and column: a name that is not a string or is blank.
     """
-    rows = read_rows(table)
-    found = [UNKNOWN if row.get(column) is None else _name(row[column], i, column)
-             for i, row in enumerate(rows)]  # fmt: skip
-    names = sorted(set(found))
+    named = made_rows(table, lambda row: [row | {"annotator_id": _name(row, column)}])
+    names = sorted({row["annotator_id"] for row in named})
     ids = {name: k for k, name in enumerate(names)}
-    out = [row | {"annotator_id": ids[name]} for row, name in zip(rows, found, strict=True)]
+    out = [row | {"annotator_id": ids[row["annotator_id"]]} for row in named]
     return Numbered(like(table, out), names)
 
 
@@ -111,26 +111,32 @@ def with_reliability(
         if not 0.0 < start < 1.0:
             raise ValueError(f"the reliability of {name!r} must be in (0, 1), got {start}.")
     known: dict[str, float | None] = dict(reliability)
-    out: list[Row] = []
-    for i, row in enumerate(read_rows(table)):
-        name = UNKNOWN if row.get(column) is None else _name(row[column], i, column)
+
+    def rated(data: Row) -> Iterator[Row]:
+        name = _name(data, column)
         eta = known.get(name, default)
         if eta is None:
-            raise bad(i, column, f"{name!r} has no reliability; known: {sorted(reliability)}")
-        out.append(row | {"eta": float(eta)})
-    return like(table, out)
+            raise BadRow(column, f"{name!r} has no reliability; known: {sorted(reliability)}")
+        yield data | {"eta": float(eta)}
+
+    return map_rows(table, rated)
 
 
-def _name(value: Any, row: int, column: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise bad(row, column, f"must be a name (str), got {value!r}")
-    return value
+def _name(data: Mapping[str, Any], column: str) -> str:
+    value = data.get(column)
+    return UNKNOWN if value is None else _checked(value, column)
 
 
-def _label(label: Any, row: int, where: str) -> tuple[str, int | None]:
+def _checked(name: Any, where: str) -> str:
+    if not isinstance(name, str) or not name.strip():
+        raise BadRow(where, f"must be a name (str), got {name!r}")
+    return name
+
+
+def _label(label: Any, where: str) -> tuple[str, int | None]:
     if not isinstance(label, Mapping) or not {"annotator", "preferred"} <= set(label):
-        raise bad(row, where, "must hold annotator and preferred")
+        raise BadRow(where, "must hold annotator and preferred")
     preferred = label["preferred"]
     if isinstance(preferred, bool) or preferred not in (0, 1, None):
-        raise bad(row, where, f"preferred must be 0, 1 or null, got {preferred!r}")
-    return _name(label["annotator"], row, f"{where}.annotator"), preferred
+        raise BadRow(where, f"preferred must be 0, 1 or null, got {preferred!r}")
+    return _checked(label["annotator"], f"{where}.annotator"), preferred

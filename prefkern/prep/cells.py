@@ -12,7 +12,6 @@ from typing import Any
 
 Messages = list[dict[str, Any]]
 Text = str | Messages
-Row = Mapping[str, Any]
 
 
 class BadRow(Exception):
@@ -30,7 +29,7 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def get(data: Row, column: str) -> Any:
+def get(data: Mapping[str, Any], column: str) -> Any:
     """The value of a column that must be there."""
     if data.get(column) is None:
         found = ", ".join(map(repr, data)) or "none"
@@ -118,17 +117,17 @@ def _check_unicode(value: str, column: str) -> None:
         ) from error
 
 
-def list_prompt(data: Row) -> str:
+def list_prompt(data: Mapping[str, Any]) -> str:
     """The column of a list's prompt."""
     return "prompt" if data.get("prompt") is not None or "context" not in data else "context"
 
 
-def list_column(data: Row) -> str:
+def list_column(data: Mapping[str, Any]) -> str:
     """The column of a list's responses."""
     return "completions" if data.get("completions") is not None else "responses"
 
 
-def list_texts(data: Row, least: int = 2) -> list[Text]:
+def list_texts(data: Mapping[str, Any], least: int = 2) -> list[Text]:
     """The responses of a list, at least `least`; each a text or {"completion": text, ...}."""
     column = list_column(data)
     found = items(get(data, column), column)
@@ -144,7 +143,7 @@ def list_texts(data: Row, least: int = 2) -> list[Text]:
     ]
 
 
-def list_scores(data: Row, score_column: str | None = None) -> list[float]:
+def list_scores(data: Mapping[str, Any], score_column: str | None = None) -> list[float]:
     """One number per response, higher is better.
 
     Columns: `scores`; or `ranks` (lower is better); or {"rank", "completion"} as responses (lower

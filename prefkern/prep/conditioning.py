@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from .columns import floats, get, items, list_texts, number, pair, text
+from . import cells
+from .cells import BadRow
+from .columns import list_of, number_of, pair_of, responses_of, text_of
 from .prompts import SEPARATOR, conditioned, swapped
-from .table import Row, Table, bad, like, read_rows
+from .table import Row, Table, map_rows
 
 SCORE_TEMPLATE = "Write an answer that deserves the overall score {score}."
 DIRECTION_TEMPLATE = "Write the answer that has the highest weighted rating {weights}."
@@ -46,20 +48,19 @@ def score_conditioned(
             rejected's not below chosen's, equal answers, a column computed for the old prompt.
     """
     _check_template(template, "score")
-    out = []
-    for i, data in enumerate(read_rows(table)):
-        pair(data, i)
-        high = number(get(data, i, chosen_score), i, chosen_score)
-        low = number(get(data, i, rejected_score), i, rejected_score)
+
+    def both(data: Row) -> Iterator[Row]:
+        pair_of(data)
+        high, low = number_of(data, chosen_score), number_of(data, rejected_score)
         if not high > low:
-            raise bad(i, rejected_score, f"must be below {chosen_score} = {high:g}, got {low:g}")
+            raise BadRow(rejected_score, f"must be below {chosen_score} = {high:g}, got {low:g}")
         wanted = [template.format(score=f"{score:g}") for score in (high, low)]
         if wanted[0] == wanted[1]:
-            raise bad(i, rejected_score, f"and {chosen_score} both print as {high:g}; round them")
-        out.append(conditioned(data, i, wanted[0], separator))
-        other = swapped(data, i, (chosen_score, rejected_score))
-        out.append(conditioned(other, i, wanted[1], separator))
-    return like(table, out)
+            raise BadRow(rejected_score, f"and {chosen_score} both print as {high:g}; round them")
+        yield conditioned(data, wanted[0], separator)
+        yield conditioned(swapped(data, (chosen_score, rejected_score)), wanted[1], separator)
+
+    return map_rows(table, both)
 
 
 def direction_conditioned(
@@ -97,26 +98,65 @@ def direction_conditioned(
             without {weights}; names row and column as `pairs_from_lists` does.
     """
     _check_template(template, "weights")
-    vectors = [_unit(k, vector, objectives) for k, vector in enumerate(directions)]
-    if not vectors:
-        raise ValueError("directions must hold at least one vector, got none.")
-    out = []
-    for i, data in enumerate(read_rows(table)):
-        texts, column = list_texts(data, i)
+    vectors = _units(directions, objectives)
+
+    def scored(data: Row) -> Iterator[Row]:
+        texts, column = responses_of(data)
         rewards = [
-            floats({rewards_column: line}, i, rewards_column, len(objectives))
-            for line in items(data, i, rewards_column, len(texts))
+            cells.floats(line, rewards_column, len(objectives))
+            for line in list_of(data, rewards_column, len(texts))
         ]
         used = (column, rewards_column, "scores", "ranks")
         rest = {k: v for k, v in data.items() if k not in used}
         for vector in vectors:
             words = direction_words(vector, objectives, template)
-            row = conditioned(rest, i, words, separator)
+            row = conditioned(rest, words, separator)
             scores = [
                 math.fsum(a * b for a, b in zip(vector, line, strict=True)) for line in rewards
             ]
-            out.append(row | {"completions": texts, "scores": scores, "direction": vector})
-    return like(table, out)
+            yield row | {"completions": texts, "scores": scores, "direction": vector}
+
+    return map_rows(table, scored)
+
+
+def direction_prompts(
+    table: Table,
+    directions: Sequence[Sequence[float]],
+    *,
+    objectives: Sequence[str],
+    template: str = DIRECTION_TEMPLATE,
+    separator: str = SEPARATOR,
+) -> Table:
+    """Every prompt once under every direction, for answers that are still to be sampled.
+
+    Source: the prompts of a DPA round (arXiv 2402.18571): the judge returns direction . rewards,
+    pairs are best_vs_worst, the loss is sft, which reads the best answer alone. The condition reads
+    as in `direction_conditioned`.
+
+    Columns in: `prompt`.
+    Columns out: `prompt` (conditioned), `direction` (list of m, for the judge); other columns are
+    carried along. One row per prompt and direction, the directions of a prompt together.
+
+    Args:
+        table: Prompts.
+        directions: Vectors of m numbers with length 1 within 0.01.
+        objectives: m names, as the prompt shall call them.
+        template: Text of the condition with the field {weights}.
+        separator: Between condition and a plain-text prompt, default an empty line.
+
+    Raises:
+        ValueError: As `direction_conditioned`.
+    """
+    _check_template(template, "weights")
+    vectors = _units(directions, objectives)
+    words = [direction_words(vector, objectives, template) for vector in vectors]
+    return map_rows(
+        table,
+        lambda data: [
+            conditioned(data, text, separator) | {"direction": vector}
+            for text, vector in zip(words, vectors, strict=True)
+        ],
+    )
 
 
 def control_prefix(
@@ -152,20 +192,21 @@ def control_prefix(
             "good_prefix and bad_prefix must be two different texts, got "
             f"{good_prefix!r} and {bad_prefix!r}."
         )
-    out: list[Row] = []
-    for i, data in enumerate(read_rows(table)):
+
+    def prefixed_rows(data: Row) -> Iterator[Row]:
         if data.get("completion") is not None:
-            label = get(data, i, "label")
+            label = cells.get(data, "label")
             if not isinstance(label, bool):
-                raise bad(i, "label", f"must be true or false, got {type(label).__name__}")
-            text(data["completion"], i, "completion")
-            row = conditioned(data, i, good_prefix if label else bad_prefix, separator)
-            out.append({k: v for k, v in row.items() if k != "label"})
-            continue
-        pair(data, i)
-        out.append(conditioned(data, i, good_prefix, separator))
-        out.append(conditioned(swapped(data, i), i, bad_prefix, separator))
-    return like(table, out)
+                raise BadRow("label", f"must be true or false, got {type(label).__name__}")
+            text_of(data, "completion")
+            row = conditioned(data, good_prefix if label else bad_prefix, separator)
+            yield {k: v for k, v in row.items() if k != "label"}
+            return
+        pair_of(data)
+        yield conditioned(data, good_prefix, separator)
+        yield conditioned(swapped(data), bad_prefix, separator)
+
+    return map_rows(table, prefixed_rows)
 
 
 def direction_words(
@@ -177,6 +218,12 @@ def direction_words(
         f"{name}*{round(100 * v)}" for name, v in zip(objectives, values, strict=True)
     )
     return template.format(weights=weights)
+
+
+def _units(directions: Sequence[Sequence[float]], objectives: Sequence[str]) -> list[list[float]]:
+    if not directions:
+        raise ValueError("directions must hold at least one vector, got none.")
+    return [_unit(k, vector, objectives) for k, vector in enumerate(directions)]
 
 
 def _unit(index: int, vector: Sequence[float], objectives: Sequence[str]) -> list[float]:

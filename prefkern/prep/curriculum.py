@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from .columns import TIES, floats, get, number, one_of, ranked
+from .cells import BadRow
+from .columns import TIES, number_of, numbers_of, one_of, ranked
 from .pairs import nothing_preferred, pair_row, strict_pairs
-from .table import Row, Table, bad, like, read_rows
+from .table import Row, Table, like, made_rows
 
 
 def curriculum(
@@ -43,22 +44,21 @@ def curriculum(
         ValueError: As `pairs_from_lists`; a gap column of another length or not finite.
     """
     one_of("ties", ties, TIES)
-    out: list[Row] = []
-    for i, data in enumerate(read_rows(table)):
-        found = ranked(data, i, score_column=score_column, aligned=aligned)
-        if nothing_preferred(found, i, score_column, ties):
-            continue
+
+    def staged(data: Row) -> Iterator[Row]:
+        found = ranked(data, score_column=score_column, aligned=aligned)
+        if nothing_preferred(found, score_column, ties):
+            return
         gaps = found.scores
         if gap_column is not None:
-            gaps = floats(data, i, gap_column, len(found.texts))
+            gaps = numbers_of(data, gap_column, len(found.texts))
         pairs = strict_pairs(found, "best_vs_rest")[::-1]  # the lower-ranked response first
         by_gap = [(abs(gaps[best] - gaps[other]), best, other) for best, other in pairs]
         by_gap.sort(key=lambda entry: -entry[0])  # stable
-        out += [
-            pair_row(found, best, other) | {"stage": stage, "gap": gap}
-            for stage, (gap, best, other) in enumerate(by_gap)
-        ]
-    return like(table, sorted(out, key=lambda row: row["stage"]))
+        for stage, (gap, best, other) in enumerate(by_gap):
+            yield pair_row(found, best, other) | {"stage": stage, "gap": gap}
+
+    return like(table, sorted(made_rows(table, staged), key=lambda row: row["stage"]))
 
 
 def split_stages(table: Table) -> list[Table]:
@@ -70,9 +70,13 @@ def split_stages(table: Table) -> list[Table]:
         ValueError: Names the row whose `stage` is missing or not a whole number.
     """
     stages: dict[int, list[Row]] = {}
-    for i, row in enumerate(read_rows(table)):
-        stage = number(get(row, i, "stage"), i, "stage")
+
+    def staged(row: Row) -> Iterator[Row]:
+        stage = number_of(row, "stage")
         if stage != int(stage):
-            raise bad(i, "stage", f"must be a whole number, got {stage}")
+            raise BadRow("stage", f"must be a whole number, got {stage}")
         stages.setdefault(int(stage), []).append(row)
+        yield row
+
+    made_rows(table, staged)
     return [like(table, stages[stage]) for stage in sorted(stages)]

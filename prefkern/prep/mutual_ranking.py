@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .columns import TIES, floats, items, list_texts, one_of, ranked
+from .cells import BadRow
+from .columns import TIES, list_of, numbers_of, one_of, ranked, responses_of
 from .pairs import select
-from .table import Row, Table, bad, like, read_rows
+from .table import Row, Table, map_rows
 
 
 def mutual_scores(
@@ -73,14 +74,15 @@ def rank_programs(
         ValueError: damping or rounds out of range; names row and column: fewer than two programs, a
             repeated one, a matrix that is not K x T of 0 and 1.
     """
-    out = []
-    for i, data in enumerate(read_rows(table)):
-        texts, _ = list_texts(data, i)
-        matrix = _matrix(data, i, passed_column, len(texts))
+
+    def scored(data: Row) -> Iterator[Row]:
+        texts, _ = responses_of(data)
+        matrix = _matrix(data, passed_column, len(texts))
         scores, test_scores = mutual_scores(matrix, damping=damping, rounds=rounds)
         rest = {k: v for k, v in data.items() if k != "ranks"}
-        out.append(rest | {"scores": scores, "test_scores": test_scores})
-    return like(table, out)
+        yield rest | {"scores": scores, "test_scores": test_scores}
+
+    return map_rows(table, scored)
 
 
 def rank_by_run_time(
@@ -110,31 +112,31 @@ def rank_by_run_time(
         ValueError: Names row and column, as `rank_programs`; a negative run time.
     """
     one_of("ties", ties, TIES)
-    out: list[Row] = []
-    for i, data in enumerate(read_rows(table)):
-        texts, _ = list_texts(data, i)
-        matrix = _matrix(data, i, passed_column, len(texts))
-        seconds = floats(data, i, seconds_column, len(texts))
+
+    def working(data: Row) -> Iterator[Row]:
+        texts, _ = responses_of(data)
+        matrix = _matrix(data, passed_column, len(texts))
+        seconds = numbers_of(data, seconds_column, len(texts))
         if min(seconds) < 0:
-            raise bad(i, seconds_column, f"must be at least 0, got {min(seconds):g}")
+            raise BadRow(seconds_column, f"must be at least 0, got {min(seconds):g}")
         clean = {k: v for k, v in data.items() if k not in (passed_column, "scores", "ranks")}
         clean[seconds_column] = [-s for s in seconds]
-        found = ranked(clean, i, score_column=seconds_column)
+        found = ranked(clean, score_column=seconds_column)
         keep = [k for k, line in enumerate(matrix) if all(line)]
-        if len(keep) < 2:
-            if ties == "skip":
-                continue
-            raise bad(i, passed_column, f"{len(keep)} programs pass every test; two are needed")
-        out.append(select(found, keep))
-    return like(table, out)
+        if len(keep) >= 2:
+            yield select(found, keep)
+        elif ties == "error":
+            raise BadRow(passed_column, f"{len(keep)} programs pass every test; two are needed")
+
+    return map_rows(table, working)
 
 
-def _matrix(data: Row, row: int, column: str, count: int) -> list[list[float]]:
-    lines = items(data, row, column, count)
+def _matrix(data: Row, column: str, count: int) -> list[list[float]]:
+    lines = list_of(data, column, count)
     width = len(lines[0]) if isinstance(lines[0], list | tuple) else 0
     for k, line in enumerate(lines):
         if not isinstance(line, list | tuple) or len(line) != width or not width:
-            raise bad(row, f"{column}[{k}]", "must hold one entry per test, the same number in all")
+            raise BadRow(f"{column}[{k}]", "must hold one entry per test, the same number in all")
         if any(value not in (0, 1) for value in line):
-            raise bad(row, f"{column}[{k}]", f"must hold 0, 1 or booleans only, got {list(line)}")
+            raise BadRow(f"{column}[{k}]", f"must hold 0, 1 or booleans only, got {list(line)}")
     return [[float(value) for value in line] for line in lines]

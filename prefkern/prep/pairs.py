@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from .columns import TIES, Ranked, get, items, list_texts, number, one_of, ranked, text
-from .table import Row, Table, bad, like, read_rows
+from .cells import BadRow, number
+from .columns import TIES, Ranked, list_of, one_of, ranked, responses_of, text_of
+from .table import Row, Table, map_rows
 
 PAIRS = ("all", "best_vs_rest", "adjacent", "best_vs_worst")
 
@@ -45,13 +46,14 @@ def pairs_from_lists(
     """
     one_of("pairs", pairs, PAIRS)
     one_of("ties", ties, TIES)
-    out = []
-    for i, data in enumerate(read_rows(table)):
-        found = ranked(data, i, score_column=score_column, aligned=aligned)
-        if nothing_preferred(found, i, score_column, ties):
-            continue
-        out += [pair_row(found, *two) for two in strict_pairs(found, pairs)]
-    return like(table, out)
+
+    def made(data: Row) -> list[Row]:
+        found = ranked(data, score_column=score_column, aligned=aligned)
+        if nothing_preferred(found, score_column, ties):
+            return []
+        return [pair_row(found, *two) for two in strict_pairs(found, pairs)]
+
+    return map_rows(table, made)
 
 
 def strict_pairs(found: Ranked, pairs: str) -> list[tuple[int, int]]:
@@ -107,21 +109,22 @@ def pairs_from_judgements(
             not K x K, a probability outside [0, 1], [i][j] + [j][i] not 1 within 1e-6.
     """
     one_of("pairs", pairs, PAIRS)
-    out = []
-    for i, data in enumerate(read_rows(table)):
-        texts, column = list_texts(data, i)
-        q = _probabilities(data, i, probability_column, len(texts))
+
+    def judged(data: Row) -> Iterator[Row]:
+        texts, column = responses_of(data)
+        q = _probabilities(data, probability_column, len(texts))
         k = range(len(texts))
         means = [sum(q[a][b] for b in k if b != a) / (len(texts) - 1) for a in k]
-        rest: Row = {"prompt": text(get(data, i, "prompt"), i, "prompt")}
+        rest: Row = {"prompt": text_of(data, "prompt")}
         rest |= {n: v for n, v in data.items() if n not in ("prompt", column, probability_column)}
         # Places, not means, are the scores here: every two responses form a pair, equal means too.
         order = sorted(k, key=lambda a: -means[a])
         places = [float(-order.index(a)) for a in k]
         for win, lose in strict_pairs(Ranked(texts, places, rest, {}, column), pairs):
             row = {"chosen": texts[win], "rejected": texts[lose], "pref_prob": q[win][lose]}
-            out.append(rest | row)
-    return like(table, out)
+            yield rest | row
+
+    return map_rows(table, judged)
 
 
 def drop_duplicates(
@@ -150,27 +153,26 @@ def drop_duplicates(
             left.
     """
     one_of("ties", ties, TIES)
-    out = []
-    for i, data in enumerate(read_rows(table)):
-        found = ranked(data, i, score_column=score_column, aligned=aligned, least=1, distinct=False)
+
+    def first_ones(data: Row) -> Iterator[Row]:
+        found = ranked(data, score_column=score_column, aligned=aligned, least=1, distinct=False)
         texts, column, keep = found.texts, found.column, []
         for j, value in enumerate(texts):
             first = texts.index(value)
             if first == j:
                 keep.append(j)
             elif found.scores[first] != found.scores[j]:
-                raise bad(
-                    i,
+                raise BadRow(
                     f"{column}[{j}]",
                     f"is the same as {column}[{first}] with score {found.scores[j]} where that "
                     f"has {found.scores[first]}",
                 )
-        if len(keep) < 2:
-            if ties == "skip":
-                continue
-            raise bad(i, column, f"one distinct response is left of {len(texts)}")
-        out.append(select(found, keep))
-    return like(table, out)
+        if len(keep) >= 2:
+            yield select(found, keep)
+        elif ties == "error":
+            raise BadRow(column, f"one distinct response is left of {len(texts)}")
+
+    return map_rows(table, first_ones)
 
 
 def select(found: Ranked, keep: Sequence[int]) -> Row:
@@ -185,33 +187,31 @@ def select(found: Ranked, keep: Sequence[int]) -> Row:
     )
 
 
-def nothing_preferred(found: Ranked, row: int, score_column: str | None, ties: str) -> bool:
+def nothing_preferred(found: Ranked, score_column: str | None, ties: str) -> bool:
     if min(found.scores) < max(found.scores):
         return False
     if ties == "error":
-        raise bad(
-            row,
+        raise BadRow(
             score_column or "scores",
             f"all are {found.scores[0]}, so nothing is preferred; ties='skip' leaves such rows out",
         )
     return True
 
 
-def _probabilities(data: Row, row: int, column: str, k: int) -> list[list[float]]:
-    matrix = items(data, row, column, k)
+def _probabilities(data: Row, column: str, k: int) -> list[list[float]]:
+    matrix = list_of(data, column, k)
     q = []
     for a, line in enumerate(matrix):
         if not isinstance(line, list | tuple) or len(line) != k:
-            raise bad(row, f"{column}[{a}]", f"must hold {k} probabilities, one per response")
-        q.append([0.0 if a == b else number(v, row, f"{column}[{a}][{b}]")
+            raise BadRow(f"{column}[{a}]", f"must hold {k} probabilities, one per response")
+        q.append([0.0 if a == b else number(v, f"{column}[{a}][{b}]")
                   for b, v in enumerate(line)])  # fmt: skip
     for a in range(k):
         for b in range(k):
             if a != b and not 0.0 <= q[a][b] <= 1.0:
-                raise bad(row, f"{column}[{a}][{b}]", f"must be in [0, 1], got {q[a][b]}")
+                raise BadRow(f"{column}[{a}][{b}]", f"must be in [0, 1], got {q[a][b]}")
             if a < b and abs(q[a][b] + q[b][a] - 1.0) > 1e-6:
-                raise bad(
-                    row,
+                raise BadRow(
                     f"{column}[{a}][{b}]",
                     f"and [{b}][{a}] must sum to 1, got {q[a][b] + q[b][a]}",
                 )

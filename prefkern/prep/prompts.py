@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from .columns import Text, get, refuse_prompt_bound, text
-from .table import Row, Table, bad, like, read_rows
+from collections.abc import Iterator
+
+from .cells import BadRow
+from .columns import Text, refuse_prompt_bound, text_of
+from .table import Row, Table, map_rows
 
 SEPARATOR = "\n\n"
 
@@ -40,27 +43,27 @@ def system_messages(table: Table, *, column: str = "system", separator: str = SE
         ValueError: Names row and column: a missing or blank system message or prompt, or a column
             computed for the prompt without it, such as `ref_chosen_logps`.
     """
-    out = []
-    for i, data in enumerate(read_rows(table)):
-        words = text(get(data, i, column), i, column)
+
+    def moved(data: Row) -> Iterator[Row]:
+        words = text_of(data, column)
         if not isinstance(words, str):
-            raise bad(i, column, "must be a string")
-        row = conditioned(data, i, words, separator)
-        out.append({k: v for k, v in row.items() if k != column})
-    return like(table, out)
+            raise BadRow(column, "must be a string")
+        row = conditioned(data, words, separator)
+        yield {k: v for k, v in row.items() if k != column}
+
+    return map_rows(table, moved)
 
 
-def conditioned(data: Row, row: int, words: str, separator: str) -> Row:
+def conditioned(data: Row, words: str, separator: str) -> Row:
     """The row with `words` before its prompt."""
-    refuse_prompt_bound(data, row)
-    prompt = text(get(data, row, "prompt"), row, "prompt")
-    return data | {"prompt": prefixed(prompt, words, separator)}
+    refuse_prompt_bound(data)
+    return data | {"prompt": prefixed(text_of(data, "prompt"), words, separator)}
 
 
-def swapped(data: Row, row: int, *further: tuple[str, str]) -> Row:
+def swapped(data: Row, *further: tuple[str, str]) -> Row:
     """The pair the other way round: every chosen_<x> with rejected_<x>, and `further` columns."""
     if data.get("pref_prob") is not None:
-        raise bad(row, "pref_prob", "is the strength of the given order only; drop the column")
+        raise BadRow("pref_prob", "is the strength of the given order only; drop the column")
     exchange = dict(further) | {other: one for one, other in further}
     for name in data:
         for one, other in (("chosen", "rejected"), ("rejected", "chosen")):
@@ -68,5 +71,5 @@ def swapped(data: Row, row: int, *further: tuple[str, str]) -> Row:
                 exchange[name] = other + name.removeprefix(one)
     for name, other in exchange.items():
         if other not in data:
-            raise bad(row, name, f"has no counterpart {other!r} to be exchanged with")
+            raise BadRow(name, f"has no counterpart {other!r} to be exchanged with")
     return data | {other: data[name] for name, other in exchange.items()}

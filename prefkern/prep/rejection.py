@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from .cells import BadRow
 from .columns import TIES, one_of, ranked
 from .pairs import pair_row, select
-from .table import Table, bad, like, read_rows
+from .table import Row, Table, map_rows
 
 
 def rejection_sample(
@@ -51,18 +53,19 @@ def rejection_sample(
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     if not beta > 0.0:
         raise ValueError(f"beta must be > 0, got {beta}.")
-    out = []
-    for i, data in enumerate(read_rows(table)):
-        found = ranked(data, i, score_column=score_column, aligned=aligned, least=1)
+    numbers = itertools.count()
+
+    def drawn(data: Row) -> Iterator[Row]:
+        uniform = np.random.default_rng([seed, next(numbers)]).random
+        found = ranked(data, score_column=score_column, aligned=aligned, least=1)
         if len(found.texts) < num_samples:
-            raise bad(
-                i,
+            raise BadRow(
                 found.column,
                 f"holds {len(found.texts)} candidates where num_samples={num_samples} are drawn",
             )
-        uniform = np.random.default_rng([seed, i]).random
-        out.append(select(found, accept(found.scores, num_samples, beta, uniform)))
-    return like(table, out)
+        yield select(found, accept(found.scores, num_samples, beta, uniform))
+
+    return map_rows(table, drawn)
 
 
 def accept(
@@ -112,9 +115,9 @@ def tournament_pairs(
     """
     one_of("rounds", rounds, ("first", "all"))
     one_of("ties", ties, TIES)
-    out = []
-    for i, data in enumerate(read_rows(table)):
-        found = ranked(data, i, score_column=score_column, aligned=aligned)
+
+    def paired(data: Row) -> list[Row]:
+        found = ranked(data, score_column=score_column, aligned=aligned)
         playing, rows, played = list(range(len(found.texts))), [], 0
         while len(playing) > 1 and (played == 0 or rounds == "all"):
             winners = []
@@ -126,6 +129,7 @@ def tournament_pairs(
             playing = winners + playing[len(playing) - len(playing) % 2 :]
             played += 1
         if not rows and ties == "error":
-            raise bad(i, score_column or "scores", "every meeting is a tie, so there is no pair")
-        out += rows
-    return like(table, out)
+            raise BadRow(score_column or "scores", "every meeting is a tie, so there is no pair")
+        return rows
+
+    return map_rows(table, paired)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from .columns import get, items, number, pair, refuse_prompt_bound, text
-from .table import Row, Table, bad, like, read_rows
+from .cells import BadRow
+from .columns import list_of, number_of, pair_of, refuse_prompt_bound, text_of
+from .table import Row, Table, map_rows
 
 WEIGHTS = ("chosen_weights", "rejected_weights")
 
@@ -36,23 +38,23 @@ def divergence_weights(table: Table, *, tokenizer: Any = None, append_eos: bool 
             whole of the other (give the end token), conversations with a tokenizer, weights that
             are there already.
     """
-    out = []
-    for i, data in enumerate(read_rows(table)):
+
+    def weighed(data: Row) -> Iterator[Row]:
         for column in WEIGHTS:
             if data.get(column) is not None:
-                raise bad(i, column, "is there already; drop it or multiply by hand")
-        ids = _column_ids(data, i) if tokenizer is None else _ids(data, i, tokenizer, append_eos)
+                raise BadRow(column, "is there already; drop it or multiply by hand")
+        ids = _column_ids(data) if tokenizer is None else _ids(data, tokenizer, append_eos)
         start = _shared(*ids)
         for column, tokens in zip(("chosen", "rejected"), ids, strict=True):
             if start == len(tokens):
-                raise bad(
-                    i,
+                raise BadRow(
                     f"{column}_ids" if tokenizer is None else column,
                     f"has no token that differs: its {start} tokens begin the other answer",
                 )
         weights = [[0.0] * start + [1.0] * (len(tokens) - start) for tokens in ids]
-        out.append(data | dict(zip(WEIGHTS, weights, strict=True)))
-    return like(table, out)
+        yield data | dict(zip(WEIGHTS, weights, strict=True))
+
+    return map_rows(table, weighed)
 
 
 def shared_steps_to_prompt(table: Table, *, joint: str = "") -> Table:
@@ -76,35 +78,33 @@ def shared_steps_to_prompt(table: Table, *, joint: str = "") -> Table:
         ValueError: Names row and column: a step that is not a string, equal lists, one list that
             begins with the whole of the other, a column computed for the old prompt.
     """
-    out = []
-    for i, data in enumerate(read_rows(table)):
-        refuse_prompt_bound(data, i)
-        prompt = text(get(data, i, "prompt"), i, "prompt")
+
+    def moved(data: Row) -> Iterator[Row]:
+        refuse_prompt_bound(data)
+        prompt = text_of(data, "prompt")
         if not isinstance(prompt, str):
-            raise bad(i, "prompt", "must be a string, since steps are appended to it")
+            raise BadRow("prompt", "must be a string, since steps are appended to it")
         sides = []
         for column in ("chosen_steps", "rejected_steps"):
-            steps = items(data, i, column)
+            steps = list_of(data, column)
             for k, step in enumerate(steps):
                 if not isinstance(step, str):
-                    raise bad(i, f"{column}[{k}]", f"must be str, got {type(step).__name__}")
+                    raise BadRow(f"{column}[{k}]", f"must be str, got {type(step).__name__}")
             sides.append(steps)
         start = _shared(*sides)
         for column, steps in zip(("chosen_steps", "rejected_steps"), sides, strict=True):
             if start == len(steps):
-                raise bad(i, column, f"its {start} steps begin the other answer; nothing differs")
+                raise BadRow(column, f"its {start} steps begin the other answer; nothing differs")
         rest = {k: v for k, v in data.items() if k not in ("chosen_steps", "rejected_steps")}
         chosen, rejected = (joint.join(steps[start:]) for steps in sides)
-        out.append(
-            rest
-            | {
-                "prompt": joint.join([prompt, *sides[0][:start], ""]),
-                "chosen": chosen,
-                "rejected": rejected,
-                "num_shared": start,
-            }
-        )
-    return like(table, out)
+        yield rest | {
+            "prompt": joint.join([prompt, *sides[0][:start], ""]),
+            "chosen": chosen,
+            "rejected": rejected,
+            "num_shared": start,
+        }
+
+    return map_rows(table, moved)
 
 
 def visit_labels(
@@ -128,16 +128,17 @@ def visit_labels(
     Raises:
         ValueError: Names row and column: a count that is missing, negative or not finite.
     """
-    out = []
-    for i, data in enumerate(read_rows(table)):
+
+    def labelled(data: Row) -> Iterator[Row]:
         counts = []
         for column in (chosen_visits, rejected_visits):
-            counts.append(number(get(data, i, column), i, column))
+            counts.append(number_of(data, column))
             if counts[-1] < 0:
-                raise bad(i, column, f"must be at least 0, got {counts[-1]:g}")
+                raise BadRow(column, f"must be at least 0, got {counts[-1]:g}")
         confidence = 1.0 / (1.0 + counts[1] / max(1.0, counts[0]))
-        out.append(data | {"pref_prob": max(confidence, 0.5)})
-    return like(table, out)
+        yield data | {"pref_prob": max(confidence, 0.5)}
+
+    return map_rows(table, labelled)
 
 
 def _shared(a: list, b: list) -> int:
@@ -150,23 +151,23 @@ def _shared(a: list, b: list) -> int:
     return count
 
 
-def _column_ids(data: Row, row: int) -> list[list[int]]:
+def _column_ids(data: Row) -> list[list[int]]:
     found = []
     for column in ("chosen_ids", "rejected_ids"):
-        ids = items(data, row, column)
+        ids = list_of(data, column)
         for i, token in enumerate(ids):
             if isinstance(token, bool) or not isinstance(token, int):
-                raise bad(row, f"{column}[{i}]", f"must be int, got {type(token).__name__}")
+                raise BadRow(f"{column}[{i}]", f"must be int, got {type(token).__name__}")
         found.append(ids)
     return found
 
 
-def _ids(data: Row, row: int, tokenizer: Any, append_eos: bool) -> list[list[int]]:
+def _ids(data: Row, tokenizer: Any, append_eos: bool) -> list[list[int]]:
     """The answers' ids as the trainer cuts them: after the prefix shared with the prompt's ids."""
-    prompt, (chosen, rejected) = text(get(data, row, "prompt"), row, "prompt"), pair(data, row)
+    prompt, (chosen, rejected) = text_of(data, "prompt"), pair_of(data)
     for column, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if not isinstance(value, str):
-            raise bad(row, column, "is a conversation; give chosen_ids and rejected_ids instead")
+            raise BadRow(column, "is a conversation; give chosen_ids and rejected_ids instead")
     eos = tokenizer.eos_token_id
     if eos is None and append_eos:
         raise ValueError(

@@ -8,16 +8,33 @@ never changed; texts and messages are shared between input and output rows, not 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from .cells import BadRow
 
 Row = dict[str, Any]
 Table = Any  # datasets.Dataset or an iterable of mappings
 
 
-def bad(row: int, column: str, reason: str) -> ValueError:
-    """The error for a row that cannot be used."""
-    return ValueError(f"row {row}, column {column!r}: {reason}.")
+def map_rows(table: Table, make: Callable[[Row], Iterable[Row]]) -> Table:
+    """The table of the rows that `make` gives for each row in turn.
+
+    Raises:
+        ValueError: as `read_rows` and `like`; names row and column where `make` raises BadRow.
+    """
+    return like(table, made_rows(table, make))
+
+
+def made_rows(table: Table, make: Callable[[Row], Iterable[Row]]) -> list[Row]:
+    """As `map_rows`, always a list."""
+    out: list[Row] = []
+    for i, row in enumerate(read_rows(table)):
+        try:
+            out += make(row)
+        except BadRow as why:
+            raise ValueError(f"row {i}, column {why.column!r}: {why.detail}.") from None
+    return out
 
 
 def read_rows(table: Any) -> list[Row]:

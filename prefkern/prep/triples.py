@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from .cells import BadRow
 from .columns import TIES, one_of, ranked
 from .pairs import pair_row
-from .table import Table, bad, like, read_rows
+from .table import Row, Table, map_rows
 
 
 def triples_from_lists(
@@ -39,22 +40,22 @@ def triples_from_lists(
         ValueError: As `pairs_from_lists`; fewer than three responses.
     """
     one_of("ties", ties, TIES)
-    out = []
-    for i, data in enumerate(read_rows(table)):
-        found = ranked(data, i, score_column=score_column, aligned=aligned, least=3)
+
+    def triple(data: Row) -> Iterator[Row]:
+        found = ranked(data, score_column=score_column, aligned=aligned, least=3)
         order = found.order()
         gold, chosen, rejected = order[0], order[1], order[-1]
         first, second, last = (found.scores[j] for j in (gold, chosen, rejected))
         if first == second or second == last:
             if ties == "skip":
-                continue
-            raise bad(
-                i,
+                return
+            raise BadRow(
                 score_column or "scores",
                 f"first, second and last must differ, got {first}, {second}, {last}; ties='skip' "
                 "leaves such rows out",
             )
         row = {gold_column: found.texts[gold], "gold_score": first}
         row |= {f"gold_{name}": values[gold] for name, values in found.aligned.items()}
-        out.append(pair_row(found, chosen, rejected) | row)
-    return like(table, out)
+        yield pair_row(found, chosen, rejected) | row
+
+    return map_rows(table, triple)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .columns import get, number
-from .table import Row, Table, bad, like, read_rows
+from .cells import BadRow, get, number
+from .table import Row, Table, like, made_rows, map_rows, read_rows
 
 
 def pair_weights(
@@ -34,16 +34,20 @@ def pair_weights(
     values = [weight(dict(row)) for row in rows] if callable(weight) else list(weight)
     if len(values) != len(rows):
         raise ValueError(f"weight must hold one number per row, {len(rows)}, got {len(values)}.")
-    for i, row in enumerate(rows):
+    given = iter(values)
+
+    def weighed(row: Row) -> Iterator[Row]:
         if row.get("weight") is not None:
-            raise bad(i, "weight", "is there already; drop the column first")
-        values[i] = _weight(values[i], i, "weight")
+            raise BadRow("weight", "is there already; drop the column first")
+        yield row | {"weight": _weight(next(given), "weight")}
+
+    out = made_rows(rows, weighed)
     if mean_one:
-        total = sum(values)
+        total = sum(row["weight"] for row in out)
         if total == 0.0:
             raise ValueError("mean_one divides by the mean weight, and all weights are 0.")
-        values = [value * len(values) / total for value in values]
-    return like(table, [row | {"weight": v} for row, v in zip(rows, values, strict=True)])
+        out = [row | {"weight": row["weight"] * len(out) / total} for row in out]
+    return like(table, out)
 
 
 def token_weights(
@@ -70,25 +74,27 @@ def token_weights(
         ValueError: Names row and column: tokens missing, weights there already, another number of
             weights than tokens, a weight that is negative or not finite.
     """
-    out = []
-    for i, row in enumerate(read_rows(table)):
+
+    def weighed(row: Row) -> Iterator[Row]:
         new: Row = {}
         for name in columns:
             target = f"{name}_weights"
             if row.get(target) is not None:
-                raise bad(i, target, "is there already; drop the column first")
-            tokens = get(row, i, f"{name}{tokens_suffix}")
+                raise BadRow(target, "is there already; drop the column first")
+            tokens = get(row, f"{name}{tokens_suffix}")
             values = list(weigh(list(tokens)))
             if len(values) != len(tokens):
-                raise bad(i, target, f"must hold {len(tokens)} numbers, one per token, "
-                          f"got {len(values)}")  # fmt: skip
-            new[target] = [_weight(v, i, f"{target}[{k}]") for k, v in enumerate(values)]
-        out.append(row | new)
-    return like(table, out)
+                raise BadRow(
+                    target, f"must hold {len(tokens)} numbers, one per token, got {len(values)}"
+                )
+            new[target] = [_weight(v, f"{target}[{k}]") for k, v in enumerate(values)]
+        yield row | new
+
+    return map_rows(table, weighed)
 
 
-def _weight(value: Any, row: int, column: str) -> float:
-    found = number(value, row, column)
+def _weight(value: Any, column: str) -> float:
+    found = number(value, column)
     if found < 0.0:
-        raise bad(row, column, f"must be at least 0, got {found:g}")
+        raise BadRow(column, f"must be at least 0, got {found:g}")
     return found

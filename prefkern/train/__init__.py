@@ -1,4 +1,7 @@
-"""The reference trainer: one configuration (config), one loop (loop), read top to bottom."""
+"""The reference trainer: one configuration (config), one prepared run (run), one loop (loop).
+
+What a single method needs beyond them stands in `recipes`.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,18 @@ def require_train_extra() -> None:
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Runs a configuration to its end; returns the last row of the log and `log_history`.
+    """Runs a configuration to its end; returns the last row of the log, and `log_history`.
 
     Raises:
         ImportError: a package of the extra `train` is not installed.
         ValueError: a mistake in the options or the data, with what to do.
     """
     require_train_extra()
-    from .loop import train as run
+    if config.has_rounds:
+        from .recipes.rounds import train_rounds
 
-    return run(config)
+        return train_rounds(config)
+    from .loop import train_run
+    from .run import prepare
+
+    return train_run(prepare(config))

@@ -13,25 +13,17 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .providers import Provider
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "prefkern_state.json"
-
-
-class Part(Protocol):
-    """What changes after a step beside the trained modules; it has files in a checkpoint."""
-
-    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> Any: ...
-
-    def save(self, folder: Path) -> None: ...
-
-    def load(self, folder: Path) -> None: ...
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -156,7 +148,7 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 def save_checkpoint(
     output_dir: Path,
     *,
-    modules: dict[str, Any],  # "policy" and, where trained, "masks"
+    modules: dict[str, Any],  # "policy", and what is trained beside it
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
@@ -164,7 +156,7 @@ def save_checkpoint(
     state: dict[str, Any],  # the loop's own, JSON
     trainer_state: dict[str, Any],  # transformers' trainer_state.json
     keep: int | None,
-    parts: Iterable[Part] = (),
+    parts: Iterable[Provider] = (),  # which have files of their own
 ) -> Path:
     """Writes `checkpoint-N` atomically and drops the oldest ones beyond `keep`."""
     final = output_dir / f"checkpoint-{state['step']}"
@@ -218,12 +210,14 @@ def clear_partial(output_dir: Path) -> None:
 
 
 def save_weights(folder: Path, modules: dict[str, Any], tokenizer: Any) -> None:
-    """Model, tokenizer and learned masks in the layout that `from_pretrained` reads."""
+    """Model and tokenizer in the layout that `from_pretrained` reads, and what was trained beside
+    the model in a file of its own name each."""
     modules["policy"].save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if "masks" in modules:
-        state = {k: v.contiguous() for k, v in modules["masks"].state_dict().items()}
-        save_file(state, folder / "masks.safetensors")
+    for name, module in modules.items():
+        if name != "policy":
+            state = {k: v.contiguous() for k, v in module.state_dict().items()}
+            save_file(state, folder / f"{name}.safetensors")
 
 
 def save_final(output_dir: Path, modules: dict[str, nn.Module], tokenizer: Any) -> None:
@@ -251,8 +245,9 @@ def load_training_state(
     device: torch.device,
 ) -> None:
     """Everything but the policy's weights (loaded with the model) and the loop's own state."""
-    if "masks" in modules:
-        modules["masks"].load_state_dict(load_file(checkpoint / "masks.safetensors"))
+    for name, module in modules.items():
+        if name != "policy":
+            module.load_state_dict(load_file(checkpoint / f"{name}.safetensors"))
     load_optimizer_state(
         optimizer,
         modules,

@@ -23,7 +23,7 @@ from .. import linear_logps
 from ..integrations import hf
 from . import demo_task
 from .config import TrainConfig
-from .data import Example, collate, length_baseline, load_examples, plan_batches
+from .data import Example, Loader, collate, length_baseline, plan_batches
 from .plots import Panel, plot_history
 
 MAX_LENGTH = 32  # the longest row has 21 tokens
@@ -82,9 +82,8 @@ def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None]) -> di
     )
     _write_lines(folder / "data" / "pairs.jsonl", data.pairs)
     _write_lines(folder / "data" / "held_out.jsonl", data.held_out)
-    held_out = load_examples(
-        folder / "data" / "held_out.jsonl", tokenizer=tokenizer, strict=True
-    ).examples
+    loader = Loader(tokenizer=tokenizer, strict=True)
+    held_out = loader.load(folder / "data" / "held_out.jsonl").examples
     model = demo_task.make_model(tokenizer, settings.seed)
     example = data.held_out[0]
     say("The task: double each number. The common mistake: a wrong carry.")
@@ -137,7 +136,8 @@ def fit_likelihood(
     say: Callable[[str], None],
 ) -> dict[str, float]:
     """One pass of plain maximum likelihood over the completions, through `linear_logps`."""
-    examples = load_examples(rows, tokenizer=tokenizer, max_length=MAX_LENGTH, strict=True).examples
+    loader = Loader(tokenizer=tokenizer, max_length=MAX_LENGTH, strict=True)
+    examples = loader.load(rows).examples
     plan = plan_batches(
         examples, seed=settings.seed, groups_per_batch=settings.likelihood_batch, drop_last=True
     )
@@ -168,7 +168,7 @@ def fit_likelihood(
 
 def fit_preferences(folder: Path, settings: DemoSettings) -> list[dict[str, Any]]:
     """tdpo2 by the trainer, from folder/likelihood to folder/tdpo2; the rows of its log."""
-    from .loop import train
+    from . import train
 
     config = TrainConfig(
         model=str(folder / "likelihood"),

@@ -53,7 +53,7 @@ def questions(rng: np.random.Generator, taken: set[tuple[int, ...]]) -> Iterator
             yield Question(numbers)
 
 
-def completion(rng: np.random.Generator, numbers: list[str]) -> str:
+def answer_text(rng: np.random.Generator, numbers: list[str]) -> str:
     """An answer with one of the endings; the space before it belongs to the answer."""
     ending = ENDINGS[rng.choice(len(ENDINGS), p=ENDING_SHARES)]
     return " " + " ".join(numbers) + " " + ending
@@ -62,7 +62,7 @@ def completion(rng: np.random.Generator, numbers: list[str]) -> str:
 def demonstration(rng: np.random.Generator, question: Question) -> dict[str, Any]:
     """One row of the likelihood corpus: each number is wrong with probability one half."""
     errs = rng.random(len(question.numbers)) < 0.5
-    text = completion(rng, question.answer(errs))
+    text = answer_text(rng, question.answer(errs))
     return {"prompt": question.prompt, "completion": text, "label": True}
 
 
@@ -73,8 +73,8 @@ def preference(rng: np.random.Generator, question: Question) -> dict[str, str]:
         errs = rng.random(len(question.numbers)) < 0.5
     return {
         "prompt": question.prompt,
-        "chosen": completion(rng, question.right),
-        "rejected": completion(rng, question.answer(errs)),
+        "chosen": answer_text(rng, question.right),
+        "rejected": answer_text(rng, question.answer(errs)),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +27,12 @@ class Meter:
         entry[0] = entry[0] + (value.double() if isinstance(value, Tensor) else value) * weight
         entry[1] += weight
 
-    def add_all(self, metrics: dict[str, Tensor], examples: list[Example]) -> None:
-        """The metrics of one batch, each weighted by what it is a mean over."""
-        sequences = [s for e in examples for s in e.sequences]
-        chosen = rejected = float(len(examples))
-        scored = float(sum(s.length for s in sequences))
-        accuracy_over = float(sum(e.sequences[0].length for e in examples))
-        if "logps/mean" in metrics:  # neither pairs nor labels: means over all sequences
-            accuracy_over = scored
-        elif len(examples[0].sequences) == 1:  # unpaired: a side counts its own rows
-            good = [bool(e.labels and e.labels[0] > 0) for e in examples]
-            chosen, rejected = float(sum(good)), float(len(good) - sum(good))
-            accuracy_over = float(sum(s.length for s, g in zip(sequences, good, strict=True) if g))
-        elif examples[0].labels is not None:  # lists
-            accuracy_over = scored
+    def add_means(self, metrics: Mapping[str, Tensor], examples: list[Example]) -> None:
+        """The means of one batch, each weighted by what it is a mean over; shares are left out."""
+        counts = _Counts(metrics, examples)
         for name, value in metrics.items():
-            if name == "entropy":
-                weight = scored
-            elif name == "mean_token_accuracy":
-                weight = accuracy_over
-            else:
-                side = {"chosen": chosen, "rejected": rejected}
-                weight = side.get(name.rpartition("/")[2], float(len(examples)))
-            self.add(name, value, weight)
+            if not is_share(name):
+                self.add(name, value, counts.of(name))
 
     def consolidate(self, keeps: bool) -> None:
         """Moves the sums of all processes to the one that keeps them, unchanged in total."""
@@ -77,6 +61,68 @@ class Meter:
                 entry = totals.setdefault(name, [0.0, 0.0])
                 entry[0], entry[1] = entry[0] + total, entry[1] + count
         return totals
+
+
+class Shares:
+    """Parts of sums over one step: the loss and its terms, over denominators of the whole step."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, loss: Tensor, metrics: Mapping[str, Tensor], real: bool) -> None:
+        """Those of one batch; one that only keeps a process in step counts 0."""
+        parts = {"loss": loss, **{k: v for k, v in metrics.items() if is_share(k)}}
+        for name, value in parts.items():
+            part = value.detach().double() if real else value.new_zeros((), dtype=torch.float64)
+            self.sums[name] = self.sums[name] + part if name in self.sums else part
+
+    def log(self, meter: Meter, world: int) -> None:
+        """One step's entry of the meter's means over steps and processes."""
+        for name, total in self.sums.items():
+            meter.add(name, total * world)
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric is a part of a sum over the step, as the loss is, and not a mean."""
+    return name in ("nll_loss", "penalty") or name.startswith("loss/") or name.endswith("/loss")
+
+
+class _Counts:
+    """What the metrics of a batch are means over."""
+
+    def __init__(self, metrics: Mapping[str, Tensor], examples: list[Example]) -> None:
+        groups = float(len(examples))
+        lengths = [[float(seq.length) for seq in example.sequences] for example in examples]
+        tokens, sequences = sum(map(sum, lengths)), float(sum(map(len, lengths)))
+        self.groups = groups
+        # side -> rows and tokens
+        self.sides: dict[str, tuple[float, float]] = {"mean": (sequences, tokens)}
+        self.scored = self.accuracy = tokens
+        if examples[0].relevance is not None:  # lists: the best answer, and all the others
+            self.sides |= {"chosen": (groups, 0.0), "rejected": (sequences - groups, 0.0)}
+        elif "logps/mean" in metrics:  # neither pairs nor labels: means over all sequences
+            return
+        elif len(lengths[0]) == 1:  # single answers: a side counts its own rows
+            for side, flag in (("chosen", True), ("rejected", False)):
+                own = [n[0] for n, e in zip(lengths, examples, strict=True) if e.desirable is flag]
+                self.sides[side] = (float(len(own)), sum(own))
+            self.accuracy = self.sides["chosen"][1]
+        else:
+            for place, side in enumerate(("chosen", "rejected")):
+                self.sides[side] = (groups, sum(n[place] for n in lengths))
+            self.accuracy = self.sides["chosen"][1]
+            self.scored = self.accuracy + self.sides["rejected"][1]
+
+    def of(self, name: str) -> float:
+        kind, _, side = name.rpartition("/")
+        if name == "entropy":
+            return self.scored
+        if name == "mean_token_accuracy":
+            return self.accuracy
+        if side not in self.sides:
+            return self.groups
+        rows, tokens = self.sides[side]
+        return tokens if kind == "logits" else rows
 
 
 class History:
@@ -125,8 +171,9 @@ def postfix(row: dict[str, Any]) -> dict[str, str]:
 
 def trainer_state(
     config: TrainConfig,
-    state: dict[str, Any],
+    step: int,
     total_steps: int,
+    tokens: int,
     rows: list[dict[str, Any]],
     flos: float,
 ) -> dict[str, Any]:
@@ -137,14 +184,14 @@ def trainer_state(
         "best_model_checkpoint": None,
         "epoch": rows[-1].get("epoch", 0.0) if rows else 0.0,
         "eval_steps": config.eval_steps,
-        "global_step": state["step"],
+        "global_step": step,
         "is_hyper_param_search": False,
         "is_local_process_zero": True,
         "is_world_process_zero": True,
         "log_history": rows,
         "logging_steps": config.logging_steps,
         "max_steps": total_steps,
-        "num_input_tokens_seen": state["tokens"],
+        "num_input_tokens_seen": tokens,
         "num_train_epochs": math.ceil(config.num_train_epochs),
         "save_steps": config.save_steps,
         "stateful_callbacks": {},

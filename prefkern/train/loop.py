@@ -1,4 +1,4 @@
-"""The reference trainer: load, deal out, forward to the loss, step, log, save. Read top to bottom.
+"""The training loop: deal out, forward to the loss, step, log, save.
 
 A step takes `gradient_accumulation_steps` micro-batches from each of W processes. Denominators
 (pairs, tokens, groups) count the whole step, so accumulation and processes change no gradient but
@@ -8,9 +8,11 @@ state a checkpoint holds, a killed run continues to the same bits.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,221 +21,280 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoint as ckpt
-from . import states
 from .config import TrainConfig, check_same_run
-from .data import collate, fingerprint, plan_batches
-from .evaluate import deal, evaluate, kl_baseline
-from .inputs import step_arguments
-from .logs import History, Meter, performance, postfix, total_flos, trainer_state
-from .loop_options import has_rounds
-from .run import Run, prepare
-
-
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Runs a configuration to its end; returns the last row of the log and `log_history`."""
-    if has_rounds(config):
-        from .rounds import train_rounds  # which runs this loop once per round
-
-        return train_rounds(config)
-    return train_run(prepare(config))
+from .data import Example, plan_batches
+from .evaluate import deal, evaluate
+from .logs import History, Meter, Shares, performance, postfix, total_flos, trainer_state
+from .run import Run
+from .step import PreferenceStep
 
 
 def train_run(run: Run, *, final_run: bool = True) -> dict[str, Any]:
-    """The loop itself, over a prepared run; `final_run`: no other follows in this process."""
-    config, device, main = run.config, run.device, run.accelerator.is_main_process
-    output_dir = Path(config.output_dir)
-    run.say(f"data: {run.report}")
-    modules = run.step.trained()
-    total_steps = count_steps(run)
-    optimizer, scheduler = make_optimizer(run.step, config, total_steps)
-    state: dict[str, Any] = {
-        "step": 0, "epoch": 0, "step_in_epoch": 0, "passes": 0.0,  # passes: epochs done, for logs
-        "tokens": 0, "groups": 0, "loss_sum": 0.0, "window": {},
-        "config": config.as_dict(), "packed": run.packed,
-        "data": fingerprint(run.examples, values=True),
-    }  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    torch.manual_seed(config.seed + run.rank)  # ranks start equal but differ in their dropout
-    if run.resume is not None:
-        state, rows = restore(run, run.resume, state, modules, optimizer, scheduler)
-        run.say(f"resuming from {run.resume} at step {state['step']} of {total_steps}")
-    if main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        ckpt.clear_partial(output_dir)
-        if run.resume is None and config.overwrite_output_dir:
-            ckpt.remove_checkpoints(output_dir)
-    if config.report_to:
-        plain = {k: v if isinstance(v, int | float) else str(v) for k, v in state["config"].items()}
-        run.accelerator.init_trackers(config.run_name, config=plain)
-    history = History(output_dir / "log_history.jsonl" if main else None, rows, run.accelerator)
-    meter = Meter(state["window"] if main else None)
+    """Runs a prepared run to its end; `final_run`: no other follows in this process.
 
-    wrapped: Any = run.step
-    if run.world > 1:
-        devices = [device.index] if device.type == "cuda" else None
-        wrapped = nn.parallel.DistributedDataParallel(run.step, device_ids=devices)
-
-    def log_evaluation() -> None:
-        if run.eval_examples:
-            found = evaluate(run, run.eval_examples, run.eval_reference)
-            history.add({**found, "epoch": state["passes"], "step": state["step"]})
-
-    def hf_state() -> dict[str, Any]:
-        flos = total_flos(run.step.policy, state["tokens"])
-        return trainer_state(config, state, total_steps, history.rows, flos)
-
-    def save() -> None:
-        meter.consolidate(main)
-        memory = {"window": meter.state(), "losses": run.step.states.as_dict()}
-        rng = gather_objects(run, ckpt.rng_state(device))
-        if main:
-            ckpt.save_checkpoint(
-                output_dir, modules=modules, tokenizer=run.tokenizer, optimizer=optimizer,
-                scheduler=scheduler, rng=rng, state=state | memory,
-                trainer_state=hf_state(), keep=config.save_total_limit, parts=run.parts,
-            )  # fmt: skip
-        run.accelerator.wait_for_everyone()
-
-    if state["step"] == 0:
-        log_evaluation()
-    started = clock = time.perf_counter()
-    before = dict(state)  # counts when this process started
-    tokens_at_clock = state["tokens"]
-    bar = tqdm(total=total_steps, initial=state["step"], disable=config.disable_tqdm or not main)
-    while state["step"] < total_steps:
-        chunks = epoch_chunks(run, state["epoch"])
-        while state["step_in_epoch"] < len(chunks) and state["step"] < total_steps:
-            chunk = chunks[state["step_in_epoch"]]
-            groups = [run.examples[i] for indices in chunk for i in indices]
-            num_items = run.count_items(groups)
-            shares = step_arguments(run.records, config.loss_args, groups)
-            run.step.states.progress = state["step"] / total_steps
-            mine = list(deal(chunk, run.rank, run.world))
-            step_loss = torch.zeros((), dtype=torch.float64, device=device)
-            for number, (indices, real) in enumerate(mine):
-                examples = [run.examples[i] for i in indices]
-                batch = collate(examples, **run.collate_options).to(device)
-                reference = run.reference.rows(batch, indices)
-                reference.loss_args |= shares
-                if run.needs.kl_baseline:
-                    baseline = kl_baseline(run, run.reference, examples, real)
-                    reference.loss_args["kl_baseline"] = baseline
-                last = number == len(mine) - 1
-                with nullcontext() if run.world == 1 or last else wrapped.no_sync():
-                    loss, metrics = wrapped(batch, reference, num_items, real=real)
-                    # DDP averages over ranks. A filler batch keeps a rank in step and counts 0.
-                    (loss * (run.world if real else 0.0)).backward()
-                if real:
-                    step_loss += loss.detach()
-                    meter.add_all(metrics, examples)
-            grad_norm = clip(run.step, config.max_grad_norm)
-            learning_rate = scheduler.get_last_lr()[0]
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-
-            meter.add("loss", step_loss * run.world)
-            state["step"] += 1
-            for part in run.parts:
-                part.after_step(state["step"], optimizer)
-            state["step_in_epoch"] += 1
-            state["groups"] += len(groups)
-            state["tokens"] += sum(example.num_tokens for example in groups)
-            state["passes"] = state["epoch"] + state["step_in_epoch"] / len(chunks)
-            last_step = state["step"] == total_steps
-            bar.update()
-            if last_step or state["step"] % config.logging_steps == 0:
-                means = meter.pop()
-                if not math.isfinite(means["loss"]):
-                    raise ValueError(
-                        f"the loss became {means['loss']} by step {state['step']}: lower the "
-                        "learning rate, or check the rows of the last steps."
-                    )
-                state["loss_sum"] += means["loss"] * window(state["step"], config.logging_steps)
-                seconds = time.perf_counter() - clock
-                row = {
-                    **means,
-                    "grad_norm": float(grad_norm),
-                    "learning_rate": learning_rate,
-                    "num_tokens": state["tokens"],
-                    **performance(device, state["tokens"] - tokens_at_clock, seconds),
-                    "epoch": state["passes"],
-                    "step": state["step"],
-                }
-                history.add(row)
-                bar.set_postfix(postfix(row))
-                clock, tokens_at_clock = time.perf_counter(), state["tokens"]
-            due = config.eval_steps and state["step"] % config.eval_steps == 0
-            if due or last_step:
-                log_evaluation()
-                clock, tokens_at_clock = time.perf_counter(), state["tokens"]
-            if config.save_steps and state["step"] % config.save_steps == 0:
-                save()
-        if state["step"] < total_steps:
-            state["epoch"], state["step_in_epoch"] = state["epoch"] + 1, 0
-    bar.close()
-
-    seconds = time.perf_counter() - started
-    final = {
-        "train_loss": state["loss_sum"] / max(state["step"], 1),
-        "train_runtime": seconds,
-        "train_samples_per_second": (state["groups"] - before["groups"]) / seconds,
-        "train_steps_per_second": (state["step"] - before["step"]) / seconds,
-        "total_flos": total_flos(run.step.policy, state["tokens"]),
-        "epoch": state["passes"],
-        "step": state["step"],
-    }
-    history.add(final)
-    if main:
-        ckpt.save_final(output_dir, modules, run.tokenizer)
-        if run.step.states.rules:
-            ckpt.write_json(output_dir / states.FILE, run.step.states.as_dict())
-        ckpt.write_json(output_dir / "trainer_state.json", hf_state())
-        if config.plots:
-            from .plots import plot_history
-
-            plot_history(history.rows, output_dir)
-    run.accelerator.wait_for_everyone()
+    Returns:
+        The last row of the log, and `log_history`.
+    """
+    loop = Loop(run)
+    loop.open_output()
+    if loop.counts.step == 0:
+        loop.evaluate()
+    loop.run_steps()
+    final = loop.finish()
     if final_run:
         run.accelerator.end_training()  # which also ends the process group
     else:
         for tracker in run.accelerator.trackers:
             tracker.finish()
-    return {**final, "log_history": history.rows}
+    return final
 
 
-def restore(
-    run: Run,
-    checkpoint: Path,
-    state: dict[str, Any],
-    modules: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Loads a checkpoint of this very run; returns the loop's state and the rows logged so far."""
-    saved = ckpt.read_json(checkpoint / ckpt.STATE_FILE)
+@dataclass
+class Counts:
+    """How far a run is."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    passes: float = 0.0  # epochs done, for logs
+    tokens: int = 0
+    groups: int = 0
+    loss_sum: float = 0.0  # over all steps logged so far
+
+
+class Loop:
+    """One prepared run in this process."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.config, self.step = run, run.config, run.step
+        self.output_dir = Path(run.config.output_dir)
+        self.total_steps = count_steps(run)
+        self.optimizer, self.scheduler = make_optimizer(run.step, run.config, self.total_steps)
+        self.counts = Counts()
+        run.say(f"data: {run.report}")
+        torch.manual_seed(run.config.seed + run.rank)  # ranks start equal, their dropout differs
+        rows, window = self._restored() if run.resume is not None else ([], {})
+        path = self.output_dir / "log_history.jsonl" if run.is_main else None
+        self._rows, self._path = rows, path
+        self.meter = Meter(window if run.is_main else None)
+        self.wrapped: Any = run.step
+        if run.world > 1:
+            devices = [run.device.index] if run.device.type == "cuda" else None
+            self.wrapped = nn.parallel.DistributedDataParallel(run.step, device_ids=devices)
+
+    def _restored(self) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+        """Loads the checkpoint that the run continues from: the rows logged so far, and the sums of
+        the row that was not logged yet."""
+        run, checkpoint = self.run, self.run.resume
+        assert checkpoint is not None
+        saved = ckpt.read_json(checkpoint / ckpt.STATE_FILE)
+        check_resumed(run, checkpoint, saved)
+        ckpt.load_training_state(
+            checkpoint, modules=run.step.trained(), optimizer=self.optimizer,
+            scheduler=self.scheduler, rank=run.rank, world=run.world, device=run.device,
+        )  # fmt: skip
+        for provider in run.providers:
+            provider.restore(saved)
+            provider.load(checkpoint)
+        names = [option.name for option in dataclasses.fields(Counts)]
+        self.counts = Counts(**{name: saved[name] for name in names})
+        run.say(f"resuming from {checkpoint} at step {self.counts.step} of {self.total_steps}")
+        rows = ckpt.read_json(checkpoint / "trainer_state.json")["log_history"]
+        return rows, saved["window"]
+
+    def open_output(self) -> None:
+        """The output folder, the log and the trackers."""
+        run, config = self.run, self.config
+        if run.is_main:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            ckpt.clear_partial(self.output_dir)
+            if run.resume is None and config.overwrite_output_dir:
+                ckpt.remove_checkpoints(self.output_dir)
+        if config.report_to:
+            plain = {
+                k: v if isinstance(v, int | float) else str(v) for k, v in config.as_dict().items()
+            }
+            run.accelerator.init_trackers(config.run_name, config=plain)
+        self.history = History(self._path, self._rows, run.accelerator)
+
+    # Steps.
+
+    def run_steps(self) -> None:
+        """Every step that is left, with the log, evaluations and checkpoints that fall due."""
+        counts, config = self.counts, self.config
+        self.before, self.started = dataclasses.replace(counts), time.perf_counter()
+        self._start_window()
+        silent = config.disable_tqdm or not self.run.is_main
+        with tqdm(total=self.total_steps, initial=counts.step, disable=silent) as bar:
+            while counts.step < self.total_steps:
+                chunks = epoch_chunks(self.run, counts.epoch)
+                while counts.step_in_epoch < len(chunks) and counts.step < self.total_steps:
+                    self._one_step(chunks[counts.step_in_epoch], len(chunks))
+                    bar.update()
+                    self._after_step(bar)
+                if counts.step < self.total_steps:
+                    counts.epoch, counts.step_in_epoch = counts.epoch + 1, 0
+
+    def _one_step(self, chunk: list[list[int]], steps_in_epoch: int) -> None:
+        """One optimizer step over the micro-batches `chunk` of all processes."""
+        run, counts = self.run, self.counts
+        groups = [run.examples[i] for indices in chunk for i in indices]
+        num_items = run.count_items(groups)
+        for provider in run.providers:
+            provider.begin_step(groups, counts.step / self.total_steps)
+        mine = list(deal(chunk, run.rank, run.world))
+        shares = Shares()
+        for number, (indices, real) in enumerate(mine):
+            examples = [run.examples[i] for i in indices]
+            self._backward(examples, num_items, real, shares, last=number == len(mine) - 1)
+        self.grad_norm = clip(run.step, self.config.max_grad_norm)
+        self.learning_rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        shares.log(self.meter, run.world)
+        counts.step += 1
+        for provider in run.providers:
+            provider.after_step(counts.step, self.optimizer)
+        counts.step_in_epoch += 1
+        counts.groups += len(groups)
+        counts.tokens += sum(example.num_tokens for example in groups)
+        counts.passes = counts.epoch + counts.step_in_epoch / steps_in_epoch
+
+    def _backward(
+        self,
+        examples: list[Example],
+        num_items: dict[str, int],
+        real: bool,
+        shares: Shares,
+        *,
+        last: bool,
+    ) -> None:
+        """Gradients of one micro-batch, and what it adds to the log; `real` as in `deal`."""
+        run = self.run
+        micro = run.micro_batch(examples, real=real)
+        reference, given = run.constants(micro)
+        with nullcontext() if run.world == 1 or last else self.wrapped.no_sync():
+            loss, metrics = self.wrapped(micro, reference, given, num_items)
+            # DDP averages over ranks. A filler batch keeps a rank in step and counts 0.
+            (loss * (run.world if real else 0.0)).backward()
+        shares.add(loss, metrics, real)
+        if real:
+            self.meter.add_means(metrics, examples)
+
+    def _after_step(self, bar: Any) -> None:
+        step, config = self.counts.step, self.config
+        last = step == self.total_steps
+        if last or step % config.logging_steps == 0:
+            bar.set_postfix(postfix(self._log()))
+            self._start_window()
+        if last or (config.eval_steps and step % config.eval_steps == 0):
+            self.evaluate()
+            self._start_window()
+        if config.save_steps and step % config.save_steps == 0:
+            self._save()
+
+    # Logs, evaluation, checkpoints.
+
+    def _start_window(self) -> None:
+        """Tokens per second count from here: no evaluation is among them."""
+        self.clock, self.tokens_at_clock = time.perf_counter(), self.counts.tokens
+
+    def _log(self) -> dict[str, Any]:
+        """The row of the steps since the last one."""
+        counts, means = self.counts, self.meter.pop()
+        if not math.isfinite(means["loss"]):
+            raise ValueError(
+                f"the loss became {means['loss']} by step {counts.step}: lower the "
+                "learning rate, or check the rows of the last steps."
+            )
+        counts.loss_sum += means["loss"] * window(counts.step, self.config.logging_steps)
+        seconds = time.perf_counter() - self.clock
+        row = {
+            **means,
+            "grad_norm": float(self.grad_norm),
+            "learning_rate": self.learning_rate,
+            "num_tokens": counts.tokens,
+            **performance(self.run.device, counts.tokens - self.tokens_at_clock, seconds),
+            "epoch": counts.passes,
+            "step": counts.step,
+        }
+        self.history.add(row)
+        return row
+
+    def evaluate(self) -> None:
+        """Logs the held-out metrics, where there are held-out data."""
+        if self.run.eval_examples:
+            found = evaluate(self.run, self.run.eval_examples)
+            self.history.add({**found, "epoch": self.counts.passes, "step": self.counts.step})
+
+    def _trainer_state(self) -> dict[str, Any]:
+        counts = self.counts
+        return trainer_state(
+            self.config, counts.step, self.total_steps, counts.tokens, self.history.rows,
+            total_flos(self.step.policy, counts.tokens),
+        )  # fmt: skip
+
+    def _save(self) -> None:
+        """A checkpoint of this step."""
+        run = self.run
+        self.meter.consolidate(run.is_main)
+        state = dataclasses.asdict(self.counts) | {
+            "window": self.meter.state(),
+            "config": self.config.as_dict(),
+            "packed": run.packed,
+            "data": run.data_hash,
+        }
+        for provider in run.providers:
+            state |= provider.state()
+        rng = gather_objects(run, ckpt.rng_state(run.device))
+        if run.is_main:
+            ckpt.save_checkpoint(
+                self.output_dir, modules=run.step.trained(), tokenizer=run.tokenizer,
+                optimizer=self.optimizer, scheduler=self.scheduler, rng=rng, state=state,
+                trainer_state=self._trainer_state(), keep=self.config.save_total_limit,
+                parts=run.providers,
+            )  # fmt: skip
+        run.accelerator.wait_for_everyone()
+
+    def finish(self) -> dict[str, Any]:
+        """The last row of the log, the trained model and the pictures."""
+        run, counts, before = self.run, self.counts, self.before
+        seconds = time.perf_counter() - self.started
+        final = {
+            "train_loss": counts.loss_sum / max(counts.step, 1),
+            "train_runtime": seconds,
+            "train_samples_per_second": (counts.groups - before.groups) / seconds,
+            "train_steps_per_second": (counts.step - before.step) / seconds,
+            "total_flos": total_flos(self.step.policy, counts.tokens),
+            "epoch": counts.passes,
+            "step": counts.step,
+        }
+        self.history.add(final)
+        if run.is_main:
+            ckpt.save_final(self.output_dir, run.step.trained(), run.tokenizer)
+            for provider in run.providers:
+                provider.save_final(self.output_dir)
+            ckpt.write_json(self.output_dir / "trainer_state.json", self._trainer_state())
+            if self.config.plots:
+                from .plots import plot_history
+
+                plot_history(self.history.rows, self.output_dir)
+        run.accelerator.wait_for_everyone()
+        return {**final, "log_history": self.history.rows}
+
+
+def check_resumed(run: Run, checkpoint: Path, saved: dict[str, Any]) -> None:
+    """Refuses a checkpoint of another run."""
     check_same_run(saved["config"], run.config)
-    if saved["data"] != state["data"]:
+    if saved["data"] != run.data_hash:
         raise ValueError(f"{checkpoint} was written by a run on other data; restore the data set.")
     if saved["packed"] != run.packed:
         raise ValueError(
             f"{checkpoint} was trained on {'packed' if saved['packed'] else 'padded'} batches, "
             f"which is not the choice here; set packing={'on' if saved['packed'] else 'off'}."
         )
-    ckpt.load_training_state(
-        checkpoint,
-        modules=modules,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        rank=run.rank,
-        world=run.world,
-        device=run.device,
-    )
-    for part in run.parts:
-        part.load(checkpoint)
-    run.step.states.load(saved["losses"])
-    rows = ckpt.read_json(checkpoint / "trainer_state.json")["log_history"]
-    return saved | {"config": state["config"]}, rows
 
 
 def epoch_chunks(run: Run, epoch: int) -> list[list[list[int]]]:
@@ -266,35 +327,24 @@ def window(step: int, logging_steps: int) -> int:
 
 
 def make_optimizer(
-    step: nn.Module, config: TrainConfig, total_steps: int
+    step: PreferenceStep, config: TrainConfig, total_steps: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with decay on matrices only, masks in a group of their own, and the schedule."""
+    """AdamW with decay on matrices only, groups of the providers' own, and the schedule."""
     from transformers import get_scheduler
     from transformers.trainer_pt_utils import get_parameter_names
 
     no_decay = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
     decayed = set(get_parameter_names(step, [nn.LayerNorm], no_decay))
-    mask_rate = config.mask_learning_rate
     groups: dict[str, dict[str, Any]] = {
         "decay": {"params": [], "weight_decay": config.weight_decay},
         "no_decay": {"params": [], "weight_decay": 0.0},
-        "masks": {
-            "params": [],
-            "weight_decay": config.mask_weight_decay,
-            "lr": config.learning_rate if mask_rate is None else mask_rate,
-        },
-        "slow": {
-            "params": [],
-            "weight_decay": config.weight_decay,
-            "lr": config.slow_learning_rate,
-        },
     }
     for name, parameter in step.named_parameters():
-        if parameter.requires_grad:
-            kind = "decay" if name in decayed else "no_decay"
-            if config.slow_learning_rate is not None and ".slow." in name:
-                kind = "slow"
-            groups["masks" if name.startswith("masks.") else kind]["params"].append(parameter)
+        if not parameter.requires_grad:
+            continue
+        own = [found for p in step.providers if (found := p.parameter_group(name)) is not None]
+        group, options = own[0] if own else ("decay" if name in decayed else "no_decay", {})
+        groups.setdefault(group, {"params": [], **options})["params"].append(parameter)
     optimizer = torch.optim.AdamW(
         [group for group in groups.values() if group["params"]],
         lr=config.learning_rate,

@@ -108,3 +108,8 @@ def context_length(model: hf.Model) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def autocast(config: TrainConfig, device_type: str) -> torch.autocast:
+    """The compute type of policy, reference and losses alike."""
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=config.bf16)

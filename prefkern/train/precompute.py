@@ -7,9 +7,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..integrations import hf
-from . import checks, fuse, models, reference_cache
+from . import models, pairing, reference_cache
 from .config import TrainConfig
-from .run import load_data, make_accelerator
+from .run import make_accelerator, make_loader, pad_id
 
 
 def precompute(config: TrainConfig) -> list[Path]:
@@ -27,26 +27,21 @@ def precompute(config: TrainConfig) -> list[Path]:
     sources = [(config.dataset, config.dataset_split, config.limit)]
     if config.eval_dataset is not None:
         sources.append((config.eval_dataset, config.eval_split, config.eval_limit))
+    loader = make_loader(config, tokenizer, model)
     paths, packed = [], None
     for source, split, limit in sources:
-        examples, _, report = load_data(source, split, config, limit, tokenizer, model)
+        examples, _, report = loader.load(source, split, limit)
         print(f"{source}: {report}")
         if packed is None:
-            checks.check_first_batch(model, examples, config)
-            packed = checks.choose_packing(print, model, examples, config)
+            pairing.check_first_batch(model, examples, config)
+            packed = pairing.choose_packing(print, model, examples, config)
         size = config.per_device_eval_batch_size
         steps = tqdm(range(0, len(examples), size), disable=config.disable_tqdm)
-        logp, cu_seqlens = reference_cache.compute(
-            model,
-            examples,
-            config,
-            packed=packed,
-            pad_id=tokenizer.pad_token_id or 0,
-            device=accelerator.device,
-            progress=steps,
+        stored = reference_cache.compute(
+            model, examples, config, packed=packed, pad_id=pad_id(tokenizer), progress=steps
         )
         key = reference_cache.cache_key(examples, model, config)
-        about = {"rows": fuse.rows_key(examples)}
+        about = {"rows": reference_cache.rows_key(examples)}
         folder = Path(config.output_dir)
-        paths.append(reference_cache.write(folder, logp, cu_seqlens, key, about))
+        paths.append(reference_cache.write(folder, stored, key, about))
     return paths

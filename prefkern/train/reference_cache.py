@@ -1,8 +1,9 @@
-"""Reference log-probabilities written once and read by later runs.
+"""Log-probabilities written once by `prefkern precompute` and read by later runs.
 
 One safetensors file: `logp` [n] fp32, one number per scored token in the order of the data, and
 `cu_seqlens` [S+1]. Its name and metadata carry a key over the data, the weights and the precision;
-a run that differs in any of them refuses the file.
+a run that needs the numbers of its own reference refuses a file that differs in any of them, and
+one that reads another model's finds it by data or rows alone.
 """
 
 from __future__ import annotations
@@ -10,21 +11,30 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..integrations import hf
-from .config import TrainConfig
-from .config import fingerprint as short_hash
-from .data import Example, collate, fingerprint
+from ..ops.segment_sum import segment_sum
+from .config import TrainConfig, short_hash
+from .data import Example, collate, data_hash
 from .models import weights_hash
+from .reference import token_logps
 
 FORMAT = "prefkern-reference-logps-1"
+
+
+class StoredLogps(NamedTuple):
+    """What a cache holds."""
+
+    logp: Tensor  # [n] one number per scored token
+    cu_seqlens: Tensor  # [S+1]
 
 
 def cache_key(examples: list[Example], model: nn.Module, config: TrainConfig) -> dict[str, str]:
@@ -32,61 +42,113 @@ def cache_key(examples: list[Example], model: nn.Module, config: TrainConfig) ->
     scale, softcap = hf.logit_options(hf.text_config(model))
     return {
         "format": FORMAT,
-        "data": fingerprint(examples),
+        "data": data_hash(examples),
         "weights": weights_hash(model),
         "compute": f"{config.dtype},bf16={config.bf16},scale={scale:g},softcap={softcap}",
     }
+
+
+def rows_key(examples: Sequence[Example]) -> str:
+    """Which texts these are, in order, whatever the tokenizer."""
+    return short_hash([example.text for example in examples])
 
 
 def cache_name(key: dict[str, str]) -> str:
     return f"ref_logps-{short_hash(key)}.safetensors"
 
 
-class ReferenceCache:
-    """Per-token reference log-probabilities of a data set, looked up by example."""
-
-    def __init__(self, logp: Tensor, cu_seqlens: Tensor, examples: list[Example]) -> None:
-        self.logp, self.cu_seqlens = logp, cu_seqlens  # [n], [S+1]
-        first = np.cumsum([0] + [len(e.sequences) for e in examples])
-        self.first_sequence = first  # [G+1]
-        if int(first[-1]) + 1 != cu_seqlens.numel():
+def read(path: str, key: dict[str, str]) -> StoredLogps:
+    """Reads `path` (file, or folder with one file per key); refuses another run's numbers."""
+    file = Path(path) / cache_name(key) if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"{file} does not exist: no reference log-probabilities for this data, model and "
+            "precision; write them with `prefkern precompute` and the same options."
+        )
+    with safe_open(file, "pt") as stored:
+        found = stored.metadata() or {}
+        different = [name for name, value in key.items() if found.get(name) != value]
+        if different:
             raise ValueError(
-                f"the cache holds {cu_seqlens.numel() - 1} sequences, the data {int(first[-1])}."
+                f"{file} was computed for other {' and '.join(different)} than this run has; "
+                "write it again with `prefkern precompute`."
             )
+        return StoredLogps(stored.get_tensor("logp"), stored.get_tensor("cu_seqlens"))
 
-    def token_logps(self, indices: Sequence[int], targets: Tensor) -> Tensor:
-        """[B, T] like `targets` of the collated examples `indices`; 0 where nothing is scored."""
-        parts = []
-        for i in indices:
-            a, b = self.first_sequence[i], self.first_sequence[i + 1]
-            parts.append(self.logp[int(self.cu_seqlens[a]) : int(self.cu_seqlens[b])])
-        values = torch.cat(parts).to(targets.device)
-        scored = targets != -100
-        if values.numel() != int(scored.sum()):
-            raise ValueError(
-                f"the cache has {values.numel()} numbers for a batch with {int(scored.sum())} "
-                "scored tokens; write it again with `prefkern precompute`."
-            )
-        return torch.zeros_like(targets, dtype=torch.float32).masked_scatter(scored, values)
 
-    @classmethod
-    def load(cls, path: str, examples: list[Example], key: dict[str, str]) -> ReferenceCache:
-        """Reads `path` (file, or folder with one file per key); refuses another run's numbers."""
-        file = Path(path) / cache_name(key) if Path(path).is_dir() else Path(path)
-        if not file.is_file():
-            raise ValueError(
-                f"{file} does not exist: no reference log-probabilities for this data, model and "
-                "precision; write them with `prefkern precompute` and the same options."
-            )
+def find(path: str | Path, examples: list[Example], *, same_tokens: bool) -> StoredLogps:
+    """The cache in `path` (a file, or a folder with one per data set) that belongs to `examples`.
+
+    The model that wrote it may be any. `same_tokens`: the cache must hold one number for each token
+    of the examples; otherwise the rows must be the same and the tokens may be another tokenizer's.
+
+    Raises:
+        ValueError: no such cache, or more than one in the folder.
+    """
+    path = Path(path)
+    files = sorted(path.glob("ref_logps-*.safetensors")) if path.is_dir() else [path]
+    if not path.exists() or not files:
+        raise ValueError(
+            f"{path} holds no log-probabilities; write them with `prefkern precompute --model "
+            "SOURCE` and the same data options."
+        )
+    data, rows = data_hash(examples), rows_key(examples)
+    found: list[tuple[str, StoredLogps]] = []
+    for file in files:
         with safe_open(file, "pt") as stored:
-            found = stored.metadata() or {}
-            different = [name for name, value in key.items() if found.get(name) != value]
-            if different:
+            about = stored.metadata() or {}
+            fits = about.get("data") == data or (not same_tokens and about.get("rows") == rows)
+            if about.get("format") == FORMAT and fits:
+                logps = StoredLogps(stored.get_tensor("logp"), stored.get_tensor("cu_seqlens"))
+                found.append((file.name, logps))
+    if not found:
+        what = "tokens" if same_tokens else "rows"
+        raise ValueError(
+            f"{path} was computed for other {what} than this data set has ({len(examples)} rows); "
+            "run `prefkern precompute --model SOURCE` with the same data options."
+        )
+    if len(found) > 1:
+        names = ", ".join(name for name, _ in found)
+        raise ValueError(f"{path} holds several caches of these rows ({names}); name one file.")
+    _check_count(found[0][1], examples)
+    return found[0][1]
+
+
+def _check_count(stored: StoredLogps, examples: list[Example]) -> None:
+    sequences = sum(len(example.sequences) for example in examples)
+    if stored.cu_seqlens.numel() != sequences + 1:
+        raise ValueError(
+            f"the cache holds {stored.cu_seqlens.numel() - 1} sequences, the data {sequences}."
+        )
+
+
+def attach(examples: list[Example], name: str, stored: StoredLogps) -> list[Example]:
+    """The examples with the cache's numbers under `name`, one per scored token.
+
+    Raises:
+        ValueError: a sequence has another number of scored tokens than the cache.
+    """
+    _check_count(stored, examples)
+    numbers, ends = stored.logp.numpy(), iter(itertools.pairwise(stored.cu_seqlens.tolist()))
+    out = []
+    for example in examples:
+        sequences = []
+        for seq in example.sequences:
+            a, b = next(ends)
+            if b - a != seq.length:
                 raise ValueError(
-                    f"{file} was computed for other {' and '.join(different)} than this run has; "
-                    "write it again with `prefkern precompute`."
+                    f"the cache has {b - a} numbers for an answer of row {example.row} with "
+                    f"{seq.length} scored tokens; write it again with `prefkern precompute`."
                 )
-            return cls(stored.get_tensor("logp"), stored.get_tensor("cu_seqlens"), examples)
+            sequences.append(replace(seq, numbers={**seq.numbers, name: numbers[a:b]}))
+        out.append(replace(example, sequences=tuple(sequences)))
+    return out
+
+
+def mean_logps(stored: StoredLogps) -> Tensor:  # [S] fp64
+    """Mean log-probability of every sequence over the cache's own tokens of it."""
+    lengths = stored.cu_seqlens.diff().clamp(min=1)
+    return segment_sum(stored.logp, stored.cu_seqlens) / lengths
 
 
 @torch.no_grad()
@@ -97,33 +159,26 @@ def compute(
     *,
     packed: bool,
     pad_id: int,
-    device: torch.device,
     progress: Iterable[int] | None = None,
-) -> tuple[Tensor, Tensor]:  # [n], [S+1]
-    """Log-probabilities of every scored token of every sequence, in the order of `examples`."""
-    size = config.per_device_eval_batch_size
+) -> StoredLogps:
+    """Log-probabilities of every scored token of every sequence, in the order of `examples`.
+
+    `progress` gives the first example of every batch; default: all in turn.
+    """
+    size, device = config.per_device_eval_batch_size, next(model.parameters()).device
     parts = []
     for start in progress if progress is not None else range(0, len(examples), size):
         batch = collate(examples[start : start + size], packed=packed, pad_id=pad_id).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bf16):
-            logp = hf.fused_logps(
-                model,
-                batch.input_ids,
-                batch.targets,
-                position_ids=batch.position_ids,
-                attention_mask=batch.attention_mask,
-                backend=config.backend,
-            )
+        logp = token_logps(model, batch, config)
         parts.append(logp[batch.targets != -100].cpu())
     lengths = [seq.length for example in examples for seq in example.sequences]
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int64)
-    return torch.cat(parts), cu_seqlens
+    return StoredLogps(torch.cat(parts), cu_seqlens)
 
 
 def write(
     folder: Path,
-    logp: Tensor,
-    cu_seqlens: Tensor,
+    stored: StoredLogps,
     key: dict[str, str],
     about: dict[str, str] | None = None,
 ) -> Path:
@@ -134,6 +189,6 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / cache_name(key)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({"logp": logp, "cu_seqlens": cu_seqlens}, partial, metadata=key | (about or {}))
+    save_file(stored._asdict(), partial, metadata=key | (about or {}))
     os.replace(partial, path)
     return path

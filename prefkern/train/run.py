@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..integrations import hf, packed_attention
+from ..integrations import hf
 from ..losses.record import Loss
 from . import checkpoint as ckpt
-from . import checks, fuse, inputs, models, reference_cache, speeds, sync
-from . import masks as mask_module
+from . import demands, models, pairing, reference_cache
 from .config import TrainConfig
-from .data import Example, SkipReport, collate, load_examples
-from .loop_options import has_rounds
-from .reference import Needs, Reference, choose_mode
-from .states import LossStates
+from .data import Example, Loaded, Loader, SkipReport, collate, data_hash
+from .data_providers import Columns
+from .facts import facts_of
+from .models import autocast
+from .providers import Micro, Opened, Provider
+from .recipes.table import providers_of
+from .reference import CACHED, Reference, ReferenceRows, choose_mode
 from .step import PreferenceStep
 
 
@@ -30,22 +33,37 @@ class Run:
     """A prepared run. Examples are held by every process; batches are dealt out by rank."""
 
     config: TrainConfig
+    records: list[Loss]
     accelerator: Any
     tokenizer: Any
     step: PreferenceStep
     reference: Reference
-    needs: Needs
-    records: list[Loss]
-    layout: str
     packed: bool
-    examples: list[Example]
-    report: SkipReport
-    eval_examples: list[Example]
-    eval_report: SkipReport | None
-    eval_reference: Reference
+    data: Loaded
+    eval_data: Loaded | None
+    data_hash: str
     resume: Path | None
     facts: dict[str, Any]  # what --dry-run shows
-    parts: list[ckpt.Part] = field(default_factory=list)  # what moves after every step
+
+    @property
+    def providers(self) -> list[Provider]:
+        return self.step.providers
+
+    @property
+    def layout(self) -> str:
+        return self.data.layout
+
+    @property
+    def examples(self) -> list[Example]:
+        return self.data.examples
+
+    @property
+    def report(self) -> SkipReport:
+        return self.data.report
+
+    @property
+    def eval_examples(self) -> list[Example]:
+        return [] if self.eval_data is None else self.eval_data.examples
 
     @property
     def device(self) -> torch.device:
@@ -60,27 +78,126 @@ class Run:
         return self.accelerator.num_processes
 
     @property
+    def is_main(self) -> bool:
+        """Whether this process writes what all have in common."""
+        return self.accelerator.is_main_process
+
+    @property
     def pad_id(self) -> int:
-        """A tokenizer without pad pads with 0: masked positions are never read."""
-        return self.tokenizer.pad_token_id or 0
+        return pad_id(self.tokenizer)
 
     def count_items(self, examples: list[Example]) -> dict[str, int]:
         """Denominators of `examples`, all of one step."""
-        row, whole = inputs.likelihood_row(self.records), self.config.likelihood_prompt
-        return inputs.count_items(examples, row, whole=whole)
+        row, whole = demands.likelihood_row(self.records), self.config.likelihood_prompt
+        return demands.count_items(examples, row, whole=whole)
 
-    @property
-    def collate_options(self) -> dict[str, Any]:
-        """How batches of this run are collated."""
-        row = inputs.whole_row(self.records, self.config)
-        return {"packed": self.packed, "pad_id": self.pad_id, "whole_row": row}
+    def micro_batch(self, examples: list[Example], *, real: bool = True) -> Micro:
+        row = demands.whole_row(self.records, self.config)
+        batch = collate(examples, packed=self.packed, pad_id=self.pad_id, whole_row=row)
+        return Micro(examples, batch.to(self.device), real)
+
+    @torch.no_grad()
+    def constants(self, micro: Micro) -> tuple[ReferenceRows, dict[str, Any]]:
+        """What a micro-batch needs beside the policy: the reference's part, the providers'."""
+        reference, given = self.reference.rows(micro.batch), dict[str, Any]()
+        with autocast(self.config, self.device.type):
+            for provider in self.providers:
+                given |= provider.arguments(micro, reference)
+        reference.layers = None  # L hidden states: what is read of them was read
+        return reference, given
 
     def say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            print(text, file=sys.stderr)
+        say(self.accelerator, text)
+
+
+def say(accelerator: Any, text: str) -> None:
+    if accelerator.is_main_process:
+        print(text, file=sys.stderr)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """A tokenizer without pad pads with 0: masked positions are never read."""
+    return tokenizer.pad_token_id or 0
+
+
+def prepare(config: TrainConfig, *, training: bool = True) -> Run:
+    """Loads and checks everything; the same for training, evaluation and a dry run.
+
+    Raises:
+        ValueError: every mistake of the user's, with what to do.
+    """
+    if training and config.has_rounds:
+        raise ValueError(
+            "num_rounds, round_data: a run of rounds is started by prefkern.train.train."
+        )
+    records, providers = plan(config)
+    resume = _resume(config) if training else None
+    accelerator = make_accelerator(config)
+    tokenizer, policy = open_policy(config, providers, resume, accelerator.num_processes)
+    mode = choose_mode(
+        config,
+        demands.ReferenceNeeds.of(config),
+        has_adapter=hasattr(policy, "peft_config"),
+        moves=any(provider.moves_reference for provider in providers),
+        further=[p.wants_reference for p in providers if p.wants_reference],
+    )
+    data, eval_data = open_data(config, providers, tokenizer, policy)
+    demands.check_layout(records, data.layout)
+    if mode == "model" and not training and config.ref_model is None:
+        raise ValueError(
+            "evaluation compares the model with a reference: pass --ref-model, the model it was "
+            "trained from (a model compared with itself has margins of 0)."
+        )
+    own_hash = data_hash(data.examples, columns=True)
+    tell = partial(say, accelerator)
+    policy.to(accelerator.device)
+    difference = pairing.check_first_batch(policy, data.examples, config)
+    packed = pairing.choose_packing(tell, policy, data.examples, config)
+    if mode == "cache":
+        data, eval_data = with_stored_reference(config, data, eval_data)
+    frozen = partial(
+        pairing.open_frozen, config=config, examples=data.examples, packed=packed, policy=policy
+    )
+    reference = open_reference(mode, config, providers, policy, frozen)
+    opened = Opened(
+        policy=policy, reference=reference, examples=data.examples, packed=packed,
+        pad_id=pad_id(tokenizer), device=accelerator.device, world=accelerator.num_processes,
+        training=training, resume=resume, say=tell, frozen=frozen,
+    )  # fmt: skip
+    for provider in providers:
+        provider.open(opened)
+    kind: Any = next((p.step_class for p in providers if p.step_class), PreferenceStep)
+    step: PreferenceStep = kind(policy, config, data.layout, providers)
+    facts = facts_of(config, step, providers, mode, packed, difference, data, eval_data)
+    return Run(
+        config=config, records=records, accelerator=accelerator, tokenizer=tokenizer, step=step,
+        reference=reference, packed=packed, data=data, eval_data=eval_data, data_hash=own_hash,
+        resume=resume, facts=facts,
+    )  # fmt: skip
+
+
+def plan(config: TrainConfig) -> tuple[list[Loss], list[Provider]]:
+    """Losses and providers of a run; what can be refused before anything loads is refused."""
+    records = demands.losses_of(config)
+    providers = providers_of(config, records)
+    demands.whole_row(records, config)
+    return records, providers
+
+
+def _resume(config: TrainConfig) -> Path | None:
+    output_dir = Path(config.output_dir)
+    resume = ckpt.find_resume(config.resume_from_checkpoint, output_dir)
+    fresh = config.resume_from_checkpoint is None and not config.overwrite_output_dir
+    if fresh and ckpt.list_checkpoints(output_dir):
+        raise ValueError(
+            f"{output_dir} holds checkpoints of an earlier run; pass --resume-from-checkpoint auto "
+            "to continue it, --overwrite-output-dir to start afresh, or another --output-dir."
+        )
+    return resume
 
 
 def make_accelerator(config: TrainConfig) -> Any:
+    """The processes and trackers of a run."""
     from accelerate import Accelerator, tracking
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
@@ -111,19 +228,30 @@ def make_accelerator(config: TrainConfig) -> Any:
     return accelerator
 
 
-def load_data(
-    source: str,
-    split: str,
-    config: TrainConfig,
-    limit: int | None,
-    tokenizer: Any,
-    model: nn.Module,
-    *,
-    records: list[Loss] | None = None,  # None: read no column that only a loss reads
-) -> tuple[list[Example], str, SkipReport]:
-    return load_examples(
-        source,
-        split=split,
+def open_policy(
+    config: TrainConfig, providers: Sequence[Provider], resume: Path | None, processes: int
+) -> tuple[Any, hf.Model]:
+    """Tokenizer and policy."""
+    from transformers import set_seed
+    from transformers.utils import logging as transformers_logging
+
+    if config.disable_tqdm:
+        transformers_logging.disable_progress_bar()
+    set_seed(config.seed)
+    tokenizer = models.load_tokenizer(config.model)
+    policy = models.load_policy(config, resume)
+    for provider in providers:
+        provider.on_policy(policy, resume, processes)
+    hf.refuse_unsupported(policy)
+    return tokenizer, policy
+
+
+def make_loader(
+    config: TrainConfig, tokenizer: Any, model: hf.Model, providers: Sequence[Provider] = ()
+) -> Loader:
+    """Reads data as the run's losses want them; without providers no column but the texts."""
+    columns = next((p for p in providers if isinstance(p, Columns)), None)
+    return Loader(
         tokenizer=tokenizer,
         layout=config.layout,
         max_length=config.max_length,
@@ -131,232 +259,66 @@ def load_data(
         vocab_size=hf.text_config(model).vocab_size,
         strict=config.strict,
         seed=config.seed,
-        limit=limit,
         append_eos=config.append_eos,
         list_labels=config.list_labels,
         score_prompt=config.score_prompt,
-        extras=inputs.extras_of(records, config) if records else (),
-        roles=inputs.roles_of(records, config) if records else None,
-        labelled=inputs.needs_labels(records or []),
-        # bialign reads the first answer of a list as the one with the whole context
-        shuffle_lists=not any(record.name == "bialign" for record in records or ()),
+        columns=[] if columns is None else list(columns.columns.values()),
+        roles={} if columns is None else columns.roles,
+        labelled=columns is not None and columns.labelled,
+        shuffle_lists=not any(provider.keeps_list_order for provider in providers),
     )
 
 
-def prepare(config: TrainConfig, *, training: bool = True) -> Run:
-    """Loads and checks everything; the same for training, evaluation and a dry run.
+def open_data(
+    config: TrainConfig, providers: Sequence[Provider], tokenizer: Any, policy: hf.Model
+) -> tuple[Loaded, Loaded | None]:
+    """The data of training and of evaluation."""
+    loader = make_loader(config, tokenizer, policy, providers)
 
-    Raises:
-        ValueError: every mistake of the user's, with what to do.
-    """
-    from transformers import set_seed
-    from transformers.utils import logging as transformers_logging
+    def load(source: str, split: str, limit: int | None) -> Loaded:
+        found = loader.load(source, split, limit)
+        for provider in providers:
+            found = found._replace(examples=provider.on_examples(found.examples))
+        return found
 
-    if config.disable_tqdm:
-        transformers_logging.disable_progress_bar()
-    if training and has_rounds(config):
+    data = load(config.dataset, config.dataset_split, config.limit)
+    if config.eval_dataset is None:
+        return data, None
+    eval_data = load(config.eval_dataset, config.eval_split, config.eval_limit)
+    if eval_data.layout != data.layout:
         raise ValueError(
-            "num_rounds, round_data: a run of rounds is started by prefkern.train.train."
+            f"dataset holds {data.layout}, eval_dataset holds {eval_data.layout}: they must match."
         )
-    records = checks.check_losses(config)
-    inputs.extras_of(records, config)  # a loss that cannot be fed is told before models load
-    inputs.whole_row(records, config)
-    inputs.likelihood_row(records)
-    output_dir = Path(config.output_dir)
-    resume = ckpt.find_resume(config.resume_from_checkpoint, output_dir) if training else None
-    fresh = training and config.resume_from_checkpoint is None and not config.overwrite_output_dir
-    if fresh and ckpt.list_checkpoints(output_dir):
-        raise ValueError(
-            f"{output_dir} holds checkpoints of an earlier run; pass --resume-from-checkpoint auto "
-            "to continue it, --overwrite-output-dir to start afresh, or another --output-dir."
-        )
-    accelerator = make_accelerator(config)
-    set_seed(config.seed)
-    tokenizer = models.load_tokenizer(config.model)
-    policy = models.load_policy(config, resume)
-    if config.slow_learning_rate is not None:
-        speeds.add_slow_adapter(policy, resume or Path(config.model), accelerator.num_processes)
-    hf.refuse_unsupported(policy)
-    has_adapter = hasattr(policy, "peft_config")
-    needs = Needs.of(config.loss, config.loss_args, config.columns)
-    mode = choose_mode(config, needs, has_adapter)
-    if (config.aux_model or config.precomputed_aux) and not (needs.aux or needs.aux_head):
-        raise ValueError(
-            f"loss {', '.join(config.loss)} reads no second frozen model, or a column gives what "
-            "it reads of one; drop aux_model and precomputed_aux."
-        )
-
-    examples, layout, report = load_data(
-        config.dataset, config.dataset_split, config, config.limit, tokenizer, policy,
-        records=records,
-    )  # fmt: skip
-    checks.check_family(records, layout, score_prompt=config.score_prompt)
-    eval_examples: list[Example] = []
-    eval_report: SkipReport | None = None
-    if config.eval_dataset is not None:
-        eval_examples, eval_layout, eval_report = load_data(
-            config.eval_dataset, config.eval_split, config, config.eval_limit, tokenizer, policy,
-            records=records,
-        )  # fmt: skip
-        if eval_layout != layout:
-            raise ValueError(
-                f"dataset holds {layout}, eval_dataset holds {eval_layout}: they must match."
-            )
-
-    if config.fused_ref:
-        examples = fuse.with_sources(examples, config.fused_ref)
-        if eval_examples:
-            eval_examples = fuse.with_sources(eval_examples, config.fused_ref)
-
-    if mode == "model" and not training and config.ref_model is None:
-        raise ValueError(
-            "evaluation compares the model with a reference: pass --ref-model, the model it was "
-            "trained from (a model compared with itself has margins of 0)."
-        )
-
-    def say(text: str) -> None:
-        if accelerator.is_main_process:
-            print(text, file=sys.stderr)
-
-    policy.to(accelerator.device)
-    head_difference = checks.check_first_batch(policy, examples, config)
-    packed = checks.choose_packing(say, policy, examples, config)
-    if needs.kl_baseline and config.per_device_train_batch_size == 1:
-        say("kto: with one row per micro-batch the mismatched answer is the row's own; use >= 2.")
-    model = aux = None
-    if mode == "model":
-        model = _frozen(config.ref_model or config.model, config, examples, packed, policy)
-    aux_caches = fuse.aux_caches(config, examples, eval_examples)
-    if needs.aux_head or (needs.aux and not config.precomputed_aux):
-        if config.aux_model is None:
-            raise ValueError(
-                f"loss {', '.join(config.loss)} reads a second frozen model: pass --aux-model"
-                + (" (or columns, --column aux_logp=NAME)." if needs.aux else ".")
-            )
-        aux = _frozen(config.aux_model, config, examples, packed, policy)
-    if needs.aux_head and aux is not None:
-        ours, theirs = (hf.read_head(m) for m in (model or policy, aux))
-        same = (ours.scale, ours.softcap) == (theirs.scale, theirs.softcap)
-        if theirs.bias is not None or ours.bias is not None or not same:
-            raise ValueError(
-                f"loss {', '.join(config.loss)} forms the aux model's logits with the reference's "
-                "scale and cap and without a bias; --aux-model and --ref-model must agree in them."
-            )
-    cache = eval_cache = None
-    if mode == "cache":
-        # The key is of the reference: the model at its start, not as a checkpoint left it.
-        source = models.freeze(models.load_model(config.ref_model or config.model, config))
-        cache, eval_cache = (
-            reference_cache.ReferenceCache.load(
-                str(config.precomputed_ref), data, reference_cache.cache_key(data, source, config)
-            )
-            if data
-            else None
-            for data in (examples, eval_examples)
-        )
-    masks = None
-    if needs.masks:
-        masks = mask_module.build(config, model or policy).to(accelerator.device)
-    states = LossStates(records, inputs.given_by_user(config), config.loss_args, config.seed)
-    if not training:
-        states.load_from(Path(config.model))
-    parts: list[ckpt.Part] = []
-    if config.slow_learning_rate is None:
-        step = PreferenceStep(policy, config, layout, masks, states)
-    else:
-        step = speeds.TwoSpeedStep(policy, config, layout, masks, states)
-        parts.append(step)
-    if config.sync_ref_model:
-        alpha, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
-        parts.append(sync.ReferenceSync(policy, model, alpha=alpha, every=every))
-
-    def reference(number: int) -> Reference:
-        return Reference(
-            mode, needs, config, policy=policy, model=model, aux=aux,
-            cache=(cache, eval_cache)[number], aux_cache=aux_caches[number],
-        )  # fmt: skip
-
-    run = Run(
-        config=config, accelerator=accelerator, tokenizer=tokenizer, step=step, needs=needs,
-        records=records, reference=reference(0), eval_reference=reference(1), layout=layout,
-        packed=packed, examples=examples, report=report, eval_examples=eval_examples,
-        eval_report=eval_report, resume=resume, facts={}, parts=parts,
-    )  # fmt: skip
-    if masks is not None and training and resume is None:
-        first = list(range(min(len(examples), config.per_device_train_batch_size)))
-        batch = collate([examples[i] for i in first], packed=packed, pad_id=run.pad_id)
-        rows = run.reference.rows(batch.to(accelerator.device), first)
-        assert rows.layers is not None
-        if draws := mask_module.redraw_dead(masks, rows.layers):
-            say(f"sparsepo: masks that were 0 on nearly every token, drawn again {draws} time(s).")
-    run.facts = _facts(run, mode, head_difference)
-    return run
+    return data, eval_data
 
 
-def _frozen(
-    name: str, config: TrainConfig, examples: list[Example], packed: bool, policy: nn.Module
-) -> nn.Module:
-    """A second model without gradients on the policy's device, checked like the policy."""
-    model = models.freeze(models.load_model(name, config)).to(next(policy.parameters()).device)
-    hf.refuse_unsupported(model)
-    checks.check_first_batch(model, examples, config)
-    if hf.read_head(policy).softcap is not None and hf.read_head(model).softcap is None:
-        # the ops read "no cap given" for the reference as "the policy's cap"
-        raise ValueError(
-            f"{name} does not cap its logits and the policy does: such a pair cannot be compared."
-        )
-    own, other = (hf.read_head(m).weight.shape[0] for m in (policy, model))
-    if own != other:
-        raise ValueError(
-            f"{name} has a head of {other} entries, the policy's has {own}: their "
-            "log-probabilities cannot be compared; both must share one vocabulary."
-        )
-    if packed:
-        inner, head = hf.causal_lm(model), hf.text_config(policy)
-        if head._attn_implementation == packed_attention.NAME:
-            packed_attention.use(inner, config.max_length)
-        limit = checks.PACKING_LIMIT[next(model.parameters()).dtype]
-        if (found := checks.packing_difference(model, examples, config)) > limit:
-            raise ValueError(
-                f"{name} cannot read packed batches (difference {found:.3g} nats); use packing=off."
-            )
-    return model
+def with_stored_reference(
+    config: TrainConfig, data: Loaded, eval_data: Loaded | None
+) -> tuple[Loaded, Loaded | None]:
+    """The data with the log-probabilities of precomputed_ref."""
+    # The key is of the reference: the model at its start, not as a checkpoint left it.
+    source = models.freeze(models.load_model(config.ref_model or config.model, config))
+
+    def attached(loaded: Loaded) -> Loaded:
+        key = reference_cache.cache_key(loaded.examples, source, config)
+        stored = reference_cache.read(str(config.precomputed_ref), key)
+        return loaded._replace(examples=reference_cache.attach(loaded.examples, CACHED, stored))
+
+    return attached(data), None if eval_data is None else attached(eval_data)
 
 
-def _facts(run: Run, mode: str, head_difference: float) -> dict[str, Any]:
-    head = hf.read_head(run.step.policy)
-    parameters = list(run.step.parameters())
-    return {
-        "model": type(hf.causal_lm(run.step.policy)).__name__,
-        "parameters": sum(p.numel() for p in parameters),
-        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        "head": {
-            "vocabulary": head.weight.shape[0],
-            "hidden": head.weight.shape[1],
-            "dtype": str(head.weight.dtype).removeprefix("torch."),
-            "bias": head.bias is not None,
-            "scale": head.scale,
-            "softcap": head.softcap,
-            "tied": head.weight is hf.causal_lm(run.step.policy).get_input_embeddings().weight,
-            "largest_difference_to_own_logits": head_difference,
-        },
-        "reference": mode,
-        "layout": run.layout,
-        "columns": {e.argument: e.column for e in inputs.extras_of(run.records, run.config)},
-        "batches": "packed" if run.packed else "padded",
-        "data": _counts(run.examples, run.report),
-        "eval_data": _counts(run.eval_examples, run.eval_report) if run.eval_examples else None,
-    }
-
-
-def _counts(examples: list[Example], report: SkipReport | None) -> dict[str, Any]:
-    return {
-        "groups": len(examples),
-        "sequences": sum(len(e.sequences) for e in examples),
-        "tokens": sum(len(s.input_ids) for e in examples for s in e.sequences),
-        "scored_tokens": sum(s.length for e in examples for s in e.sequences),
-        **({} if report is None else {"report": report.as_dict()}),
-    }
+def open_reference(
+    mode: str, config: TrainConfig, providers: Sequence[Provider], policy: hf.Model, frozen: Any
+) -> Reference:
+    """The reference of the run, and whatever is to be read off its forward."""
+    return Reference(
+        mode,
+        config,
+        policy=policy,
+        model=frozen(config.ref_model or config.model) if mode == "model" else None,
+        layers=any(provider.wants_layers for provider in providers),
+        watch=[provider.watch for provider in providers],
+    )
 
 
 def describe(run: Run) -> str:

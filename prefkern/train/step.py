@@ -1,4 +1,4 @@
-"""The module that a run wraps: policy, learned masks and loss in one forward.
+"""The module that a run wraps: policy, learned modules and loss in one forward.
 
 DistributedDataParallel synchronises gradients of parameters used inside the wrapped forward; a loss
 computed outside it, on the unwrapped head, would let the ranks drift apart without an error.
@@ -6,100 +6,95 @@ computed outside it, on the unwrapped head, would let the ranks drift apart with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..integrations import hf
 from ..losses.record import Loss
-from ..losses.weights import SparseMasks
 from ..objective.preference_loss import preference_loss
 from ..stats import SeqStats
-from . import masks as mask_module
 from .config import TrainConfig
 from .data import PreferenceBatch
-from .data.extra import EITHER, KINDS, TOKEN
+from .models import autocast
+from .providers import Micro, Provider
 from .reference import ReferenceRows
-from .states import LossStates
 
 
 class PreferenceStep(nn.Module):
-    """forward(batch, reference, num_items) -> (loss, metrics); parameters: policy and masks."""
+    """forward(micro, reference, given, num_items) -> (loss, metrics).
+
+    Its parameters are those of the policy and of what the providers train beside it.
+    """
 
     def __init__(
         self,
         policy: nn.Module,
         config: TrainConfig,
         layout: str,
-        masks: SparseMasks | None = None,
-        states: LossStates | None = None,
+        providers: Sequence[Provider] = (),
     ) -> None:
         super().__init__()
-        self.policy, self.masks = policy, masks
-        self.config, self.layout = config, layout
-        self.states = states or LossStates([], frozenset(), {}, config.seed)
-        dropped = [*(mask_module.OPTIONS if masks is not None else ()), *self.states.options]
-        self.loss_args = {k: v for k, v in config.loss_args.items() if k not in dropped}
+        self.policy = policy
+        self.config, self.layout, self.providers = config, layout, list(providers)
+        self._beside = [name for p in providers for name in p.modules()]
+        for provider in providers:
+            for name, module in provider.modules().items():
+                self.add_module(name, module)
+        taken = frozenset[str]().union(*(provider.takes for provider in providers))
+        self.loss_args = {k: v for k, v in config.loss_args.items() if k not in taken}
 
     def trained(self) -> dict[str, nn.Module]:
         """The modules a checkpoint holds."""
-        return {"policy": self.policy} | ({} if self.masks is None else {"masks": self.masks})
+        return {"policy": self.policy} | {name: getattr(self, name) for name in self._beside}
 
     def forward(
         self,
-        batch: PreferenceBatch,
+        micro: Micro,
         reference: ReferenceRows,
-        num_items: dict[str, Any],
-        metrics: bool = True,
-        real: bool = True,
+        given: Mapping[str, Any],  # of the providers
+        num_items: Mapping[str, Any],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`real` is False for a batch that only keeps a rank in step with the others."""
-        device = batch.input_ids.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.bf16):
+        """The loss of a micro-batch over the denominators `num_items`."""
+        batch = micro.batch
+        with autocast(self.config, batch.input_ids.device.type):
             hidden, _ = hf.hidden_states(
                 self.policy,
                 batch.input_ids,
                 position_ids=batch.position_ids,
                 attention_mask=batch.attention_mask,
             )
-            return self.loss(hidden, batch, reference, num_items, metrics, real)
+            loss, found = self._loss(hidden, micro, reference, given, num_items)
+        for provider in self.providers:
+            found |= provider.metrics()
+        return loss, found
 
-    def loss(
+    def _loss(
         self,
         hidden: Tensor,  # [B, T, D]
-        batch: PreferenceBatch,
+        micro: Micro,
         reference: ReferenceRows,
-        num_items: dict[str, Any],
-        metrics: bool,
-        real: bool = True,
+        given: Mapping[str, Any],
+        num_items: Mapping[str, Any],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        columns = dict(batch.values)
-        names = columns.pop("annotator", None)
-        for name, value in columns.items():
-            if KINDS[name] in (TOKEN, EITHER):
-                columns[name] = _packed(value, batch)
-        arguments = self.loss_args | columns | reference.loss_args
-        if reference.aux_head is not None:
-            arguments["aux_hidden"] = _packed(reference.aux_hidden, batch)
-            arguments["aux_head"] = reference.aux_head
+        batch = micro.batch
+        learned = {k: v for p in self.providers for k, v in p.learned(batch).items()}
 
-        def state_arguments(
+        def from_statistics(
             record: Loss, rows: list[SeqStats], hyper: Mapping[str, Any]
         ) -> dict[str, Any]:
-            return self.states.arguments(
-                record, rows, hyper, names=names, training=self.training, real=real
-            )
+            return {
+                name: value
+                for provider in self.providers
+                for name, value in provider.from_statistics(
+                    record, rows, hyper, micro, self.training
+                ).items()
+            }
 
-        scored = batch.targets.flatten() != -100  # [N]
-        if self.masks is not None:
-            assert reference.layers is not None
-            arguments |= mask_module.arguments(self.masks, reference.layers, scored)
-        head = hf.read_head(self.policy)
-        loss, found = preference_loss(
+        return preference_loss(
             _packed(hidden, batch),
-            head,
+            hf.read_head(self.policy),
             _packed(batch.targets, batch),
             batch.cu_seqlens,
             loss=list(self.config.loss),
@@ -110,31 +105,19 @@ class PreferenceStep(nn.Module):
             ref_seq_logp=reference.seq_logp,
             layout=self.layout,
             cu_groups=batch.cu_groups,
-            **_judgements(batch),
+            relevance=batch.relevance,
+            desirable=batch.desirable,
             token_weights=_packed(batch.token_weights, batch),
             item_weights=batch.weights,
             num_items=num_items,
             likelihood_targets=_packed(batch.likelihood_targets, batch),
-            metrics=metrics,
             memory_budget=self.config.memory_budget,
             backend=self.config.backend,
-            state_arguments=state_arguments,
-            **arguments,
+            state_arguments=from_statistics,
+            **{**self.loss_args, **given, **learned},
         )
-        if metrics:
-            found |= self.states.metrics
-        if metrics and self.masks is not None:
-            found |= mask_module.metrics(arguments, scored)
-        return loss, found
-
-
-def _judgements(batch: PreferenceBatch) -> dict[str, Any]:
-    """Labels of the sequences [S] under the name the objective gives them."""
-    unpaired = batch.labels is not None and batch.labels.dtype == torch.bool
-    return {"desirable" if unpaired else "relevance": batch.labels}
 
 
 def _packed(value: Any, batch: PreferenceBatch) -> Any:
-    """[1, T, ...] -> [T, ...] for packed batches; padded ones stay [B, T, ...], others as well."""
-    whole = value is None or batch.cu_seqlens is None or value.shape[:2] != batch.targets.shape
-    return value if whole else value.squeeze(0)
+    """A tensor (or None) [1, T, ...] -> [T, ...] for packed batches; else as it is, [B, T, ...]."""
+    return value if value is None or batch.cu_seqlens is None else value.squeeze(0)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from prefkern.train.config import from_mapping
-from prefkern.train.loop import train, train_run
+from prefkern.train import train
+from prefkern.train.loop import train_run
+from prefkern.train.read_config import from_mapping
 from prefkern.train.run import prepare
 
 faulthandler.dump_traceback_later(200, exit=True)  # a rank that waits says where

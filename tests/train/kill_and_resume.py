@@ -8,8 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
-from prefkern.train import checkpoint, loop
-from prefkern.train.config import from_mapping
+from prefkern.train import checkpoint, loop, train
+from prefkern.train.read_config import from_mapping
+from prefkern.train.run import Run
 
 
 def die() -> None:
@@ -39,7 +40,7 @@ def kill_during_rename(number: int) -> None:
 
 POINTS = {
     "none": lambda: None,
-    "mid-accumulation": lambda: kill_at_call(loop, "collate", 6),
+    "mid-accumulation": lambda: kill_at_call(Run, "micro_batch", 6),
     "mid-save": lambda: kill_at_call(checkpoint, "save_file", 3),
     "before-rename": lambda: kill_at_call(checkpoint, "_sync", 2, after=True),
     "after-rename": lambda: kill_during_rename(1),
@@ -52,4 +53,4 @@ POINTS = {
 if __name__ == "__main__":
     point, settings = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     POINTS[point]()
-    loop.train(from_mapping(settings))
+    train(from_mapping(settings))

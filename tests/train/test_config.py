@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from prefkern.train.config import TrainConfig, check_same_run, from_mapping, read_yaml
-from prefkern.train.options import parse_loss_args
+from prefkern.cli.options import parse_loss_args
+from prefkern.train.config import TrainConfig, check_same_run
+from prefkern.train.read_config import from_mapping, read_yaml
 
 REQUIRED = {"model": "m", "dataset": "d"}
 

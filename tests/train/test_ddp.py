@@ -16,7 +16,7 @@ from online_model import JUDGE, letters_model, write_rows
 from safetensors.torch import load_file
 from tiny_models import config, save_model, write_data
 
-from prefkern.train.loop import train
+from prefkern.train import train
 
 WORKER = Path(__file__).resolve().parent / "ddp_worker.py"
 

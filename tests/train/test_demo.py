@@ -12,7 +12,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
 from prefkern.train import demo_task
-from prefkern.train.data import length_baseline, load_examples
+from prefkern.train.data import Loader, length_baseline
 from prefkern.train.demo import DemoSettings, measure, run_demo
 
 
@@ -54,7 +54,7 @@ def test_no_question_is_in_two_parts_and_the_seed_decides():
 def test_length_says_nothing():
     tokenizer = demo_task.make_tokenizer()
     pairs = demo_task.make_data(0, demonstrations=1, pairs=4000, held_out=1).pairs
-    baseline = length_baseline(load_examples(pairs, tokenizer=tokenizer, strict=True).examples)
+    baseline = length_baseline(Loader(tokenizer=tokenizer, strict=True).load(pairs).examples)
     assert abs(baseline - 0.5) < 0.03
 
 
@@ -66,7 +66,7 @@ def test_tokenizer_has_a_token_for_every_word():
         ids = tokenizer(text)["input_ids"]
         assert ids[0] == tokenizer.bos_token_id and tokenizer.pad_token_id not in ids
         assert tokenizer.decode(ids[1:]) == text
-    (example,) = load_examples(data.pairs[:1], tokenizer=tokenizer).examples
+    (example,) = Loader(tokenizer=tokenizer).load(data.pairs[:1]).examples
     prompt_words = len(data.pairs[0]["prompt"].split())
     assert example.sequences[0].completion_start == 1 + prompt_words
 
@@ -99,7 +99,7 @@ def test_small_run_writes_everything_and_repeats(tmp_path, capfd):
 def test_untrained_model_is_near_chance():
     tokenizer = demo_task.make_tokenizer()
     data = demo_task.make_data(0, demonstrations=1, pairs=1, held_out=300)
-    pairs = load_examples(data.held_out, tokenizer=tokenizer).examples
+    pairs = Loader(tokenizer=tokenizer).load(data.held_out).examples
     model = demo_task.make_model(tokenizer, 0)
     found = measure(model, tokenizer, pairs, data.held_out_questions, 0)
     assert abs(found["preference_accuracy"] - 0.5) < 0.15

@@ -11,8 +11,9 @@ import torch
 from tiny_models import config, save_model
 
 from prefkern.losses import LOSSES
-from prefkern.train import checks
-from prefkern.train.loop import train, train_run
+from prefkern.train import train
+from prefkern.train.demands import wanted_layout
+from prefkern.train.loop import train_run
 from prefkern.train.run import prepare
 
 # What the trainer cannot run, by family or name, and the words of its refusal.
@@ -82,7 +83,7 @@ def data(tmp_path_factory):
 
 
 def layout_of(name: str) -> str:
-    return checks.layout_of(LOSSES[name]) or {"trpa": "lists", "grpo": "lists"}.get(name, "pairs")
+    return wanted_layout(LOSSES[name]) or {"trpa": "lists", "grpo": "lists"}.get(name, "pairs")
 
 
 def settings(name: str, models, data, folder, **changes):

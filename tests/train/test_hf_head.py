@@ -8,7 +8,7 @@ from tiny_models import STORIES, VOCAB, tiny_model
 from torch import nn
 
 from prefkern.integrations import hf, packed_attention
-from prefkern.train.data import Example, Sequence, collate
+from prefkern.train.data import Encoded, Example, collate
 
 FAMILIES = ("llama", "gemma2", "granite", "cohere", "hyperclovax", "minicpm3", "phi", "gpt2", "mpt")
 # the constant that each family's own modelling file applies
@@ -30,7 +30,7 @@ def examples(lengths=(20, 33, 9, 47), seed=0) -> list[Example]:
     draw = [
         torch.randint(VOCAB, (n,), generator=generator, dtype=torch.int32).numpy() for n in lengths
     ]
-    return [Example(row=i, sequences=(Sequence(ids, len(ids) // 3),)) for i, ids in enumerate(draw)]
+    return [Example(row=i, sequences=(Encoded(ids, len(ids) // 3),)) for i, ids in enumerate(draw)]
 
 
 def check(model: nn.Module, **options) -> float:

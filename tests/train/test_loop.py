@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import config, save_model, write_data
 
-from prefkern.train.loop import train, train_run
+from prefkern.train import train
+from prefkern.train.loop import train_run
 from prefkern.train.run import describe, prepare
 
 TRL_NAMES = {
@@ -360,11 +361,31 @@ def test_another_vocabulary_is_refused(tmp_path, model, pairs):
         prepare(config(tmp_path / "out", model, pairs, ref_model=other))
 
 
-def test_a_reference_without_the_policys_softcap_is_refused(tmp_path, pairs):
-    policy = save_model(tmp_path / "policy", "gemma2")
-    other = save_model(tmp_path / "other", "gemma2", final_logit_softcapping=None)
-    with pytest.raises(ValueError, match="does not cap its logits"):
-        prepare(config(tmp_path / "out", policy, pairs, ref_model=other))
+@pytest.mark.parametrize("capped", ["policy", "reference"])
+def test_the_soft_cap_of_a_model_is_its_own(tmp_path, pairs, capped):
+    from transformers import AutoModelForCausalLM
+
+    caps = {"policy": None, "reference": None, capped: 3.0}
+    folders = {
+        name: save_model(tmp_path / name, "gemma2", seed, final_logit_softcapping=cap)
+        for seed, (name, cap) in enumerate(caps.items())
+    }
+    run = prepare(
+        config(
+            tmp_path / "out", folders["policy"], pairs, ref_model=folders["reference"], limit=1,
+            loss_args={"beta": 1.0},
+        )
+    )  # fmt: skip
+    row = train_run(run)["log_history"][0]
+    seq, logps = run.examples[0].sequences[0], {}
+    ids = torch.tensor(seq.input_ids[None].astype("int64"))
+    for name, folder in folders.items():
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits[0, :-1]
+        logp = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        logps[name] = logp[seq.completion_start - 1 :].sum().item()
+    ratio = logps["policy"] - logps["reference"]
+    assert row["rewards/chosen"] == pytest.approx(ratio, rel=1e-4)
 
 
 def test_tokenizer_without_pad_and_without_eos(tmp_path, pairs):

@@ -8,40 +8,50 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import config, save_model, tiny_model, write_data
+from tiny_models import config, save_model, write_data
 
-from prefkern.integrations import hf
-from prefkern.train import activations, reference_cache
-from prefkern.train.data import Example, Sequence, collate
-from prefkern.train.loop import train
+from prefkern.train import reference_cache, train
+from prefkern.train.data import Encoded, Example, collate
+from prefkern.train.demands import ReferenceNeeds
 from prefkern.train.precompute import precompute
-from prefkern.train.reference import Needs, Reference, baseline_from, choose_mode, mismatch
-from prefkern.train.run import prepare
-
-
-def needs(loss: str, **loss_args) -> Needs:
-    return Needs.of((loss,), loss_args)
-
-
-def test_needs_are_read_off_the_records():
-    assert needs("dpo") == Needs(True, False, False, False, False, False, False)
-    assert not needs("simpo").reference
-    assert needs("tdpo2").distribution
-    assert needs("sparsepo").masks and needs("sparsepo").distribution
-    assert needs("mapo").activations and needs("tgdpo").aux and needs("kto").kl_baseline
-    assert needs("ld_dpo").tokens and not needs("ld_dpo").distribution
+from prefkern.train.reference import choose_mode
+from prefkern.train.reference_cache import StoredLogps
+from prefkern.train.run import plan, prepare
 
 
 def options(**changes):
     return config("out", **{"model": "m", "dataset": "d"} | changes)
 
 
+def needs(loss: str, **loss_args) -> ReferenceNeeds:
+    return ReferenceNeeds.of(options(loss=(loss,), loss_args=loss_args))
+
+
+def mode(loss: str, has_adapter: bool = False, **changes) -> str:
+    settings = options(loss=(loss,), **changes)
+    _, providers = plan(settings)
+    return choose_mode(
+        settings, ReferenceNeeds.of(settings), has_adapter=has_adapter,
+        moves=any(p.moves_reference for p in providers),
+        further=[p.wants_reference for p in providers if p.wants_reference],
+    )  # fmt: skip
+
+
+def test_needs_are_read_off_the_records():
+    assert needs("dpo") == ReferenceNeeds(True, False, False, False)
+    assert not needs("simpo").any and not needs("grpo", beta=0.0).any
+    assert needs("tdpo2").distribution and needs("sparsepo").distribution
+    assert needs("ld_dpo").tokens and not needs("ld_dpo").distribution
+    assert needs("gkd").teacher and not needs("tdpo2").teacher
+
+
 def test_modes():
-    assert choose_mode(options(), needs("dpo"), has_adapter=False) == "model"
-    assert choose_mode(options(), needs("dpo"), has_adapter=True) == "adapter"
-    assert choose_mode(options(ref_model="r"), needs("dpo"), has_adapter=True) == "model"
-    assert choose_mode(options(), needs("simpo"), has_adapter=False) == "none"
-    assert choose_mode(options(precomputed_ref="c"), needs("dpo"), has_adapter=False) == "cache"
+    assert mode("dpo") == "model"
+    assert mode("dpo", has_adapter=True) == "adapter"
+    assert mode("dpo", has_adapter=True, ref_model="r") == "model"
+    assert mode("dpo", has_adapter=True, sync_ref_model=True) == "model"
+    assert mode("simpo") == "none"
+    assert mode("dpo", precomputed_ref="c") == "cache"
 
 
 @pytest.mark.parametrize(
@@ -51,12 +61,14 @@ def test_modes():
         ({"reference": "adapter"}, "dpo", "it has none"),
         ({"precomputed_ref": "c"}, "tdpo2", "whole distribution.*precomputed"),
         ({"precomputed_ref": "c"}, "kto", "mismatched completions"),
+        ({"precomputed_ref": "c"}, "mapo", "the reference's hidden states"),
+        ({"precomputed_ref": "c"}, "sparsepo", "the reference's hidden states"),
         ({"reference": "columns"}, "ld_dpo", "one reference number per token"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(changes, loss, match):
     with pytest.raises(ValueError, match=match):
-        choose_mode(options(loss=(loss,), **changes), needs(loss), has_adapter=False)
+        mode(loss, **changes)
 
 
 def test_precomputed_log_probabilities_train_like_the_model(tmp_path):
@@ -100,7 +112,7 @@ def test_reference_columns(tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = prepare(config(tmp_path / "out", model, str(file), reference="columns"))
     batch = collate(run.examples[:3], packed=True)
-    assert run.reference.rows(batch, range(3)).seq_logp.tolist() == [-20.0, -21.0] * 3
+    assert run.reference.rows(batch).seq_logp.tolist() == [-20.0, -21.0] * 3
     train(config(tmp_path / "out", model, str(file), reference="columns"))
     without = config(tmp_path / "out2", model, str(tmp_path / "a.jsonl"), reference="columns")
     with pytest.raises(ValueError, match="ref_chosen_logps"):
@@ -109,83 +121,16 @@ def test_reference_columns(tmp_path):
 
 def unpaired(prompt: list[int], answer: list[int], row: int) -> Example:
     ids = np.array(prompt + answer, dtype=np.int32)
-    return Example(row=row, sequences=(Sequence(ids, len(prompt)),), labels=(1.0,))
-
-
-def test_mismatched_completions_rotate_by_one():
-    rows = [unpaired([1, 2], [3], 0), unpaired([4], [5, 6, 7], 1), unpaired([8], [9], 2)]
-    made = mismatch(rows, 4)
-    assert [e.sequences[0].input_ids.tolist() for e in made] == [[1, 2, 9], [4, 3], [8, 5, 6, 7]]
-    assert [e.sequences[0].completion_start for e in made] == [2, 1, 1]
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_mismatched_logratio_against_full_logits(packed):
-    policy, other = tiny_model("llama", 0), tiny_model("llama", 1)
-    rows = [
-        unpaired([1, 2, 3], [4, 5], 0),
-        unpaired([6, 7], [8, 9, 10], 1),
-        unpaired([11], [12], 2),
-    ]
-    reference = Reference("model", needs("kto"), options(), policy=policy, model=other)
-    found = reference.mismatched_logratio(rows, packed=packed, pad_id=0, device=torch.device("cpu"))
-
-    def logp(model, ids, start):
-        with torch.no_grad():
-            table = model(torch.tensor([ids.tolist()])).logits[0].log_softmax(-1)
-        return sum(table[i - 1, ids[i]].item() for i in range(start, len(ids)))
-
-    want = [
-        logp(policy, s.input_ids, s.completion_start) - logp(other, s.input_ids, s.completion_start)
-        for s in (e.sequences[0] for e in mismatch(rows, 64))
-    ]
-    assert found.tolist() == pytest.approx(want, abs=1e-4)
-    assert baseline_from(torch.tensor(-3.0)).item() == 0.0
-    assert baseline_from(torch.tensor(2.5)).item() == 2.5
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_activations_are_feature_means_of_every_place(family):
-    model = tiny_model(family)
-    ids = torch.randint(200, (2, 7))
-
-    def hooks() -> int:  # transformers keeps hooks of its own after the first such forward
-        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-    hf.hidden_states(model, ids, position_ids=None, attention_mask=None, layers=True)
-    before = hooks()
-    with torch.no_grad(), activations.record(model, True) as recorder:
-        _, states = hf.hidden_states(
-            model, ids, position_ids=None, attention_mask=None, layers=True
-        )
-    found = recorder.collect(states, torch.zeros(2, 7))
-    counts = torch.bincount(found["hook_type"], minlength=4).tolist()
-    # 2 blocks: an MLP each; query, key, value, output each; the embedding and every block; logits
-    assert counts == [2, 8, 3, 1]
-    assert found["activations"].shape == (14, 14)
-    residual = found["activations"][found["hook_type"] == activations.RESIDUAL]
-    assert torch.allclose(residual[1:], states.mean(-1).flatten(1))
-    assert hooks() == before
-
-
-def test_models_without_known_layers_are_refused():
-    model = tiny_model("llama")
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        for layer in model.model.layers:
-            setattr(layer.self_attn, "x" + name, layer.self_attn._modules.pop(name))
-    for layer in model.model.layers:
-        layer.mlp.xdown = layer.mlp._modules.pop("down_proj")
-    with pytest.raises(ValueError, match="mapo's mask"), activations.record(model, True):
-        pass
+    return Example(row=row, sequences=(Encoded(ids, len(prompt)),), desirable=True)
 
 
 def test_cache_rows_follow_the_batch():
     rows = [unpaired([1, 2], [3, 4], 0), unpaired([5], [6, 7, 8], 1)]
-    cache = reference_cache.ReferenceCache(
-        torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0]), torch.tensor([0, 2, 5]), rows
-    )
-    batch = collate([rows[1], rows[0]], packed=True)
-    found = cache.token_logps([1, 0], batch.targets)
+    logp = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0])
+    one, two = reference_cache.attach(rows, "x", StoredLogps(logp, torch.tensor([0, 2, 5])))
+    found = collate([two, one], packed=True).numbers["x"]
     assert found[0].tolist() == [-3.0, -4.0, -5.0, 0.0, 0.0, -1.0, -2.0, 0.0]
-    with pytest.raises(ValueError, match="scored"):
-        cache.token_logps([0], batch.targets)
+    with pytest.raises(ValueError, match="3 numbers for an answer of row 0 with 2 scored"):
+        reference_cache.attach(rows, "x", StoredLogps(logp, torch.tensor([0, 3, 5])))
+    with pytest.raises(ValueError, match="holds 1 sequences, the data 2"):
+        reference_cache.attach(rows, "x", StoredLogps(logp, torch.tensor([0, 5])))

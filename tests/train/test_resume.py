@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from tiny_models import config, save_model, write_data
 
-from prefkern.train import checkpoint, loop
-from prefkern.train.loop import train
-from prefkern.train.run import prepare
+from prefkern.train import checkpoint, train
+from prefkern.train.loop import train_run
+from prefkern.train.run import Run, prepare
 
 HERE = Path(__file__).resolve().parent
 VOLATILE = {
@@ -80,15 +80,15 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("number", range(1, 15))
 def test_stopped_at_any_micro_batch(whole, tmp_path, monkeypatch, number):
     expected, model, data = whole
-    calls, original = [0], loop.collate
+    calls, original = [0], Run.micro_batch
 
-    def collate(*args, **kwargs):
+    def micro_batch(*args, **kwargs):
         calls[0] += 1
         if calls[0] == number:
             raise Killed
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "collate", collate)
+    monkeypatch.setattr(Run, "micro_batch", micro_batch)
     with pytest.raises(Killed):
         train(config(tmp_path / "broken", model, data, **COMMON))
     monkeypatch.undo()
@@ -164,5 +164,5 @@ def test_a_finished_run_stays_finished(tmp_path):
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     run = prepare(settings)
     assert run.resume.name == "checkpoint-4"
-    loop.train_run(run)
+    train_run(run)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before

@@ -1,28 +1,28 @@
 """Preference data: reading, checking, tokenising, planning batches and collating them."""
 
 from .batches import IGNORE, collate, plan_batches, plan_in_order
-from .load import fingerprint, length_baseline, load_examples
+from .load import Loader, data_hash, length_baseline
 from .records import (
     LAYOUTS,
+    Encoded,
     Example,
     Loaded,
     PreferenceBatch,
-    Sequence,
     SkipReport,
 )
 
 __all__ = [
     "IGNORE",
     "LAYOUTS",
+    "Encoded",
     "Example",
     "Loaded",
+    "Loader",
     "PreferenceBatch",
-    "Sequence",
     "SkipReport",
     "collate",
-    "fingerprint",
+    "data_hash",
     "length_baseline",
-    "load_examples",
     "plan_batches",
     "plan_in_order",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from itertools import pairwise
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...cli.env_report import host_module
-from .extra import batch_extras
-from .records import Example, PreferenceBatch
+from ... import env
+from .columns import INTEGERS, batch_columns
+from .records import Encoded, Example, PreferenceBatch
 
 IGNORE = -100
 
@@ -31,8 +32,7 @@ def plan_batches(
 
     Args:
         examples: The data set.
-        seed: Together with `epoch` it fixes the order; the same two give the same plan.
-        epoch: From 0.
+        seed: Together with `epoch` (from 0) it fixes the order: the same two, the same plan.
         groups_per_batch: Groups in a batch. Give this or `token_budget`.
         token_budget: Most tokens, prompts included, in a packed batch. Groups are taken in the
             shuffled order while they fit and never split. In that order, and not largest first,
@@ -57,26 +57,41 @@ def plan_batches(
     order = np.arange(count)
     if shuffle:
         order = np.random.default_rng([seed, epoch]).permutation(count)
-    if groups_per_batch is not None:
-        if groups_per_batch < 1:
-            raise ValueError(f"groups_per_batch must be at least 1, got {groups_per_batch}.")
-        stop = count - count % groups_per_batch if drop_last else count
-        return [order[i : i + groups_per_batch].tolist() for i in range(0, stop, groups_per_batch)]
-    assert token_budget is not None
+    if token_budget is not None:
+        return _within_budget(examples, order, token_budget)
+    assert groups_per_batch is not None
+    if groups_per_batch < 1:
+        raise ValueError(f"groups_per_batch must be at least 1, got {groups_per_batch}.")
+    stop = count - count % groups_per_batch if drop_last else count
+    return [order[i : i + groups_per_batch].tolist() for i in range(0, stop, groups_per_batch)]
+
+
+def _within_budget(examples: Items[Example], order: np.ndarray, budget: int) -> list[list[int]]:
     costs = np.array([example.num_tokens for example in examples], dtype=np.int64)
     largest = int(costs.argmax())
-    if costs[largest] > token_budget:
+    if costs[largest] > budget:
         raise ValueError(
             f"a group is never split, and row {examples[largest].row} has {costs[largest]} tokens "
             f"over its {len(examples[largest].sequences)} sequences where token_budget is "
-            f"{token_budget}; raise token_budget or lower max_length."
+            f"{budget}; raise token_budget or lower max_length."
         )
-    native, _ = host_module()
-    if native is None:  # built without a compiler; the twin gives the same plans
-        groups, cu_batches = plan_in_order(costs[order], token_budget)
+    plan = _native_planner()
+    if plan is None:
+        groups, cu_batches = plan_in_order(costs[order], budget)
     else:
-        groups, cu_batches = native.plan_batches(costs[order], token_budget, method="in_order")
+        groups, cu_batches = plan(costs[order], budget, method="in_order")
     return [order[groups[a:b]].tolist() for a, b in pairwise(cu_batches)]
+
+
+def _native_planner() -> Callable[..., tuple[np.ndarray, np.ndarray]] | None:
+    """The compiled planner; None where there is none, and the twin below gives the same plans."""
+    if env.flag("PREFKERN_NO_EXT"):
+        return None
+    try:
+        from ... import _C
+    except ImportError:
+        return None
+    return _C.plan_batches
 
 
 def plan_in_order(costs: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,6 +114,32 @@ def plan_in_order(costs: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarra
     return np.arange(len(costs)), np.array(cu_batches, dtype=np.int64)
 
 
+class _Grid:
+    """Where the tokens of each sequence stand in a batch: behind each other, or a row each."""
+
+    def __init__(self, sequences: list[Encoded], packed: bool) -> None:
+        self.lengths = np.array([len(seq.input_ids) for seq in sequences])
+        if packed:
+            self.shape = (1, int(self.lengths.sum()))
+            starts = np.concatenate(([0], np.cumsum(self.lengths)[:-1]))
+        else:
+            self.shape = (len(sequences), int(self.lengths.max()))
+            starts = np.arange(len(sequences)) * self.shape[1]
+        self.whole = [slice(a, a + n) for a, n in zip(starts, self.lengths, strict=True)]
+        # position t predicts the token at t + 1: the scored positions begin one before the response
+        self.scored = [
+            slice(a.start + seq.completion_start - 1, a.stop - 1)
+            for a, seq in zip(self.whole, sequences, strict=True)
+        ]
+
+    def fill(self, places: list[slice], parts: Items[Any], rest: Any, dtype: Any) -> torch.Tensor:
+        """A tensor of the batch's shape with `parts` at `places` and `rest` elsewhere."""
+        flat = np.full(self.shape[0] * self.shape[1], rest, dtype=dtype)
+        for place, part in zip(places, parts, strict=True):
+            flat[place] = part
+        return torch.from_numpy(flat.reshape(self.shape))
+
+
 def collate(
     examples: Items[Example],
     *,
@@ -108,12 +149,11 @@ def collate(
 ) -> PreferenceBatch:
     """The tensors of a batch of groups.
 
-    Position t predicts the token at t + 1 of its own sequence, so `targets` holds the response
-    shifted by one, and -100 at prompt positions but the last, at the last position of each
-    sequence, and in padding.
+    `targets` holds the response shifted by one, and -100 at prompt positions but the last, at the
+    last position of each sequence, and in padding.
 
     Args:
-        examples: The groups, at least one, all pairs or all lists or all unpaired.
+        examples: The groups, at least one, all pairs or all lists or all single answers.
         packed: True: all sequences behind each other, [1, T]. False: right-padded, [S, T].
         pad_id: Id in padded positions; `attention_mask` is 0 there, so any id of the vocabulary
             does, and None, for tokenizers without one, takes 0.
@@ -121,104 +161,95 @@ def collate(
     """
     if not len(examples):
         raise ValueError("collate needs at least one example, got an empty batch.")
+    if len({_form(example) for example in examples}) > 1:
+        raise ValueError("a batch must hold one layout: all pairs, all lists or all unpaired.")
     sequences = [seq for example in examples for seq in example.sequences]
     sizes = [len(example.sequences) for example in examples]
-    kinds = {
-        (example.labels is None, size == 1) for example, size in zip(examples, sizes, strict=True)
-    }
-    if len(kinds) > 1:
-        raise ValueError("a batch must hold one layout: all pairs, all lists or all unpaired.")
-    lengths = np.array([len(seq.input_ids) for seq in sequences])
-    shape = (1, int(lengths.sum())) if packed else (len(sequences), int(lengths.max()))
-    starts = (
-        np.concatenate(([0], np.cumsum(lengths)[:-1]))
-        if packed
-        else (np.arange(len(sequences)) * shape[1])
-    )
-    input_ids = np.full(shape[0] * shape[1], 0 if pad_id is None else pad_id, dtype=np.int64)
-    position_ids = np.zeros_like(input_ids)
-    targets = np.full_like(input_ids, IGNORE)
-    group_weights = [example.weight for example in examples]
-    alike = all(weight == 1.0 for weight in group_weights)
-    token_weights = None
-    if any(seq.token_weights is not None for seq in sequences):
-        token_weights = np.zeros(input_ids.shape, dtype=np.float32)
-    spans = []
-    roles = [role for size in sizes for role in range(size)]
-    for seq, start, length in zip(sequences, starts, lengths, strict=True):
-        input_ids[start : start + length] = seq.input_ids
-        position_ids[start : start + length] = np.arange(length)
-        scored = slice(start + seq.completion_start - 1, start + length - 1)
-        spans.append((scored.start, scored.stop))
-        targets[scored] = seq.input_ids[seq.completion_start :]
-        if token_weights is not None:
-            token_weights[scored] = 1.0 if seq.token_weights is None else seq.token_weights
-
-    whole = None
-    if whole_row is not None:
-        whole = targets.copy()
-        for seq, start, role in zip(sequences, starts, roles, strict=True):
-            if role == whole_row:
-                whole[start : start + len(seq.input_ids) - 1] = seq.input_ids[1:]
-
-    def tensor(flat: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(flat.reshape(shape))
-
-    attention_mask = None
-    if not packed:
-        attention_mask = torch.from_numpy(
-            (np.arange(shape[1])[None, :] < lengths[:, None]).astype(np.int64)
-        )
+    grid = _Grid(sequences, packed)
+    responses = [seq.input_ids[seq.completion_start :] for seq in sequences]
+    targets = grid.fill(grid.scored, responses, IGNORE, np.int64)
+    ids = [seq.input_ids for seq in sequences]
     return PreferenceBatch(
-        input_ids=tensor(input_ids),
-        position_ids=tensor(position_ids),
-        attention_mask=attention_mask,
-        targets=tensor(targets),
-        cu_seqlens=_boundaries(lengths) if packed else None,
-        cu_groups=_boundaries(sizes),
-        labels=_labels(examples),
-        token_weights=None if token_weights is None else tensor(token_weights),
-        weights=None if alike else torch.tensor(group_weights, dtype=torch.float32),
-        ref_seq_logp=_ref_seq_logp(examples),
+        input_ids=grid.fill(grid.whole, ids, 0 if pad_id is None else pad_id, np.int64),
+        position_ids=grid.fill(grid.whole, [np.arange(n) for n in grid.lengths], 0, np.int64),
+        attention_mask=None if packed else grid.fill(grid.whole, [1] * len(ids), 0, np.int64),
+        targets=targets,
+        likelihood_targets=_likelihood_targets(grid, targets, sequences, sizes, whole_row),
+        cu_seqlens=torch.from_numpy(_boundaries(grid.lengths)) if packed else None,
+        cu_groups=torch.from_numpy(_boundaries(sizes)),
+        relevance=_per_answer([example.relevance for example in examples], torch.float32),
+        desirable=_desirable(examples),
+        token_weights=_token_weights(grid, sequences),
+        weights=_weights(examples),
+        ref_seq_logp=_per_answer([example.ref_seq_logp for example in examples], torch.float64),
+        numbers=_numbers(grid, sequences),
+        columns=batch_columns([e.columns for e in examples], _boundaries(sizes)[:-1].tolist()),
         rows=[example.row for example in examples],
-        num_scored=int((targets != IGNORE).sum()),
-        num_tokens=int(lengths.sum()),
-        values=_values(examples, sizes, spans, shape),
-        likelihood_targets=None if whole is None else tensor(whole),
+        num_scored=sum(seq.length for seq in sequences),
+        num_tokens=int(grid.lengths.sum()),
     )
 
 
-def _boundaries(sizes: Items[int] | np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(([0], np.cumsum(sizes))).astype(np.int32))
+def _form(example: Example) -> tuple[bool, bool, bool]:
+    return example.relevance is None, example.desirable is None, len(example.sequences) == 1
 
 
-def _labels(examples: Items[Example]) -> torch.Tensor | None:
-    if examples[0].labels is None:
+def _boundaries(sizes: Items[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate(([0], np.cumsum(sizes))).astype(np.int32)
+
+
+def _likelihood_targets(
+    grid: _Grid,
+    targets: torch.Tensor,
+    sequences: list[Encoded],
+    sizes: list[int],
+    whole_row: int | None,
+) -> torch.Tensor | None:
+    """`targets`, and the prompt's tokens of the answer at `whole_row` of each group."""
+    if whole_row is None:
         return None
-    labels = [label for example in examples for label in example.labels or ()]
-    unpaired = len(examples[0].sequences) == 1
-    return (
-        torch.tensor(labels, dtype=torch.float32) > 0
-        if unpaired
-        else torch.tensor(labels, dtype=torch.float32)
-    )
+    wide = targets.clone().flatten()
+    roles = [role for size in sizes for role in range(size)]
+    for seq, place, role in zip(sequences, grid.whole, roles, strict=True):
+        if role == whole_row:
+            ids = torch.from_numpy(seq.input_ids[1:].astype(np.int64))
+            wide[place.start : place.stop - 1] = ids
+    return wide.view_as(targets)
 
 
-def _values(
-    examples: Items[Example], sizes: list[int], spans: list[tuple[int, int]], shape: tuple[int, int]
-) -> dict[str, Any]:
-    rows = [example.values for example in examples if example.values]
-    if not rows:
-        return {}
-    first = [0, *np.cumsum(sizes)[:-1].tolist()]
-    return batch_extras(rows, first, spans, shape)
+def _per_answer(
+    values: list[tuple[float, ...] | None], dtype: torch.dtype
+) -> torch.Tensor | None:  # [S]
+    """What every group has for each of its answers; None where a group has nothing."""
+    given = [value for value in values if value is not None]
+    if len(given) < len(values):
+        return None
+    return torch.tensor([x for value in given for x in value], dtype=dtype)
 
 
-def _ref_seq_logp(examples: Items[Example]) -> torch.Tensor | None:
-    """[S] fp64 where every pair brings its reference log-probabilities, else None."""
-    values = []
-    for example in examples:
-        if not example.extra:
-            return None
-        values += [example.extra["ref_chosen_logps"], example.extra["ref_rejected_logps"]]
-    return torch.tensor(values, dtype=torch.float64)
+def _desirable(examples: Items[Example]) -> torch.Tensor | None:  # [S] bool
+    if examples[0].desirable is None:
+        return None
+    return torch.tensor([example.desirable for example in examples], dtype=torch.bool)
+
+
+def _weights(examples: Items[Example]) -> torch.Tensor | None:  # [G]
+    weights = [example.weight for example in examples]
+    if all(weight == 1.0 for weight in weights):
+        return None
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def _token_weights(grid: _Grid, sequences: list[Encoded]) -> torch.Tensor | None:
+    if all(seq.token_weights is None for seq in sequences):
+        return None
+    parts = [1.0 if seq.token_weights is None else seq.token_weights for seq in sequences]
+    return grid.fill(grid.scored, parts, 0.0, np.float32)
+
+
+def _numbers(grid: _Grid, sequences: list[Encoded]) -> dict[str, torch.Tensor]:
+    found = {}
+    for name in sequences[0].numbers:
+        dtype = np.int64 if name in INTEGERS else np.float32
+        found[name] = grid.fill(grid.scored, [s.numbers[name] for s in sequences], 0, dtype)
+    return found

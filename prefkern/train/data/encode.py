@@ -8,25 +8,23 @@ conversation the chat template decides.
 
 from __future__ import annotations
 
+import hashlib
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jinja2
 import numpy as np
 
-from .extra import fit_tokens, is_per_token
-from .records import Sequence
+from .columns import fit_tokens, is_per_token
+from .records import Encoded, Example
 from .rows import BadRow, Messages, ParsedRow
 
-
-class Encoded(NamedTuple):
-    sequences: tuple[Sequence, ...]
-    truncated: bool  # whether max_length cut one of them
-    values: dict[str, Any]  # the row's extra values, those per token cut like the tokens
+# The answers of a row that share a prompt, and whether max_length cut one of them.
+Part = tuple[list[Encoded], bool]
 
 
 class Encoder:
-    """Turns parsed rows into `Sequence`s.
+    """Turns parsed rows into examples.
 
     Args:
         tokenizer: A transformers tokenizer. It needs EOS for plain text unless `append_eos` is
@@ -64,19 +62,22 @@ class Encoder:
         self.vocab_size = vocab_size
         self.append_eos, self.score_prompt = append_eos, score_prompt
 
-    def encode(self, rows: list[ParsedRow]) -> list[Encoded | BadRow]:
-        """The sequences of every row, or the reason why a row cannot be used."""
-        parts = [row.parts() for row in rows]
+    def encode(self, rows: list[tuple[int, ParsedRow]]) -> list[Example | BadRow]:
+        """The example of every (number, row), or the reason why a row cannot be used."""
+        parts = [row.parts() for _, row in rows]
         done = self._encode_parts([part for row in parts for part in row])
         ends = [0, *accumulate(len(row) for row in parts)]
-        return [_joined(row, done[a:b]) for row, (a, b) in zip(rows, pairwise(ends), strict=True)]
+        return [
+            _example(number, row, done[a:b])
+            for (number, row), (a, b) in zip(rows, pairwise(ends), strict=True)
+        ]
 
-    def _encode_parts(self, rows: list[ParsedRow]) -> list[Encoded | BadRow]:
+    def _encode_parts(self, rows: list[ParsedRow]) -> list[Part | BadRow]:
         plain = [i for i, row in enumerate(rows) if isinstance(row.prompt, str)]
         ids: dict[int, list[list[int]] | BadRow] = dict(
             zip(plain, self._plain_ids([rows[i] for i in plain]), strict=True)
         )
-        out: list[Encoded | BadRow] = []
+        out: list[Part | BadRow] = []
         for i, row in enumerate(rows):
             try:
                 row_ids = ids[i] if i in ids else self._chat_ids(row)
@@ -145,7 +146,7 @@ class Encoder:
         # The template writes its own special tokens.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _sequences(self, row: ParsedRow, ids: list[list[int]]) -> Encoded:
+    def _sequences(self, row: ParsedRow, ids: list[list[int]]) -> Part:
         start = common_prefix(ids)
         if start == 0:
             raise BadRow(
@@ -160,70 +161,73 @@ class Encoder:
                 "prompt fills max_length",
                 f"has {start} tokens, which leaves no room in max_length {self.max_length}",
             )
-        sequences, per_token = [], []
-        first = 1 if self.score_prompt else start  # first scored position
-        for answer, (response, column, weights) in enumerate(
-            zip(ids[1:], row.columns, row.token_weights, strict=True)
-        ):
-            if self.max_length is None and self.limit is not None and len(response) > self.limit:
-                raise BadRow(
-                    column,
-                    "longer than the model's context",
-                    f"and prompt have {len(response)} tokens, the model reads {self.limit}; set "
-                    "max_length to truncate",
-                )
-            count = len(response) - start
-            appended = self.append_eos and isinstance(row.prompt, str)
-            if count < 1 + appended:
-                raise BadRow(column, "no tokens", "has no token left in this tokenizer")
-            if self.vocab_size is not None and max(response) >= self.vocab_size:
-                raise ValueError(
-                    f"the tokenizer gives id {max(response)} and the model's embedding has "
-                    f"{self.vocab_size} rows; pass the tokenizer that belongs to the model."
-                )
-            kept = np.asarray(response[: self.max_length], dtype=np.int32)
-            token_weights = None
-            if weights is not None:
-                token_weights = _fit_weights(weights, count, appended, column)[: len(kept) - start]
-                prompt = np.ones(start - first, dtype=np.float32)
-                token_weights = np.concatenate([prompt, token_weights])
-            sequences.append(Sequence(kept, first, token_weights))
-            scored = slice(0, len(kept) - first)
-            place = row.first_answer + answer
-            per_token.append(fit_tokens(row.values, place, len(response) - first, scored, column))
-        if len(sequences) > 1 and all(
-            np.array_equal(seq.input_ids, sequences[0].input_ids) for seq in sequences[1:]
+        found = [self._sequence(row, k, start, response) for k, response in enumerate(ids[1:])]
+        if len(found) > 1 and all(
+            np.array_equal(seq.input_ids, found[0].input_ids) for seq in found[1:]
         ):
             raise BadRow(
-                row.columns[-1],
+                row.places[-1],
                 "same tokens",
-                f"has the same {len(sequences[0].input_ids)} tokens as {row.columns[0]}, after "
+                f"has the same {len(found[0].input_ids)} tokens as {row.places[0]}, after "
                 "tokenising and truncation",
             )
-        return Encoded(
-            tuple(sequences),
-            any(len(x) > len(seq.input_ids) for x, seq in zip(ids[1:], sequences, strict=True)),
-            row.values | {name: [one[name] for one in per_token] for name in per_token[0]},
+        cut = any(len(x) > len(seq.input_ids) for x, seq in zip(ids[1:], found, strict=True))
+        return found, cut
+
+    def _sequence(self, row: ParsedRow, answer: int, start: int, tokens: list[int]) -> Encoded:
+        """Prompt and response number `answer`, whose own tokens begin at `start`."""
+        place, weights = row.places[answer], row.token_weights[answer]
+        if self.max_length is None and self.limit is not None and len(tokens) > self.limit:
+            raise BadRow(
+                place,
+                "longer than the model's context",
+                f"and prompt have {len(tokens)} tokens, the model reads {self.limit}; set "
+                "max_length to truncate",
+            )
+        count = len(tokens) - start
+        appended = self.append_eos and isinstance(row.prompt, str)
+        if count < 1 + appended:
+            raise BadRow(place, "no tokens", "has no token left in this tokenizer")
+        if self.vocab_size is not None and max(tokens) >= self.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives id {max(tokens)} and the model's embedding has "
+                f"{self.vocab_size} rows; pass the tokenizer that belongs to the model."
+            )
+        kept = np.asarray(tokens[: self.max_length], dtype=np.int32)
+        first = 1 if self.score_prompt else start  # first scored position
+        token_weights = None
+        if weights is not None:
+            own = _fit_weights(weights, count, appended, place)[: len(kept) - start]
+            token_weights = np.concatenate([np.ones(start - first, dtype=np.float32), own])
+        numbers = fit_tokens(
+            row.columns, row.first_answer + answer, len(tokens) - first, len(kept) - first, place
         )
+        return Encoded(kept, first, token_weights, numbers)
 
 
-def _joined(row: ParsedRow, parts: list[Encoded | BadRow]) -> Encoded | BadRow:
+def _example(number: int, row: ParsedRow, parts: list[Part | BadRow]) -> Example | BadRow:
     """One row again of the parts that were encoded under prompts of their own."""
-    good = []
+    sequences: list[Encoded] = []
+    truncated = False
     for part in parts:
         if isinstance(part, BadRow):
             return part
-        good.append(part)
-    if len(good) == 1:
-        return good[0]
-    sequences = tuple(part.sequences[0] for part in good)
-    if np.array_equal(sequences[0].input_ids, sequences[1].input_ids):
-        return BadRow(row.columns[1], "same tokens", "and its prompt have the tokens of the first")
-    values = {
-        name: [part.values[name][0] for part in good] if split else good[0].values[name]
-        for name, split in ((n, is_per_token(n, v)) for n, v in good[0].values.items())
-    }
-    return Encoded(sequences, any(part.truncated for part in good), values)
+        sequences += part[0]
+        truncated |= part[1]
+    if len(parts) > 1 and np.array_equal(sequences[0].input_ids, sequences[1].input_ids):
+        return BadRow(row.places[1], "same tokens", "and its prompt have the tokens of the first")
+    texts = repr((row.prompt, row.prompts, row.responses)).encode()
+    return Example(
+        row=number,
+        sequences=tuple(sequences),
+        relevance=row.relevance,
+        desirable=row.desirable,
+        weight=row.weight,
+        ref_seq_logp=row.ref_seq_logp,
+        columns={k: v for k, v in row.columns.items() if not is_per_token(k, v)},
+        text=int.from_bytes(hashlib.blake2b(texts, digest_size=8).digest(), "big"),
+        truncated=truncated,
+    )
 
 
 def common_prefix(ids: list[list[int]]) -> int:

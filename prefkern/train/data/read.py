@@ -29,7 +29,7 @@ class RawRow:
     detail: str = ""
 
 
-def read_rows(source: Any, split: str | None = None) -> Iterator[RawRow]:
+def raw_rows(source: Any, split: str | None = None) -> Iterator[RawRow]:
     """Yields the rows of a source in order, unreadable ones included.
 
     Args:

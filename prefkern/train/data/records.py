@@ -1,4 +1,4 @@
-"""The records that pass between reading, tokenising, batching and the training loop.
+"""The records that pass between tokenising, batching and the training loop.
 
 S sequences, G groups, T packed tokens. A group is what answers one prompt: a pair, a list, or one
 answer.
@@ -7,6 +7,7 @@ answer.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ LAYOUTS = ("pairs", "lists", "unpaired")
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
-    """One prompt with one response, tokenised.
+class Encoded:
+    """One prompt with one response, as token ids.
 
     Arrays, not lists of Python integers: a list needs 8 bytes per reference and 28 per integer,
     about nine times the memory.
@@ -28,6 +29,8 @@ class Sequence:
     input_ids: np.ndarray  # [t] int32, prompt then response
     completion_start: int  # position of the first response token in input_ids
     token_weights: np.ndarray | None = None  # [t - completion_start] fp32, one per response token
+    # [t - completion_start] each: what else the row, or a cache, holds per response token
+    numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -40,12 +43,14 @@ class Example:
     """One group: everything that one row of a data set became."""
 
     row: int  # line of the file, from 1; index of the row, from 0, in other sources
-    sequences: tuple[Sequence, ...]  # pair: chosen, rejected; list: after the seeded shuffle
-    labels: tuple[float, ...] | None = None  # list: higher is better; unpaired: 1.0 or 0.0
+    sequences: tuple[Encoded, ...]  # pair: chosen, rejected; list: after the seeded shuffle
+    relevance: tuple[float, ...] | None = None  # lists: one per answer, higher is better
+    desirable: bool | None = None  # single answers with a label
     weight: float = 1.0
-    extra: dict[str, float] | None = None  # ref_chosen_logps and ref_rejected_logps
-    values: dict[str, Any] | None = None  # extra columns by argument name, see data/extra.py
+    ref_seq_logp: tuple[float, ...] | None = None  # pairs: ref_chosen_logps, ref_rejected_logps
+    columns: Mapping[str, Any] = field(default_factory=dict)  # by argument name, see columns.py
     text: int = 0  # hash of prompt and answers before the tokenizer
+    truncated: bool = False  # max_length cut one of the answers
 
     @property
     def num_tokens(self) -> int:
@@ -106,7 +111,7 @@ class SkipReport:
 
 
 class Loaded(NamedTuple):
-    """What `load_examples` returns."""
+    """One data set, ready for batches."""
 
     examples: list[Example]
     layout: str  # one of LAYOUTS
@@ -121,27 +126,28 @@ class PreferenceBatch:
     position_ids: Tensor  # same shape, int64, from 0 in every sequence
     attention_mask: Tensor | None  # [B, T] int64, 1 = token; None when packed
     targets: Tensor  # same shape, int64: the next token where it is scored, else -100
+    likelihood_targets: Tensor | None  # like targets; likelihood terms score more
     cu_seqlens: Tensor | None  # [S+1] int32, packed token boundaries; None when padded
     cu_groups: Tensor  # [G+1] int32, sequences of each group
-    labels: Tensor | None  # [S] bool (unpaired) or fp32 (lists); None for pairs
+    relevance: Tensor | None  # [S] fp32 (lists)
+    desirable: Tensor | None  # [S] bool (single answers with labels)
     token_weights: Tensor | None  # same shape as targets, fp32, 0 where nothing is scored
     weights: Tensor | None  # [G] fp32; None: every group counts alike
     ref_seq_logp: Tensor | None  # [S] fp64, from ref_chosen_logps and ref_rejected_logps
+    numbers: dict[str, Tensor]  # same shape as targets each, 0 where nothing is scored
+    columns: dict[str, Any]  # see columns.batch_columns
     rows: list[int]  # [G] rows of the data set
     num_scored: int
     num_tokens: int  # padding not counted
-    values: dict[str, Any] = field(default_factory=dict)  # see batch_extras
-    likelihood_targets: Tensor | None = None  # like targets; likelihood terms score more
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         """The same batch with every tensor on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=non_blocking)
-            if isinstance(value, Tensor)
-            else {k: v.to(device) if isinstance(v, Tensor) else v for k, v in value.items()}
-            if isinstance(value, dict)
-            else value
-            for name in self.__slots__
-            for value in (getattr(self, name),)
-        }
-        return PreferenceBatch(**moved)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=non_blocking)
+            if isinstance(value, dict):
+                return {name: moved(part) for name, part in value.items()}
+            return value
+
+        return PreferenceBatch(**{name: moved(getattr(self, name)) for name in self.__slots__})

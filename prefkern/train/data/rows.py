@@ -27,23 +27,26 @@ from ...prep.cells import (
     number,
     text,
 )
-from .extra import Extra
+from .columns import Column
 
 __all__ = ["BadRow", "Messages", "ParsedRow", "Text", "layout_of", "parse_row", "split_prompt"]
 
 
 @dataclass(slots=True)
 class ParsedRow:
+    """What stood in a row, checked and in one form for all layouts."""
+
     prompt: Text
     responses: list[Text]
-    labels: tuple[float, ...] | None  # higher is better
-    weight: float
-    token_weights: list[list[float] | None]
-    extra: dict[str, float] | None
-    template_args: dict[str, Any]  # for the chat template: tools and chat_template_kwargs
-    columns: list[str]  # the column of each response, for messages
+    places: list[str]  # the column of each response, for messages
+    relevance: tuple[float, ...] | None = None  # lists: higher is better
+    desirable: bool | None = None  # single answers
+    token_weights: list[list[float] | None] = field(default_factory=list)  # one per response
+    ref_seq_logp: tuple[float, ...] | None = None
     prompts: list[Text] | None = None  # one per response, where they differ
-    values: dict[str, Any] = field(default_factory=dict)  # of extra columns, by argument name
+    weight: float = 1.0
+    template_args: dict[str, Any] = field(default_factory=dict)  # tools and chat_template_kwargs
+    columns: dict[str, Any] = field(default_factory=dict)  # extra columns, by argument name
     first_answer: int = 0  # place of responses[0] in the whole row
 
     def parts(self) -> list[ParsedRow]:
@@ -53,10 +56,10 @@ class ParsedRow:
         return [
             replace(
                 self, prompt=prompt, responses=[response], token_weights=[weights],
-                columns=[column], prompts=None, first_answer=i,
+                places=[place], prompts=None, first_answer=i,
             )
-            for i, (prompt, response, weights, column) in enumerate(
-                zip(self.prompts, self.responses, self.token_weights, self.columns, strict=True)
+            for i, (prompt, response, weights, place) in enumerate(
+                zip(self.prompts, self.responses, self.token_weights, self.places, strict=True)
             )
         ]  # fmt: skip
 
@@ -80,14 +83,14 @@ def parse_row(
     list_labels: str = "scores",
     implicit_prompt: bool = False,
     labelled: bool = True,
-    roles: Mapping[str, Extra] | None = None,
+    roles: Mapping[str, Column] | None = None,
 ) -> ParsedRow:
     """Checks a row of the given layout and brings it into one form.
 
     Args:
         data: The row.
         layout: "pairs", "lists" or "unpaired".
-        list_labels: "scores" or "order"; see `load_examples`.
+        list_labels: "scores" or "order"; see `Loader`.
         implicit_prompt: Whether a pair without prompt is one whose answers begin with it. That
             holds for a whole data set: where other rows have a prompt, one without lost it.
         labelled: Whether single answers must have a label.
@@ -105,7 +108,7 @@ def parse_row(
     row.weight = _weight(data)
     row.template_args = template_args(data)
     for column, response in zip(
-        ["prompt", *row.columns, *(f"prompt_{c}" for c in row.columns if row.prompts)],
+        ["prompt", *row.places, *(f"prompt_{c}" for c in row.places if row.prompts)],
         [row.prompt, *row.responses, *(row.prompts or [])],
         strict=True,
     ):
@@ -120,7 +123,7 @@ def parse_row(
     return row
 
 
-def _pair(data: Mapping[str, Any], implicit_prompt: bool, roles: Mapping[str, Extra]) -> ParsedRow:
+def _pair(data: Mapping[str, Any], implicit_prompt: bool, roles: Mapping[str, Column]) -> ParsedRow:
     chosen, rejected = _text(data, "chosen"), _text(data, "rejected")
     absent = implicit_prompt and data.get("prompt") is None
     prompt = None if absent else _text(data, "prompt")
@@ -147,18 +150,19 @@ def _pair(data: Mapping[str, Any], implicit_prompt: bool, roles: Mapping[str, Ex
     if chosen == rejected and prompts["rejected"] == prompt:
         raise BadRow("rejected", "chosen equals rejected", "is the same as chosen")
     weights = [_floats(data, f"{name}_weights") for name in answers]
-    extra = None
+    reference = None
     names = ("ref_chosen_logps", "ref_rejected_logps")
     given = [name for name in names if data.get(name) is not None]
     if len(given) == 1:
         missing = names[1 - names.index(given[0])]
         raise BadRow(missing, "missing", f"is missing beside {given[0]}")
     if given:
-        extra = {name: number(data[name], name) for name in names}
+        reference = tuple(number(data[name], name) for name in names)
     own = None if all(p == prompt for p in prompts.values()) else list(prompts.values())
     return ParsedRow(
-        prompt, list(answers.values()), None, 1.0, weights, extra, {}, list(answers), prompts=own
-    )
+        prompt, list(answers.values()), list(answers), token_weights=weights,
+        ref_seq_logp=reference, prompts=own,
+    )  # fmt: skip
 
 
 def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
@@ -187,34 +191,34 @@ def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
 
 def _unpaired(data: Mapping[str, Any], labelled: bool) -> ParsedRow:
     prompt, completion = _text(data, "prompt"), _text(data, "completion")
-    labels = None
+    label = None
     if labelled or data.get("label") is not None:
         label = get(data, "label")
         if not isinstance(label, bool):
             raise BadRow("label", "wrong type", f"must be true or false, got {kind_of(label)}")
-        labels = (float(label),)
     weights = [_floats(data, "completion_weights")]
-    return ParsedRow(prompt, [completion], labels, 1.0, weights, None, {}, ["completion"])
+    return ParsedRow(prompt, [completion], ["completion"], desirable=label, token_weights=weights)
 
 
 def _list(data: Mapping[str, Any], list_labels: str) -> ParsedRow:
     prompt = _text(data, list_prompt(data))
-    texts, labels = list_texts(data), list_scores(data)
-    names = [f"{list_column(data)}[{i}]" for i in range(len(texts))]
-    if min(labels) == max(labels):
+    texts, scores = list_texts(data), list_scores(data)
+    places = [f"{list_column(data)}[{i}]" for i in range(len(texts))]
+    if min(scores) == max(scores):
         raise BadRow("scores", "all scores equal", "are all equal, so nothing is preferred")
     for i, response in enumerate(texts):
         first = texts.index(response)
-        if labels[first] != labels[i]:
+        if scores[first] != scores[i]:
             raise BadRow(
-                names[i],
+                places[i],
                 "same response, two scores",
-                f"is the same as {names[first]} with another score",
+                f"is the same as {places[first]} with another score",
             )
     if list_labels == "order":
-        order = sorted(set(labels))
-        labels = [float(order.index(label)) for label in labels]
-    return ParsedRow(prompt, texts, tuple(labels), 1.0, [None] * len(texts), None, {}, names)
+        order = sorted(set(scores))
+        scores = [float(order.index(score)) for score in scores]
+    none: list[list[float] | None] = [None] * len(texts)
+    return ParsedRow(prompt, texts, places, relevance=tuple(scores), token_weights=none)
 
 
 def _floats(data: Mapping[str, Any], column: str) -> list[float] | None:

@@ -1,0 +1,104 @@
+"""TrainConfig from a command line: a YAML file fills it, flags beat it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import tyro
+
+from ..train.config import TrainConfig
+from ..train.read_config import from_mapping, nearest, read_yaml
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """What stands on the command line of train, eval and precompute."""
+
+    options: tyro.conf.OmitArgPrefixes[TrainConfig]
+    loss_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A hyper-parameter of the loss as name=value; may be given several times."""
+    column: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What a loss reads and the column it stands in, as name=column; may be given several times."""
+    dry_run: bool = False
+    """train: print the resolved configuration, the model's head and the data counts, and stop."""
+    json: bool = False
+    """eval: print JSON."""
+
+
+def parse(verb: str, args: list[str]) -> tuple[TrainConfig, Command]:
+    """The configuration and the command it came from.
+
+    Raises:
+        ValueError: an unknown option or YAML key (nearest names given), a value that does not fit.
+        SystemExit: --help, or a value that tyro refuses (status 2).
+    """
+    if args and args[0].endswith((".yaml", ".yml")):
+        args = ["--config", *args]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    found, args = first.parse_known_args(args)
+    values = {} if found.config is None else read_yaml(found.config)
+    given = {str(key).replace("-", "_") for key in values}
+    absent: dict[str, Any] = {
+        f.name: tyro.MISSING
+        for f in dataclasses.fields(TrainConfig)
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and f.name not in given
+    }
+    blank = dict.fromkeys(absent, "")
+    defaults = from_mapping(values | blank, origin=found.config or "configuration")
+    from_file, columns = defaults.loss_args, defaults.columns
+    # dictionaries are no flags: --loss-arg name=value and --column name=column stand for them
+    defaults = dataclasses.replace(defaults, loss_args={}, columns={}, **absent)
+    parsed, unknown = tyro.cli(
+        Command,
+        args=args,
+        default=Command(options=defaults),
+        prog=f"prefkern {verb} [CONFIG.yaml]",
+        description=inspect.getdoc(TrainConfig),
+        return_unknown_args=True,
+        config=(tyro.conf.SuppressFixed,),
+    )
+    if unknown:
+        names = [f.name for f in dataclasses.fields(TrainConfig)]
+        names += ["loss_arg", "column", "dry_run", "json", "debug", "config"]
+        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        near = nearest(name, names).replace("_", "-")
+        raise ValueError(f"unknown option {unknown[0]}{near}.")
+    loss_args = from_file | parse_loss_args(parsed.loss_arg)
+    columns = columns | parse_columns(parsed.column)
+    return dataclasses.replace(parsed.options, loss_args=loss_args, columns=columns), parsed
+
+
+def parse_loss_args(pairs: Iterable[str]) -> dict[str, Any]:
+    """('alpha=0.5', 'normalize=sum') -> {'alpha': 0.5, 'normalize': 'sum'}, values read as YAML."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not sign or not name:
+            raise ValueError(f"--loss-arg must be written name=value, got {pair!r}.")
+        value = yaml.safe_load(text)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):  # 1e-3 is a string in YAML 1.1
+                value = float(value)
+        found[name.replace("-", "_")] = value
+    return found
+
+
+def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
+    """('eta=reliability',) -> {'eta': 'reliability'}."""
+    found = {}
+    for pair in pairs:
+        name, sign, column = pair.partition("=")
+        if not (sign and name and column):
+            raise ValueError(f"--column must be written name=column, got {pair!r}.")
+        found[name.replace("-", "_")] = column
+    return found

@@ -1,0 +1,62 @@
+"""What --dry-run shows of a prepared run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..integrations import hf
+from .config import TrainConfig
+from .data import Loaded
+from .data_providers import Columns
+from .providers import Provider
+from .step import PreferenceStep
+
+
+def facts_of(
+    config: TrainConfig,
+    step: PreferenceStep,
+    providers: Sequence[Provider],
+    mode: str,
+    packed: bool,
+    head_difference: float,
+    data: Loaded,
+    eval_data: Loaded | None,
+) -> dict[str, Any]:
+    """The model's head, where the reference comes from, columns and counts, as plain values."""
+    head = hf.read_head(step.policy)
+    inner = hf.causal_lm(step.policy)
+    parameters = list(step.parameters())
+    columns = [c for p in providers if isinstance(p, Columns) for c in p.columns.values()]
+    return {
+        "model": type(inner).__name__,
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "head": {
+            "vocabulary": head.weight.shape[0],
+            "hidden": head.weight.shape[1],
+            "dtype": str(head.weight.dtype).removeprefix("torch."),
+            "bias": head.bias is not None,
+            "scale": head.scale,
+            "softcap": head.softcap,
+            "tied": head.weight is inner.get_input_embeddings().weight,
+            "largest_difference_to_own_logits": head_difference,
+        },
+        "reference": mode,
+        "layout": data.layout,
+        "columns": {column.argument: column.column for column in columns},
+        "batches": "packed" if packed else "padded",
+        "data": _counts(data),
+        "eval_data": None if eval_data is None else _counts(eval_data),
+    }
+
+
+def _counts(data: Loaded) -> dict[str, Any]:
+    sequences = [seq for example in data.examples for seq in example.sequences]
+    return {
+        "groups": len(data.examples),
+        "sequences": len(sequences),
+        "tokens": sum(len(seq.input_ids) for seq in sequences),
+        "scored_tokens": sum(seq.length for seq in sequences),
+        "report": data.report.as_dict(),
+    }

@@ -1,0 +1,116 @@
+"""Checks of models on data before the first step: the head read right, batches packed or padded,
+two models that can be compared. Each refuses with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..integrations import hf, packed_attention
+from . import models
+from .config import TrainConfig
+from .data import Example, collate
+
+# Packed and alone differ by rounding alone; a leak between sequences costs tenths of a nat.
+PACKING_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+
+
+def check_first_batch(model: hf.Model, examples: list[Example], config: TrainConfig) -> float:
+    """The model's own logits against the fused head on the first group, at most 256 tokens each."""
+    batch = collate(examples[:1], packed=False).to(next(model.parameters()).device)
+    longest = 256 if batch.targets[:, :256].ne(-100).any() else batch.targets.shape[1]
+    assert batch.attention_mask is not None  # padded
+    return hf.check_head(
+        model,
+        batch.input_ids[:, :longest],
+        batch.targets[:, :longest],
+        position_ids=batch.position_ids[:, :longest],
+        attention_mask=batch.attention_mask[:, :longest],
+        backend=config.backend,
+    )
+
+
+def packing_difference(model: hf.Model, examples: list[Example], config: TrainConfig) -> float:
+    """Largest difference in nats between packed log-probabilities and each sequence alone."""
+    sequences = [s for e in examples[:2] for s in e.sequences][:4]
+    alone = [Example(row=0, sequences=(s,)) for s in sequences]
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+
+    def logps(examples: list[Example]) -> torch.Tensor:  # [n], scored rows
+        batch = collate(examples, packed=True).to(device)
+        out = hf.fused_logps(
+            model, batch.input_ids, batch.targets,
+            position_ids=batch.position_ids, attention_mask=None, backend=config.backend,
+        )  # fmt: skip
+        return out[batch.targets != -100]
+
+    packed = logps(alone)
+    single = torch.cat([logps([example]) for example in alone])
+    model.train(was_training)
+    return (packed - single).abs().max().item() if packed.numel() else 0.0
+
+
+def choose_packing(
+    say: Callable[[str], None], model: hf.Model, examples: list[Example], config: TrainConfig
+) -> bool:
+    """Whether batches are packed; where that is wrong or wasteful they are padded, and said so."""
+    if config.packing == "off":
+        return False
+    inner = hf.causal_lm(model)
+    varlen = packed_attention.use(inner, config.max_length)
+    attention = str(hf.text_config(model)._attn_implementation)
+    limit = PACKING_LIMIT[next(model.parameters()).dtype]
+    must = config.packing == "on" or config.token_budget is not None
+    if not hf.takes_position_ids(model):
+        reason = f"{type(hf.backbone(model)).__name__} takes no position_ids"
+    elif not (varlen or must or attention.startswith("flash") or attention == "flex_attention"):
+        reason = (
+            f"{attention} attention would mask a packed batch at the square of its total length"
+        )
+    elif (found := packing_difference(model, examples, config)) > limit:
+        reason = (
+            f"packed log-probabilities differ by {found:.3g} nats from each sequence alone "
+            f"(limit {limit:g}, {attention} attention)"
+        )
+    else:
+        return True
+    if must:
+        raise ValueError(
+            f"batches cannot be packed: {reason}; use packing=off and no token_budget."
+        )
+    packed_attention.stop(inner)
+    say(f"batches are padded, not packed: {reason}.")
+    return False
+
+
+def open_frozen(
+    name: str, config: TrainConfig, examples: list[Example], packed: bool, policy: hf.Model
+) -> hf.Model:
+    """A further model without gradients on the policy's device, checked like and beside it."""
+    model = models.freeze(models.load_model(name, config)).to(next(policy.parameters()).device)
+    hf.refuse_unsupported(model)
+    check_first_batch(model, examples, config)
+    check_pairing(name, model, policy)
+    if packed:
+        inner = hf.causal_lm(model)
+        if hf.text_config(policy)._attn_implementation == packed_attention.NAME:
+            packed_attention.use(inner, config.max_length)
+        limit = PACKING_LIMIT[next(model.parameters()).dtype]
+        if (found := packing_difference(model, examples, config)) > limit:
+            raise ValueError(
+                f"{name} cannot read packed batches (difference {found:.3g} nats); use packing=off."
+            )
+    return model
+
+
+def check_pairing(name: str, model: hf.Model, policy: hf.Model) -> None:
+    """Refuses a model whose log-probabilities cannot be compared with the policy's."""
+    own, other = (hf.read_head(m).weight.shape[0] for m in (policy, model))
+    if own != other:
+        raise ValueError(
+            f"{name} has a head of {other} entries, the policy's has {own}: their "
+            "log-probabilities cannot be compared; both must share one vocabulary."
+        )

@@ -1,0 +1,1 @@
+"""Rounds on the policy's own answers: sample, judge, form the rows that the loss trains on."""

@@ -1,0 +1,143 @@
+"""Who scores sampled answers: the user's function, a reward model, or the policy itself."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import numbers
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....integrations import hf
+from ... import models
+from ...config import TrainConfig
+from ...data.rows import template_args
+from ..answer_logps import Prompt, answer_logps
+
+# (row of the prompts' table, the texts of its answers) -> one number per answer
+Scorer = Callable[[Prompt, list[str]], Sequence[float]]
+# (rows, the texts of the answers to each) -> numbers, alike
+Judge = Callable[[Sequence[Prompt], list[list[str]]], list[list[float]]]
+
+
+def load_scorer(path: str) -> Scorer:
+    """The function named by module:function or file.py:function.
+
+    Raises:
+        ValueError: not of that form, no such module, file or function.
+    """
+    where, sign, name = path.rpartition(":")
+    if not sign or not name or not where:
+        raise ValueError(f"judge must be module:function or file.py:function, got {path!r}.")
+    if where.endswith(".py"):
+        if not Path(where).is_file():
+            raise ValueError(f"judge: there is no file {where}.")
+        spec = importlib.util.spec_from_file_location(f"judge_of_{Path(where).stem}", where)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses look their annotations up
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"judge: no module {error.name!r} on the import path; add its folder to PYTHONPATH "
+                "or write file.py:function."
+            ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise ValueError(f"judge: {where} has no function {name!r}.")
+    return found
+
+
+def scorer_judge(scorer: Scorer, name: str = "judge") -> Judge:
+    """A judge that asks `scorer` row by row and checks what it returns."""
+
+    def judge(rows: Sequence[Prompt], answers: list[list[str]]) -> list[list[float]]:
+        return [
+            _checked(name, scorer(r, list(a)), len(a)) for r, a in zip(rows, answers, strict=True)
+        ]
+
+    return judge
+
+
+def _checked(name: str, values: Any, count: int) -> list[float]:
+    if isinstance(values, Tensor) or hasattr(values, "tolist"):
+        values = values.tolist()
+    if not isinstance(values, list | tuple) or len(values) != count:
+        raise ValueError(f"{name} must return one number per answer ({count}), got {values!r}.")
+    for value in values:
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise ValueError(f"{name} must return finite numbers, got {value!r}.")
+    return [float(value) for value in values]
+
+
+class RewardModel:
+    """A sequence-classification model with one output, as a scorer of whole conversations."""
+
+    def __init__(self, name: str, config: TrainConfig, device: torch.device) -> None:
+        from transformers import AutoModelForSequenceClassification
+
+        self.tokenizer = models.load_tokenizer(name)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=getattr(torch, config.dtype)
+        )
+        if model.config.num_labels != 1:
+            raise ValueError(
+                f"judge_model must have one output, {name} has {model.config.num_labels}."
+            )
+        self.model = models.freeze(model).to(device)
+
+    @torch.no_grad()
+    def __call__(self, row: Prompt, answers: list[str]) -> list[float]:
+        scores = []
+        for answer in answers:  # one by one: no padding token and no padded position is needed
+            ids = torch.tensor([self._ids(row, answer)], device=self.model.device)
+            scores.append(float(self.model(input_ids=ids).logits[0, 0]))
+        return scores
+
+    def _ids(self, row: Prompt, answer: str) -> list[int]:
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            return list(self.tokenizer(f"{prompt}{answer}", verbose=False)["input_ids"])
+        text = self.tokenizer.apply_chat_template(
+            [*prompt, {"role": "assistant", "content": answer}], tokenize=False,
+            **template_args(row),
+        )  # fmt: skip
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def implicit_judge(
+    policy: hf.Model, reference: hf.Model, tokenizer: Any, config: TrainConfig
+) -> Judge:
+    """The policy's own reward, beta (log policy - log reference) summed over the answer.
+
+    As Selfie labels its samples (arXiv 2406.04412). An answer that cannot be tokenised for
+    training scores -inf and is left out by the caller.
+    """
+    beta = float(config.loss_args.get("beta", 0.1))
+
+    def judge(rows: Sequence[Prompt], answers: list[list[str]]) -> list[list[float]]:
+        flat = [(row, text) for row, texts in zip(rows, answers, strict=True) for text in texts]
+        table, texts = [row for row, _ in flat], [text for _, text in flat]
+        scores = []
+        for one, other in zip(
+            answer_logps(policy, tokenizer, table, texts, config),
+            answer_logps(reference, tokenizer, table, texts, config),
+            strict=True,
+        ):
+            if one is None or other is None:
+                scores.append(-math.inf)
+            else:
+                scores.append(beta * float((one - other).double().sum()))
+        values = iter(scores)
+        return [[next(values) for _ in texts] for texts in answers]
+
+    return judge

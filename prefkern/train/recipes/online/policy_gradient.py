@@ -1,0 +1,152 @@
+"""Rows of single answers for policy gradients: a target to move to, or advantages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .... import losses
+from ....losses import advantages
+from ....losses.pointwise import fdpg
+from ....losses.record import Loss
+from .rows import Lists, Models, RowMaker, single_rows
+
+
+class TargetRows(RowMaker):
+    """f-DPG's target, the reference tilted by the scores, and the policy that drew the answers."""
+
+    name = "fdpg"
+    makes = ("log_target_prob", "proposal_logp")
+    columns = ("proposal_logp",)
+    least, distinct = 1, False
+    reads = ("reference",)
+
+    @classmethod
+    def serves(cls, record: Loss) -> bool:
+        return "log_target_prob" in losses.required(record)
+
+    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+        lists, both = models.logps(lists, "reference", "policy")
+        ref, own = ([float(x.double().sum()) for x in side] for side in both)
+        return target_rows(lists, ref, own, beta=self.config.target_beta)
+
+    def facts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        given = {k: v for k, v in self.config.loss_args.items() if k == "divergence"}
+        return {"baseline": fdpg_baseline(rows, **given)}
+
+    def loss_args(self, facts: Mapping[str, float]) -> dict[str, Any]:
+        return {"baseline": facts["baseline"]}
+
+
+class AdvantageRows(RowMaker):
+    """Advantages of an answer within its list."""
+
+    name = "advantages"
+    makes = ("advantages", "old_logp")
+    columns = ("old_logp",)
+    distinct = False
+
+    @classmethod
+    def serves(cls, record: Loss) -> bool:
+        return "advantages" in losses.required(record) and not TokenRewardRows.serves(record)
+
+    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+        lists, (own,) = models.logps(lists, "policy")
+        return advantage_rows(lists, own)
+
+
+class TokenRewardRows(AdvantageRows):
+    """Advantages of every token, from the token rewards of a DPO-trained model (RTO)."""
+
+    name = "rto"
+    least = 1
+    reads = ("reference", "aux")
+
+    @classmethod
+    def serves(cls, record: Loss) -> bool:
+        return record.name == "rto"
+
+    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+        if models.aux is None:
+            raise ValueError(
+                f"loss {self.records[0].name!r} reads token rewards off a DPO-trained model: set "
+                "aux_model."
+            )
+        lists, (aux, ref, own) = models.logps(lists, "aux", "reference", "policy")
+        return token_reward_rows(lists, aux, ref, own)
+
+
+def target_rows(
+    lists: Lists,
+    ref_logps: Sequence[float],  # one per answer, in order
+    own_logps: Sequence[float],
+    *,
+    beta: float,
+) -> list[dict[str, Any]]:
+    """Single answers with f-DPG's columns: `log_target_prob` and `proposal_logp`.
+
+    The target is p(y|x) = r(y|x) exp(score / beta) / Z(x), r the reference; Z(x) is estimated from
+    the answers to x, which were drawn from q: Z = mean of r exp(score / beta) / q.
+    """
+    targets, at = list[float](), 0
+    for row in lists:
+        k = len(row["completions"])
+        score = torch.tensor(row["scores"], dtype=torch.float64)
+        ref = torch.tensor(ref_logps[at : at + k], dtype=torch.float64)
+        own = torch.tensor(own_logps[at : at + k], dtype=torch.float64)
+        at += k
+        log_p = ref + score / beta
+        log_z = torch.logsumexp(log_p - own, 0) - math.log(k)
+        targets += (log_p - log_z).tolist()
+    columns = {"log_target_prob": targets, "proposal_logp": [float(x) for x in own_logps]}
+    return single_rows(lists, columns)
+
+
+def fdpg_baseline(rows: Sequence[Mapping[str, Any]], divergence: str = "js") -> float:
+    """Mean of -f' over a round's answers under the policy that drew them: the round's baseline."""
+    own, target = (
+        torch.tensor([row[name] for row in rows], dtype=torch.float64)
+        for name in ("proposal_logp", "log_target_prob")
+    )
+    return float(fdpg.advantages(own, target, divergence).mean())
+
+
+def advantage_rows(lists: Lists, own_logps: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """Single answers with `advantages` (group-relative) and `old_logp` per token."""
+    scores = torch.tensor([s for row in lists for s in row["scores"]], dtype=torch.float64)
+    sizes = torch.tensor([0, *(len(row["scores"]) for row in lists)])
+    values = advantages.group_advantages(scores, sizes.cumsum(0).int())
+    return single_rows(
+        lists, {"advantages": values.tolist(), "old_logp": [x.tolist() for x in own_logps]}
+    )
+
+
+def token_reward_rows(
+    lists: Lists,
+    aux_logps: Sequence[Tensor],  # each [t]
+    ref_logps: Sequence[Tensor],
+    own_logps: Sequence[Tensor],
+) -> list[dict[str, Any]]:
+    """Single answers with RTO's columns: `advantages` and `old_logp` per token.
+
+    Token rewards are a DPO-trained model's log-ratios, a KL penalty and the score at the end,
+    which is normalised over all answers here; advantages without a value head, whitened.
+    """
+    scores = torch.tensor([s for row in lists for s in row["scores"]], dtype=torch.float64)
+    scores = (scores - scores.mean()) / scores.std(correction=0).clamp(min=1e-8)
+    sizes = [len(x) for x in own_logps]
+    cu = torch.tensor([0, *sizes]).cumsum(0).int()
+    aux, ref, own = (torch.cat(list(x)).double() for x in (aux_logps, ref_logps, own_logps))
+    every = torch.ones(len(own), dtype=torch.bool)
+    rewards = advantages.rto_rewards(aux, ref, own, scores, cu, every)
+    values, _ = advantages.gae(rewards, torch.zeros_like(rewards), cu, every)
+    whitened = advantages.whiten(values, every)
+    columns = {
+        "advantages": [x.tolist() for x in whitened.split(sizes)],
+        "old_logp": [x.tolist() for x in own_logps],
+    }
+    return single_rows(lists, columns)

@@ -1,0 +1,194 @@
+"""What judged lists become: one maker of rows for each kind that a loss trains on.
+
+Answers pass as text and are tokenised again with their prompt, as any data set is; where a model
+spelled a word in other pieces than the tokenizer does (2 of 128 answers of a 260K story model), it
+is trained on the tokenizer's, and log-probabilities are of those too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .... import losses
+from ....integrations import hf
+from ....losses.record import Loss
+from ....prep import pairs_from_lists
+from ...config import TrainConfig
+from ..answer_logps import answer_logps
+
+Lists = list[dict[str, Any]]  # rows of `judged_lists`
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a round, by which makers score the answers."""
+
+    config: TrainConfig
+    tokenizer: Any
+    policy: hf.Model
+    reference: hf.Model = None  # None: the policy in the context `off`
+    off: Callable[[], AbstractContextManager] | None = None  # switches the policy's adapter off
+    aux: hf.Model = None
+
+    def logps(self, lists: Lists, *names: str) -> tuple[Lists, list[list[Tensor]]]:
+        """Per model ("policy", "reference", "aux") the log-probabilities [t] of every answer, in
+        order; and the lists without the answers that one of the models cannot read."""
+        texts = [_text(text) for row in lists for text in row["completions"]]
+        rows = [row for row in lists for _ in row["completions"]]
+        columns = []
+        for name in names:
+            model, off = self._of(name)
+            columns.append(answer_logps(model, self.tokenizer, rows, texts, self.config, off=off))
+        return _usable(lists, *columns)
+
+    def _of(self, name: str) -> tuple[hf.Model, Callable[[], AbstractContextManager]]:
+        model = getattr(self, name)
+        if model is None and name == "reference" and self.off is not None:
+            return self.policy, self.off
+        if model is None:
+            raise ValueError(
+                f"loss {', '.join(self.config.loss)} needs a {name} model to score samples against."
+            )
+        return model, nullcontext
+
+
+class RowMaker:
+    """How the rows of one kind of loss are made."""
+
+    name: ClassVar[str]  # for --dry-run
+    makes: ClassVar[tuple[str, ...]] = ()  # tensors of losses that its rows can hold
+    columns: ClassVar[tuple[str, ...]] = ()  # those among them that are optional and always there
+    least: ClassVar[int] = 2  # answers that a prompt must have
+    distinct: ClassVar[bool] = True  # whether a repeated answer is left out
+    reads: ClassVar[tuple[str, ...]] = ()  # models beside the policy
+
+    def __init__(self, config: TrainConfig, records: Sequence[Loss]) -> None:
+        self.config, self.records = config, records
+
+    @classmethod
+    def serves(cls, record: Loss) -> bool:
+        """Whether its rows are those that the loss trains on."""
+        raise NotImplementedError
+
+    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def facts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Numbers over all the rows of a round, logged with the round."""
+        return {}
+
+    def loss_args(self, facts: Mapping[str, float]) -> dict[str, Any]:
+        """Hyper-parameters of the round that follow from its facts."""
+        return {}
+
+
+class PairRows(RowMaker):
+    """Pairs of answers with different scores, and the judge's probability where it is read."""
+
+    name = "pairs"
+    makes = ("pref_prob", "preference_prob")
+
+    @classmethod
+    def serves(cls, record: Loss) -> bool:
+        return record.family == "pairwise" and len(record.rows) == 2
+
+    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+        needs = any("pref_prob" in losses.required(record) for record in self.records)
+        name = "preference_prob" if self.config.soft_judge else "pref_prob" if needs else None
+        return pair_rows(lists, pairs=self.config.online_pairs, probability=name)
+
+
+class ListRows(RowMaker):
+    """The lists themselves, with soft pairs where the loss reads pairs."""
+
+    name = "lists"
+    makes = ("pairs", "pref_prob")
+
+    @classmethod
+    def serves(cls, record: Loss) -> bool:
+        return record.family == "listwise"
+
+    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+        ranked = _ranked(lists)
+        if any("pairs" in losses.required(record) for record in self.records):
+            return [row | soft_pair_columns(row["scores"]) for row in ranked]
+        return ranked
+
+
+def pair_rows(
+    lists: list[dict[str, Any]], *, pairs: str, probability: str | None = None
+) -> list[dict[str, Any]]:
+    """Pairs of each list; with `probability`, a column of that name: sigmoid of the score gap.
+
+    Raises:
+        ValueError: no two answers to any prompt have different scores.
+    """
+    made = pairs_from_lists(_ranked(lists), pairs=pairs)
+    if probability is not None:
+        for row in made:
+            gap = torch.tensor(row["chosen_score"] - row["rejected_score"], dtype=torch.float64)
+            row[probability] = float(torch.sigmoid(gap))
+    return made
+
+
+def _ranked(lists: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lists in which an answer is better than another."""
+    usable = [row for row in lists if min(row["scores"]) < max(row["scores"])]
+    if not usable:
+        raise ValueError(
+            "the judge gave all answers to every prompt the same score, so nothing is preferred; "
+            "look at what it returns, or raise num_generations."
+        )
+    return usable
+
+
+def soft_pair_columns(scores: Sequence[float]) -> dict[str, Any]:
+    """soft_pairs' columns of a list: every pair with different scores, and sigmoid of its gap."""
+    k = range(len(scores))
+    pairs = [[i, j] for i in k for j in k if scores[i] > scores[j]]
+    gaps = torch.tensor([scores[i] - scores[j] for i, j in pairs], dtype=torch.float64)
+    return {"pairs": pairs, "pref_prob": torch.sigmoid(gaps).tolist()}
+
+
+def single_rows(lists: Lists, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """One row per answer, with its entry of every column."""
+    out, at = [], 0
+    for row in lists:
+        rest = {n: v for n, v in row.items() if n not in ("completions", "scores")}
+        for text in row["completions"]:
+            out.append(
+                rest | {"completion": text} | {name: column[at] for name, column in columns.items()}
+            )
+            at += 1
+    return out
+
+
+def _usable(
+    lists: list[dict[str, Any]], *columns: list[Tensor | None]
+) -> tuple[list[dict[str, Any]], list[list[Tensor]]]:
+    """The lists and columns without the answers that some model could not read."""
+    good = [all(column[i] is not None for column in columns) for i in range(len(columns[0]))]
+    kept, at = [], 0
+    for row in lists:
+        flags = good[at : at + len(row["completions"])]
+        at += len(flags)
+        if any(flags):
+            kept.append(
+                row
+                | {
+                    name: [x for x, ok in zip(row[name], flags, strict=True) if ok]
+                    for name in ("completions", "scores")
+                }
+            )
+    picked = [[x for x, ok in zip(c, good, strict=True) if ok and x is not None] for c in columns]
+    return kept, picked
+
+
+def _text(answer: Any) -> str:
+    return answer if isinstance(answer, str) else answer[0]["content"]

@@ -1,0 +1,166 @@
+"""What the recipes add to a configuration: one group of options each, checked among itself.
+
+`TrainConfig` inherits the groups. No torch import, as in config.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedOptions:
+    """Of recipes.fused_reference."""
+
+    fused_ref: tuple[str, ...] = ()
+    """infifpo: files or folders of `prefkern precompute`, one per source model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncOptions:
+    """Of recipes.sync."""
+
+    LOWEST: ClassVar[dict[str, float]] = {"ref_model_sync_steps": 1}
+
+    sync_ref_model: bool = False
+    """Move the reference towards the policy while training (TR-DPO)."""
+    ref_model_mixup_alpha: float = 0.6
+    """Share of the policy in the new reference; 1 copies the policy (hard update)."""
+    ref_model_sync_steps: int = 512
+    """Optimizer steps between two syncs of the reference."""
+
+    def check(self) -> None:
+        if not 0.0 < self.ref_model_mixup_alpha <= 1.0:
+            raise ValueError(
+                f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions:
+    """Of recipes.masks."""
+
+    mask_learning_rate: float | None = None
+    """Learning rate of sparsepo's mask module (default: learning_rate)."""
+    mask_weight_decay: float = 0.01
+    """Weight decay of sparsepo's mask module."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedOptions:
+    """Of recipes.two_speeds."""
+
+    LOWEST: ClassVar[dict[str, float]] = {"slow_learning_rate": 0.0}
+
+    slow_learning_rate: float | None = None
+    """Train a second, slow LoRA adapter at this rate beside the one at learning_rate; needs loss
+    dpo_second_reference. They change places when the slow one prefers the chosen answers more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundOptions:
+    """Of recipes.rounds: runs one after the other, each from the model of the one before."""
+
+    LOWEST: ClassVar[dict[str, float]] = {"num_rounds": 0, "round_extrapolation": 0.0}
+
+    num_rounds: int = 1
+    """Number of rounds (each num_train_epochs or max_steps long); with round_data=stages 0 is all
+    stages."""
+    round_data: Literal["same", "stages", "online"] = "same"
+    """What a round trains on: the data set; the rows of its stage (column `stage`, or ranked lists,
+    of which Curry-DPO's stages are made); answers sampled to its prompts when the round starts."""
+    round_reference: Literal["previous", "start"] = "previous"
+    """Reference from the second round on: the model the round starts from, or that of the first."""
+    round_extrapolation: float = 0.0
+    """After each round theta + a (theta - theta of the round before) (Accelerated PO; a = 0.3)."""
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether the run is a sequence of rounds and not one run of the loop."""
+        return self.num_rounds != 1 or self.round_data != "same" or self.round_extrapolation > 0
+
+    def check(self) -> None:
+        if self.num_rounds == 0 and self.round_data != "stages":
+            raise ValueError("num_rounds=0 means one round per stage; it needs round_data=stages.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineOptions(RoundOptions):
+    """Of recipes.online: rounds on answers that are sampled and judged when the round starts."""
+
+    LOWEST: ClassVar[dict[str, float]] = {
+        "num_generations": 1,
+        "max_new_tokens": 1,
+        "generation_temperature": 0.0,
+        "generation_batch_size": 1,
+        "prompts_per_round": 1,
+    }
+    # Options that say that answers are to be sampled; the others only say how.
+    ONLINE_ALONE: ClassVar[tuple[str, ...]] = (
+        "judge", "judge_model", "judge_ref_model", "generation_mixture", "soft_judge",
+        "keep_unfinished", "prompts_per_round",
+    )  # fmt: skip
+
+    judge: str | None = None
+    """Scores sampled answers: module:function or file.py:function, called with (row, answers) and
+    returning one number per answer; or `implicit`, the policy's log-ratio to judge_ref_model."""
+    judge_model: str | None = None
+    """Reward model (sequence classification, one output) instead of judge."""
+    judge_ref_model: str | None = None
+    """The model that judge=implicit compares the policy with: the one it was trained from."""
+    num_generations: int = 2
+    """Answers sampled per prompt and round."""
+    max_new_tokens: int = 128
+    """Longest sampled answer in tokens."""
+    generation_temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    generation_top_p: float = 1.0
+    """Nucleus of the sampling; 1 samples from the whole distribution."""
+    generation_batch_size: int = 16
+    """Prompts that are answered at once."""
+    generation_mixture: float = 0.0
+    """Share b of the reference in the logits sampled from: (1-b) z + b z_ref (IPO-MD)."""
+    keep_unfinished: bool = False
+    """Also train on answers that max_new_tokens cut off; an end is appended to them."""
+    prompts_per_round: int | None = None
+    """Prompts sampled from per round, in the order of the data; default: all in every round."""
+    online_pairs: Literal["all", "best_vs_rest", "adjacent", "best_vs_worst"] = "best_vs_worst"
+    """Which answers to a prompt form pairs."""
+    soft_judge: bool = False
+    """ipo_md: the gap of two scores is a log-odds, and its probability the loss's target."""
+    target_beta: float = 0.1
+    """fdpg: the target is the reference times exp(score / target_beta)."""
+
+    def check(self) -> None:
+        if self.round_data != "online":
+            for name in self.ONLINE_ALONE:
+                if getattr(self, name) != getattr(OnlineOptions, name):
+                    raise ValueError(
+                        f"{name} is for answers sampled in rounds; set round_data=online."
+                    )
+            return
+        if (self.judge is None) == (self.judge_model is None):
+            raise ValueError(
+                "round_data=online scores sampled answers: give exactly one of judge and "
+                "judge_model."
+            )
+        if (self.judge == "implicit") != (self.judge_ref_model is not None):
+            raise ValueError(
+                "judge=implicit and judge_ref_model go together: the implicit reward is the "
+                "policy's log-ratio to the model it was trained from (to itself it is 0 "
+                "everywhere)."
+            )
+        if not 0.0 <= self.generation_mixture <= 1.0:
+            raise ValueError(
+                f"generation_mixture must be in [0, 1], got {self.generation_mixture}."
+            )
+        if not 0.0 < self.generation_top_p <= 1.0:
+            raise ValueError(f"generation_top_p must be in (0, 1], got {self.generation_top_p}.")
+        if self.target_beta <= 0.0:
+            raise ValueError(f"target_beta must be > 0, got {self.target_beta}.")
+        if self.generation_temperature == 0.0 and self.num_generations > 1:
+            raise ValueError(
+                "generation_temperature=0 gives the same answer every time; use a temperature "
+                "above 0 for num_generations > 1."
+            )

@@ -1,0 +1,343 @@
+"""Rounds: runs of the loop one after the other, each from the model the one before ended with.
+
+Round n lives in output_dir/round-n, a run like any other: its data (data.jsonl where the round
+made them), log, checkpoints and final model. Optimizer, schedule and loss states start afresh in
+each, so two rounds are exactly two runs of which the second was given the first one's model (and,
+as round_reference says, its reference). rounds.json tells which rounds are done; an interrupted run
+continues with resume_from_checkpoint=auto.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...prep import curriculum, split_stages
+from .. import checkpoint as ckpt
+from .. import demands, models
+from ..config import TrainConfig, check_same_run
+from ..data.read import raw_rows
+from ..loop import train_run
+from ..run import make_accelerator, plan, prepare
+from . import masks, sync, two_speeds
+from .online.makers import maker_of
+from .online.round_data import Start, make_round
+from .options import OnlineOptions
+
+STATE, DATA, MADE = "rounds.json", "data.jsonl", "data.json"
+# Of a round's folder, what is not part of its final model.
+_NOT_MODEL = {"log_history.jsonl", "trainer_state.json", DATA, MADE}
+# Options that mean something to the sequence of rounds alone, as one run of them has them.
+_PLAIN = {option.name: option.default for option in dataclasses.fields(OnlineOptions)}
+
+Rows = list[dict[str, Any]]
+
+
+def train_rounds(config: TrainConfig) -> dict[str, Any]:
+    """Runs every round; the last one's model ends up in output_dir.
+
+    Returns:
+        The last row of the log and `log_history`, whose rows carry `round` and the steps of all
+        rounds so far.
+
+    Raises:
+        ValueError: options that do not go together, output of an earlier run, bad data.
+    """
+    check(config)
+    rounds = Rounds(config, make_accelerator(config))
+    rounds.open()
+    for number in range(len(rounds.done), rounds.count):
+        rounds.one(number)
+    return rounds.finish()
+
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError for options that contradict each other, with what to do."""
+    moves = config.round_reference == "previous" and config.num_rounds != 1
+    if (moves or config.round_data != "same") and (
+        config.precomputed_ref or config.reference == "columns"
+    ):
+        raise ValueError(
+            "precomputed reference log-probabilities are those of one model on one data set, and "
+            "rounds change the reference or the data; drop precomputed_ref (or the columns): each "
+            "round then computes its reference."
+        )
+    if moves and config.reference == "adapter":
+        raise ValueError(
+            "reference=adapter is always the base model, so the model of the previous round cannot "
+            "be the reference; use reference=model or auto, or round_reference=start."
+        )
+    if moves and config.sync_ref_model and config.lora_r:
+        raise ValueError(
+            "with lora_r the reference of the second round would be an adapter, whose weights "
+            "sync_ref_model cannot move; use round_reference=start."
+        )
+    if config.round_extrapolation and config.lora_r:
+        raise ValueError(
+            "round_extrapolation works on the weights, and an adapter's change of them is a "
+            "product of two matrices, which does not extrapolate; set lora_r=0."
+        )
+    if config.round_data != "same" and (config.fused_ref or config.precomputed_aux):
+        raise ValueError(
+            "fused_ref and precomputed_aux belong to one data set; with round_data="
+            f"{config.round_data} every round has its own: use aux_model, or round_data=same."
+        )
+    if config.round_data == "online" and config.score_prompt:
+        raise ValueError(
+            "score_prompt is for stored rows: samples are judged and weighed by the log-"
+            "probabilities of the answers alone; drop it with round_data=online."
+        )
+    plan(round_config(config, 0, config.model))
+
+
+class Rounds:
+    """The rounds of one run: what is done, and where the next one starts."""
+
+    def __init__(self, config: TrainConfig, accelerator: Any) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.out, self.main = Path(config.output_dir), accelerator.is_main_process
+        self.done = _resume(config, self.out)
+        self.stages = _stages(config) if config.round_data == "stages" else []
+        self.count = config.num_rounds or len(self.stages)
+        if self.stages and self.count > len(self.stages):
+            raise ValueError(
+                f"num_rounds={self.count}, but the data have {len(self.stages)} stages."
+            )
+        self.history: Rows = [row for entry in self.done for row in entry["log"]]
+
+    @property
+    def start(self) -> str:
+        """The model that the next round starts from."""
+        return self.done[-1]["next"] if self.done else self.config.model
+
+    @property
+    def ended(self) -> str:
+        """The model that the last round ended with."""
+        return self.done[-1]["ended"] if self.done else self.config.model
+
+    def open(self) -> None:
+        """The output folder, for these options alone from here on."""
+        self.accelerator.wait_for_everyone()
+        if not self.main:
+            return
+        if not self.done and self.config.overwrite_output_dir:
+            for folder in self.out.glob("round-*"):
+                shutil.rmtree(folder)
+            (self.out / STATE).unlink(missing_ok=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._write()  # before the first round: what it makes is of these options
+
+    def one(self, number: int) -> None:
+        """Makes the data of a round where it has its own, and runs it."""
+        config, start = self.config, self.start
+        self.accelerator.wait_for_everyone()
+        made = self._make_data(number)
+        self.accelerator.wait_for_everyone()
+        has_data = config.round_data != "same"
+        run = prepare(round_config(config, number, start, has_data=has_data))
+        run.say(f"round {number + 1} of {self.count}: from {start}, data {run.config.dataset}")
+        final = train_run(run, final_run=False)
+        rows = [{f"online/{k}": v for k, v in made.items()}] if made else []
+        rows += final.pop("log_history")
+        del run
+        before = self.history[-1]["step"] if self.history else 0
+        shifted = [{**r, "step": before + r.get("step", 0), "round": number} for r in rows]
+        self.history += shifted
+        ended = str(self.out / f"round-{number}")
+        final = {**final, "step": self.history[-1]["step"], "round": number}
+        self.done.append(
+            {"log": shifted, "final": final, "next": self._next(ended), "ended": ended}
+        )
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            self._write()
+
+    def _make_data(self, number: int) -> dict[str, float]:
+        """Writes the data of a round that has its own, once; returns what to log of them."""
+        config, folder = self.config, self.out / f"round-{number}"
+        if config.round_data == "stages":
+            if self.main and not (folder / MADE).is_file():
+                write_round(folder, self.stages[number], {})
+            return {}
+        if config.round_data != "online":
+            return {}
+        if (folder / MADE).is_file() and config.resume_from_checkpoint is not None:
+            return ckpt.read_json(folder / MADE)
+        maker = maker_of(config, demands.losses_of(config))
+        start = Start(number, self.start, _scored_against(config, number, self.start))
+        table, made = make_round(config, _rows(config), start, maker, self.accelerator)
+        if self.main:
+            write_round(folder, table, made)
+        return made
+
+    def _next(self, ended: str) -> str:
+        """Where the next round starts: at this one's model, or beyond it."""
+        if not self.config.round_extrapolation:
+            return ended
+        target = Path(ended) / "extrapolated"
+        if self.main:
+            _extrapolate(self.config, ended, self.ended, target)
+        return str(target)
+
+    def _write(self) -> None:
+        _write_json(self.out / STATE, {"config": self.config.as_dict(), "rounds": self.done})
+
+    def finish(self) -> dict[str, Any]:
+        """The last model and the log of all rounds into the output folder."""
+        if self.main:
+            _copy_model(Path(self.start), self.out)
+            lines = "".join(json.dumps(row) + "\n" for row in self.history)
+            (self.out / "log_history.jsonl").write_text(lines, encoding="utf-8")
+            if self.config.plots:
+                from ..plots import plot_history
+
+                plot_history(self.history, self.out)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        final = self.done[-1]["final"] if self.done else {}
+        return {**final, "log_history": self.history}
+
+
+def round_config(
+    config: TrainConfig, number: int, start: str, *, has_data: bool = False
+) -> TrainConfig:
+    """The configuration of one round as a run of its own."""
+    folder = Path(config.output_dir) / f"round-{number}"
+    changes: dict[str, Any] = _PLAIN | {
+        "model": start,
+        "output_dir": str(folder),
+        "seed": config.seed + number,
+        "resume_from_checkpoint": config.resume_from_checkpoint and "auto",
+    }
+    if has_data:
+        changes |= {"dataset": str(folder / DATA), "limit": None, "layout": "auto"}
+    if config.round_data == "online":
+        maker = maker_of(config, demands.losses_of(config))
+        names = (*maker.columns, *(("preference_prob",) if config.soft_judge else ()))
+        changes["columns"] = {name: name for name in names} | config.columns
+        if "aux" in maker.reads:  # what is read of it stands in the round's rows
+            changes["aux_model"] = None
+        if (folder / MADE).is_file():
+            changes["loss_args"] = maker.loss_args(ckpt.read_json(folder / MADE)) | config.loss_args
+    needs = demands.ReferenceNeeds.of(config)
+    if number and needs.any and not needs.teacher:
+        if config.round_reference == "previous":
+            changes["ref_model"] = start
+        elif not _base_is_start(config):
+            changes["ref_model"] = config.ref_model or config.model
+    return dataclasses.replace(config, **changes)
+
+
+def _base_is_start(config: TrainConfig) -> bool:
+    """Whether the first round's reference is the policy without its adapter, in every round."""
+    fresh = config.lora_r > 0 and not (Path(config.model) / "adapter_config.json").is_file()
+    return (
+        fresh
+        and config.ref_model is None
+        and config.reference != "model"
+        and not config.sync_ref_model
+    )
+
+
+def _scored_against(config: TrainConfig, number: int, start: str) -> str | None:
+    """The reference that samples of a round are scored against; None: the policy's base model."""
+    name = round_config(config, number, start).ref_model
+    return name or (None if _base_is_start(config) else config.model)
+
+
+def describe_rounds(config: TrainConfig) -> str:
+    """What --dry-run shows: the configuration, and of the first round what is known beforehand."""
+    check(config)
+    facts: dict[str, Any] = {"config": config.as_dict(), "rounds": config.num_rounds}
+    if config.round_data == "stages":
+        facts["stages"] = [len(stage) for stage in _stages(config)]
+        facts["rounds"] = config.num_rounds or len(facts["stages"])
+    elif config.round_data == "online":
+        facts["prompts"] = len(_rows(config))
+        facts["rows"] = maker_of(config, demands.losses_of(config)).name
+    else:
+        facts["first_round"] = prepare(round_config(config, 0, config.model)).facts
+    return json.dumps(facts, indent=2)
+
+
+def _resume(config: TrainConfig, out: Path) -> list[dict[str, Any]]:
+    """What the finished rounds of an interrupted run left; refuses another run's."""
+    resume = config.resume_from_checkpoint
+    if resume is not None and resume.lower() not in ("auto", "true"):
+        raise ValueError(
+            f"a run of rounds continues with resume_from_checkpoint=auto, got {resume!r}."
+        )
+    if resume is None:
+        if not config.overwrite_output_dir and any(out.glob("round-*")):
+            raise ValueError(
+                f"{out} holds rounds of an earlier run; pass --resume-from-checkpoint auto to "
+                "continue it, --overwrite-output-dir to start afresh, or another --output-dir."
+            )
+        return []
+    if not (out / STATE).is_file() or not any(out.glob("round-*")):
+        return []
+    saved = ckpt.read_json(out / STATE)
+    check_same_run(saved["config"], config)
+    return saved["rounds"]
+
+
+def _rows(config: TrainConfig) -> Rows:
+    """The readable rows of the data set."""
+    rows = []
+    for row in raw_rows(config.dataset, config.dataset_split):
+        if row.data is not None:
+            rows.append(dict(row.data))
+        elif config.strict:
+            raise ValueError(f"{row.where}: {row.detail} (strict: every row must be usable).")
+        if len(rows) == config.limit:
+            break
+    if not rows:
+        raise ValueError(f"{config.dataset} has no readable row.")
+    return rows
+
+
+def _stages(config: TrainConfig) -> list[Rows]:
+    """Rows by their column `stage`, or the stages that Curry-DPO makes of ranked lists."""
+    rows = _rows(config)
+    return split_stages(rows if "stage" in rows[0] else curriculum(rows, ties="skip"))
+
+
+def _extrapolate(config: TrainConfig, ended: str, previous: str, target: Path) -> None:
+    policy = models.load_model(ended, config)
+    sync.extrapolate(policy, models.load_model(previous, config), config.round_extrapolation)
+    target.mkdir(exist_ok=True)
+    ckpt.save_weights(target, {"policy": policy}, models.load_tokenizer(ended))
+    learned = Path(ended) / masks.FILE
+    if learned.is_file():
+        shutil.copy2(learned, target)
+
+
+def write_round(folder: Path, table: Rows, facts: dict[str, float]) -> None:
+    """Writes data.jsonl and, after it, data.json, each in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in table)
+    _in_one_step(folder / DATA, lambda partial: partial.write_text(lines, encoding="utf-8"))
+    _write_json(folder / MADE, facts)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _in_one_step(path, lambda partial: ckpt.write_json(partial, value))
+
+
+def _in_one_step(path: Path, write: Callable[[Path], Any]) -> None:
+    partial = path.with_name(f"{path.name}.tmp")
+    write(partial)
+    os.replace(partial, path)
+
+
+def _copy_model(model: Path, out: Path) -> None:
+    for path in sorted(model.iterdir()):
+        if path.name == two_speeds.SLOW and path.is_dir():
+            shutil.copytree(path, out / path.name, dirs_exist_ok=True)
+        elif path.is_file() and path.name not in _NOT_MODEL and path.suffix != ".png":
+            shutil.copy2(path, out / path.name)

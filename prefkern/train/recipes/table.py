@@ -1,0 +1,48 @@
+"""Every provider there is, and which of them a run has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...losses.record import Loss
+from ..config import TrainConfig
+from ..data_providers import Columns, StepCounts
+from ..demands import check_loss_args
+from ..providers import Provider, check_supplied
+from .activations import Activations
+from .aux_model import AuxModel
+from .fused_reference import FusedReference
+from .kto_baseline import KtoBaseline
+from .masks import Masks
+from .online.makers import MAKERS
+from .states import LossStates
+from .sync import ReferenceSync
+from .two_speeds import TwoSpeeds
+
+# In the order in which a step calls them.
+PROVIDERS: tuple[type[Provider], ...] = (
+    StepCounts, KtoBaseline, Activations, AuxModel, FusedReference, Masks, LossStates, TwoSpeeds,
+    ReferenceSync,
+)  # fmt: skip
+
+
+def providers_of(config: TrainConfig, records: Sequence[Loss]) -> list[Provider]:
+    """The providers of a run; every check that needs neither model nor data is done.
+
+    Raises:
+        ValueError: a tensor that nothing supplies, options and losses that do not go together.
+    """
+    found = [kind(config, records) for kind in PROVIDERS if kind.wanted(config, records)]
+    check_loss_args(config, records, [name for provider in found for name in provider.takes])
+    for provider in found:
+        provider.check()
+    found.insert(0, Columns(config, records, found, offers()))
+    check_supplied(config, records, found)
+    return found
+
+
+def offers() -> dict[str, str]:
+    """Tensor -> the option by which a recipe would supply it."""
+    made = dict.fromkeys((n for kind in MAKERS for n in kind.makes), "--round-data online")
+    own = {name: how for kind in PROVIDERS for name, how in kind.offers.items()}
+    return made | own

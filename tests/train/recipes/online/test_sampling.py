@@ -1,0 +1,190 @@
+"""Sampling from a model and from the mixture of two, and the judges of what was sampled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import STORIES, config, tiny_model
+from tiny_tokenizer import byte_tokenizer
+
+from prefkern.train import models
+from prefkern.train.data import Loader
+from prefkern.train.recipes.online import judges
+from prefkern.train.recipes.online.sampling import mix_logits, prompt_ids, sample_answers
+
+ROWS = [{"prompt": "ab"}, {"prompt": "hello there"}]  # padded on the left to one length
+
+
+@torch.no_grad()
+def greedy(tokenizer, row, steps, logits) -> list[int]:
+    """Greedy continuation by whole forwards of one sequence, without cache or padding."""
+    ids = prompt_ids(tokenizer, row)
+    start = len(ids)
+    for _ in range(steps):
+        ids.append(int(logits(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[start:]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mpt"])
+@pytest.mark.parametrize("b", [0.0, 0.4, 1.0])
+def test_the_mixture_is_that_of_the_logits(family, b):
+    policy, reference = tiny_model(family, seed=0), tiny_model(family, seed=1)
+    tokenizer = byte_tokenizer()
+    found = sample_answers(
+        policy, tokenizer, ROWS, num_generations=1, max_new_tokens=5, seed=0, temperature=0.0,
+        reference=reference, mixture=b,
+    )  # fmt: skip
+    for row, (answer,) in zip(ROWS, found, strict=True):
+        ids = greedy(
+            tokenizer, row, 5, lambda x: (1 - b) * policy(x).logits + b * reference(x).logits
+        )
+        assert answer.text == tokenizer.decode(ids)
+        assert not answer.finished
+
+
+def test_the_reference_of_an_adapter_is_the_base_model():
+    from peft import LoraConfig, get_peft_model
+
+    base, tokenizer = tiny_model(seed=0), byte_tokenizer()
+    options = dict(num_generations=1, max_new_tokens=5, seed=0, temperature=0.0)
+    alone = sample_answers(base, tokenizer, ROWS, **options)
+    policy = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    assert sample_answers(policy, tokenizer, ROWS, **options) != alone
+    assert sample_answers(policy, tokenizer, ROWS, mixture=1.0, **options) == alone
+    with pytest.raises(ValueError, match="has none"):
+        sample_answers(tiny_model(), tokenizer, ROWS, mixture=0.5, **options)
+
+
+def test_sampling_follows_the_mixture_and_the_seed():
+    policy, reference, tokenizer = tiny_model(seed=0), tiny_model(seed=1), byte_tokenizer()
+    row = {"prompt": "ab"}
+    options = dict(num_generations=4000, max_new_tokens=1, reference=reference, mixture=0.3)
+    state = torch.get_rng_state()
+    found = sample_answers(policy, tokenizer, [row], seed=1, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found == sample_answers(policy, tokenizer, [row], seed=1, **options)
+    ids = torch.tensor([prompt_ids(tokenizer, row)])
+    with torch.no_grad():
+        z, other = policy(ids).logits[0, -1], reference(ids).logits[0, -1]
+    p = torch.softmax(mix_logits(z, other, 0.3), -1)
+    top = p[:256].topk(5)  # bytes 128 and up are no text of their own: single-byte ASCII only
+    counted = 0
+    for probability, token in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+        text = tokenizer.decode([token])
+        if len(text) != 1 or ord(text) > 127:
+            continue
+        share = sum(answer.text == text for answer in found[0]) / 4000
+        assert share == pytest.approx(probability, abs=5 * (probability / 4000) ** 0.5)
+        counted += 1
+    assert counted
+
+
+def test_a_model_folders_own_settings_do_not_bend_the_distribution():
+    tokenizer, options = byte_tokenizer(), dict(num_generations=8, max_new_tokens=6, seed=3)
+    plain, bent = tiny_model(seed=0), tiny_model(seed=0)
+    settings = bent.generation_config
+    settings.top_k, settings.repetition_penalty, settings.min_p = 2, 5.0, 0.5
+    assert sample_answers(bent, tokenizer, ROWS, **options) == sample_answers(
+        plain, tokenizer, ROWS, **options
+    )
+    # but its further end tokens end an answer
+    (first, *_), _ = sample_answers(plain, tokenizer, ROWS, **options | {"max_new_tokens": 1})
+    settings.eos_token_id = [tokenizer(first.text)["input_ids"][0]]
+    assert sample_answers(bent, tokenizer, ROWS, **options)[0][0] == ("", True)
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="needs the trained model stories260K")
+def test_an_answer_continues_its_prompt_as_text():
+    """A sentencepiece decoder drops the space in front of what it is given; prompt + answer must
+    give the sampled tokens again, or training would see another text."""
+    model = models.load_model(str(STORIES), config(STORIES, "m", "d")).eval()
+    tokenizer = models.load_tokenizer(str(STORIES))
+    prompt = "Once upon a time, there was a"
+    (answers,) = sample_answers(
+        model, tokenizer, [{"prompt": prompt}], num_generations=16, max_new_tokens=12, seed=0
+    )
+    assert sum(answer.text.startswith(" ") for answer in answers) >= 14
+    ids = tokenizer([prompt + answer.text for answer in answers])["input_ids"]
+    start = len(tokenizer(prompt)["input_ids"])
+    # not all: a model can spell a word in other pieces than the tokenizer would
+    assert sum(len(x) == start + 12 for x in ids) >= 14
+
+
+def test_prompts_are_read_as_training_reads_them():
+    """The template gets the row's tools and arguments, and an end the tokenizer adds is cut."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for t in tools or [] %}<{{ t.name }}>{% endfor %}{{ mood }}"
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    row = {
+        "prompt": [{"role": "user", "content": "hi"}], "tools": [{"name": "clock"}],
+        "chat_template_kwargs": {"mood": "!"},
+        "completion": [{"role": "assistant", "content": "yes"}],
+    }  # fmt: skip
+    (example,), _, _ = Loader(tokenizer=tokenizer, labelled=False).load([row])
+    sequence = example.sequences[0]
+    ids = prompt_ids(tokenizer, row)
+    assert tokenizer.decode(ids) == "<clock>!u:hi;a:"
+    assert ids == sequence.input_ids[: sequence.completion_start].tolist()
+
+    class Ending:
+        eos_token, eos_token_id = tokenizer.eos_token, tokenizer.eos_token_id
+
+        def __call__(self, text, **options):
+            return {"input_ids": [*tokenizer(text)["input_ids"], self.eos_token_id]}
+
+    assert prompt_ids(Ending(), {"prompt": "ab"}) == tokenizer("ab")["input_ids"]
+
+
+def test_a_forbidden_token_stays_forbidden():
+    z = torch.tensor([0.0, -torch.inf]), torch.tensor([1.0, 2.0])
+    assert mix_logits(*z, 0.5)[1] == -torch.inf and mix_logits(*z, 1.0)[1] == 2.0
+    assert not mix_logits(*z[::-1], 0.0).isnan().any()
+
+
+def test_judges(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Scale:\n    by: int = 1\n\n"
+        "def length(row, answers):\n    return [Scale().by * len(a) for a in answers]\n"
+    )
+    scorer = judges.load_scorer(f"{tmp_path}/mine.py:length")
+    assert judges.scorer_judge(scorer)(ROWS, [["a", "bb"], ["ccc"]]) == [[1.0, 2.0], [3.0]]
+    for path, match in (
+        ("mine", "module:function"),
+        (f"{tmp_path}/other.py:f", "no file"),
+        ("no_such_module:f", "PYTHONPATH"),
+        (f"{tmp_path}/mine.py:width", "no function 'width'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            judges.load_scorer(path)
+    for bad in ([1.0], "x", [float("nan"), 1.0]):
+        with pytest.raises(ValueError, match=r"mine must return"):
+            judges.scorer_judge(lambda row, answers, bad=bad: bad, "mine")(ROWS[:1], [["a", "b"]])
+
+
+def test_reward_model_reads_prompt_and_answer(tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    small = dict(vocab_size=260, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(
+        LlamaConfig(**small, num_attention_heads=2, num_labels=1, pad_token_id=0)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    judge = judges.RewardModel(str(tmp_path), config(tmp_path, "m", "d"), torch.device("cpu"))
+    scores = judge({"prompt": "ab"}, [" x", " yz"])
+    with torch.no_grad():
+        own = [
+            float(model(torch.tensor([tokenizer(t)["input_ids"]])).logits)
+            for t in ("ab x", "ab yz")
+        ]
+    assert scores == pytest.approx(own) and scores[0] != scores[1]

@@ -1,0 +1,151 @@
+"""Two adapters at two speeds, changing places, resuming, and merging adapters of several runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import config, save_model, write_data
+
+from prefkern.cli.main import main
+from prefkern.train import models, train
+from prefkern.train.loop import make_optimizer, train_run
+from prefkern.train.recipes import two_speeds as speeds
+from prefkern.train.recipes.merge import merge_adapters
+from prefkern.train.recipes.sync import effective_parameters
+from prefkern.train.run import prepare
+
+FILE = "adapter_model.safetensors"
+PROVISIONAL = pytest.mark.filterwarnings("ignore:loss 'dpo_second_reference'")
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speeds")
+    return save_model(folder / "model"), write_data(folder / "pairs.jsonl", rows=16)
+
+
+def two_speeds(folder, materials, **options):
+    common = dict(
+        loss=("dpo_second_reference",), lora_r=4, learning_rate=1e-2, slow_learning_rate=1e-3,
+        max_steps=4, max_grad_norm=0.0,
+    )  # fmt: skip
+    return config(folder, *materials, **common | options)
+
+
+def logged(result, name) -> list[float]:
+    return [row[name] for row in result["log_history"] if name in row]
+
+
+@PROVISIONAL
+def test_the_slow_adapter_is_plain_dpo_and_the_fast_one_runs_ahead(tmp_path, materials):
+    result = train(two_speeds(tmp_path / "two", materials))
+    train(
+        two_speeds(
+            tmp_path / "plain",
+            materials,
+            loss=("dpo",),
+            learning_rate=1e-3,
+            slow_learning_rate=None,
+        )
+    )
+    slow = load_file(tmp_path / "two" / "slow" / FILE)
+    plain = load_file(tmp_path / "plain" / FILE)
+    assert slow.keys() == plain.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(slow[name], value, rtol=1e-4, atol=1e-7)
+    fast, behind = logged(result, "rewards/margins"), logged(result, "slow/rewards/margins")
+    assert fast[0] == behind[0] == 0.0 and fast[-1] > 2 * behind[-1] > 0.0
+    assert logged(result, "slow/swaps")[-1] == 0.0
+
+
+@PROVISIONAL
+def test_they_change_places_when_the_slow_one_overtakes(tmp_path, materials):
+    run = prepare(
+        two_speeds(tmp_path, materials, learning_rate=1e-4, slow_learning_rate=1e-2, max_steps=3)
+    )
+    result = train_run(run)
+    assert run.step.speeds.swaps >= 1 and logged(result, "slow/swaps")[-1] >= 1.0
+    # the overtaker is the one that counts from then on
+    assert logged(result, "rewards/margins")[-1] > logged(result, "slow/rewards/margins")[-1]
+
+
+@PROVISIONAL
+def test_an_exchange_takes_the_moments_along(tmp_path, materials):
+    run = prepare(two_speeds(tmp_path, materials))
+    optimizer, _ = make_optimizer(run.step, run.config, 3)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    pairs = speeds.adapter_pairs(run.step.policy)
+    assert pairs and all(rates[id(f)] == 1e-2 and rates[id(s)] == 1e-3 for f, s in pairs)
+    for number, both in enumerate(pairs):
+        for side, parameter in enumerate(both):
+            parameter.grad = torch.full_like(parameter, 1.0 + number + 100 * side)
+    optimizer.step()
+    before = [[(p.clone(), optimizer.state[p]["exp_avg"]) for p in both] for both in pairs]
+    speeds.swap(run.step.policy, optimizer)
+    for both, old in zip(pairs, before, strict=True):
+        for parameter, (value, moment) in zip(both, old[::-1], strict=True):
+            assert torch.equal(parameter, value)
+            assert torch.equal(optimizer.state[parameter]["exp_avg"], moment)
+
+
+@PROVISIONAL
+def test_resuming_and_rounds_keep_both(tmp_path, materials):
+    common = dict(save_steps=2, max_steps=4, learning_rate=1e-3, slow_learning_rate=5e-3)
+    train(two_speeds(tmp_path / "whole", materials, resume_from_checkpoint="auto", **common))
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    train(
+        two_speeds(tmp_path / "parts", materials, resume_from_checkpoint=str(checkpoint), **common)
+    )
+    for name in (FILE, f"slow/{FILE}"):
+        whole, parts = (load_file(tmp_path / run / name) for run in ("whole", "parts"))
+        assert all(torch.equal(whole[key], parts[key]) for key in whole), name
+    assert json.loads((checkpoint / speeds.FILE).read_text())["swaps"] >= 1
+    result = train(two_speeds(tmp_path / "rounds", materials, num_rounds=2, max_steps=2))
+    # the reference of the second round is the fast adapter; the slow one starts where it was
+    second = next(row for row in result["log_history"] if row["round"] == 1)
+    assert second["rewards/margins"] == 0.0 and second["slow/rewards/margins"] != 0.0
+    assert (tmp_path / "rounds" / "slow" / FILE).is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"lora_r": 0}, "set lora_r"),
+        ({"loss": ("dpo",)}, "needs loss dpo_second_reference"),
+        ({"gradient_checkpointing": True}, "under the other adapter"),
+        ({"sync_ref_model": True, "reference": "model"}, "two moving references"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path, materials, changes, match):
+    with pytest.raises(ValueError, match=match):
+        prepare(two_speeds(tmp_path, materials, **changes))
+
+
+def test_adapters_of_two_domains_merge_exactly(tmp_path, materials, capsys):
+    model, data = materials
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    for seed, folder in enumerate(folders):
+        other = write_data(tmp_path / f"{seed}.jsonl", seed=seed + 5)
+        train(config(folder, model, other, lora_r=3 + seed, learning_rate=1e-2, seed=seed))
+    out = str(tmp_path / "merged")
+    assert main(["merge", *folders, "--output-dir", out, "--weights", "0.7", "0.3"]) == 0
+    assert capsys.readouterr().out.strip().endswith(out)
+    settings = config(tmp_path, model, data)
+    one, two, merged = (
+        effective_parameters(models.load_model(name, settings)) for name in (*folders, out)
+    )
+    base = dict(models.load_model(model, settings).named_parameters())
+    changed = 0
+    for name, value in base.items():
+        expected = value + 0.7 * (one[name] - value) + 0.3 * (two[name] - value)
+        torch.testing.assert_close(merged[name], expected, rtol=1e-5, atol=1e-6)
+        changed += int((expected - value).abs().max() > 1e-4)
+    assert changed >= 10
+    for weights, match in (([1.0], "one number per adapter"), (None, "at least two")):
+        with pytest.raises(ValueError, match=match):
+            merge_adapters(folders[: 2 if weights else 1], out, weights)
+    with pytest.raises(ValueError, match="holds no adapter"):
+        merge_adapters([folders[0], model], out)
