@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefkern.backends import choice
+from prefkern.backends import choice, list_options
 from prefkern.backends.contract import SAVED_ROWS, Problem
 from prefkern.backends.tiled import heads, plan, rows
 from prefkern.backends.tiled.epilogue import LogitOptions, Tile
@@ -154,7 +154,6 @@ def kernel_call(kernel: Kernel, backend: str, m: int, w: int, device: str) -> Ca
 
 
 # ---- ranked lists --------------------------------------------------------------------------------
-LIST_FAMILIES = ("pair", "hinge", "plackett_luce", "softmax", "pro", "nca")
 
 
 def ragged(groups: int, longest: int, fixed: bool, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,8 +190,8 @@ def list_calls(groups: int, small: int, device: str) -> Iterator[tuple[str, str,
     yield "eager", "pair", {"autograd": eager}
     few = ragged(small, 64, False, device)
     for backend in ("triton", "cuda"):
-        for family in LIST_FAMILIES:
-            if reasons(backend, "list_rank", device, torch.float32, family=family):
+        for family in list_options.FAMILIES:
+            if reasons(backend, "list_rank", device, torch.float32):
                 continue
             options = {"family": family, "backend": backend}
             calls: dict[str, Call] = {}

@@ -53,7 +53,7 @@ def example(record: Loss, n: int) -> Callable[[], Tensor]:
         items = max(n // GROUP, 1) * GROUP
         seq = statistics_of(items, g)
         inputs: list[object] = [getattr(seq, record.score).detach().requires_grad_(True)]
-        given["labels"] = torch.randint(0, 4, (items,), generator=g).double()
+        given["relevance"] = torch.randint(0, 4, (items,), generator=g).double()
         given["cu_groups"] = torch.arange(0, items + 1, GROUP, dtype=torch.int32)
     else:
         roles = record.rows if record.family == "pairwise" else ("seq",)

@@ -47,7 +47,6 @@ class Check(NamedTuple):
     op: str
     dtype: torch.dtype
     run: Callable[[Draw, str], tuple[Tensors, Tensors]]
-    family: str | None = None
 
     def row(self, backend: str, device: str) -> Row:
         """The largest relative errors of values and gradients."""
@@ -148,7 +147,7 @@ def checks(device: str, gpu: bool) -> Iterator[Check]:
                 found = list_rank(scores, labels, groups, family=family, backend=backend)
                 return [found], [scores]
 
-            yield Check(f"list_rank {family} {kinds[dtype]}", "list_rank", dtype, lists, family)
+            yield Check(f"list_rank {family} {kinds[dtype]}", "list_rank", dtype, lists)
         yield Check(f"segment_sum {kinds[dtype]}", "segment_sum", dtype, sums)
         for cut in ({}, {"segments": frames, "num_segments": 3}):
 
@@ -170,7 +169,7 @@ def run(
     """(name, row) of every check that the backend serves; a row lists the kernels it launched."""
     for check in checks(device, gpu=device == "cuda" and not light):
         name = f"{backend} {check.name}"
-        off = inside.reasons(backend, check.op, device, check.dtype, family=check.family)
+        off = inside.reasons(backend, check.op, device, check.dtype)
         if off or not trying(name):
             continue
         before = {backend: inside.launched(backend)}

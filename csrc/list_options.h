@@ -1,23 +1,12 @@
-// Families of list_rank and their options: names and meaning are those of prefkern/list_options.py.
+// Families of list_rank and their options: names and meaning are those of
+// prefkern/backends/list_options.py.
 #pragma once
 
 #include <cstdint>
 
 namespace prefkern {
 
-enum class ListFamily {
-  pair,
-  hinge,
-  plackett_luce,
-  softmax,
-  pro,
-  nca,
-  rank_hinge,
-  anchor,
-  set_contrast,
-  approx_ndcg,
-  neural_ndcg
-};
+enum class ListFamily { pair, plackett_luce, softmax };
 enum class PairWeights { none, labeldiff, lambda };
 enum class Ties { strict, stable, breslow };
 enum class Target { softmax, sum, none };
@@ -27,9 +16,8 @@ struct ListOptions {
   bool linear_gain = false, dcg2 = false, normalize = false, rank_by_score = true,
        tie_average = false;
   bool scale_by_list_size = false, mean_pairs = false, item_gain = false, base2 = false;
-  int64_t topn = 0, sinkhorn_iters = 20;
-  bool product = false, per_item = false, inner_mean = false;
-  double margin = 1.0, alpha = 1.0, scale = 1.0, deviation = 1.0, temperature = 1.0;
+  int64_t topn = 0;
+  double alpha = 1.0;
   Ties ties = Ties::strict;
   Target target = Target::softmax;
 };

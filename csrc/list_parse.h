@@ -1,8 +1,8 @@
-// The text form of list_rank's family and options, as prefkern.backends.list_options.pack writes it.
+// The text form of list_rank's family and options, as prefkern.backends.list_options.pack writes
+// it.
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <initializer_list>
 #include <string>
 #include <utility>
@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "list_options.h"
+#include "number_parse.h"
 
 namespace prefkern {
 
@@ -25,16 +26,8 @@ E choose_named(const std::string& what, const std::string& value,
 inline ListFamily parse_list_family(const std::string& family) {
   return choose_named<ListFamily>("family", family,
                                   {{"pair", ListFamily::pair},
-                                   {"hinge", ListFamily::hinge},
                                    {"plackett_luce", ListFamily::plackett_luce},
-                                   {"softmax", ListFamily::softmax},
-                                   {"pro", ListFamily::pro},
-                                   {"nca", ListFamily::nca},
-                                   {"rank_hinge", ListFamily::rank_hinge},
-                                   {"anchor", ListFamily::anchor},
-                                   {"set_contrast", ListFamily::set_contrast},
-                                   {"approx_ndcg", ListFamily::approx_ndcg},
-                                   {"neural_ndcg", ListFamily::neural_ndcg}});
+                                   {"softmax", ListFamily::softmax}});
 }
 
 inline void set_list_option(ListOptions& o, const std::string& name, const std::string& value) {
@@ -71,24 +64,14 @@ inline void set_list_option(ListOptions& o, const std::string& name, const std::
     o.mean_pairs = either("mean", "sum");
   } else if (name == "item_gain") {
     o.item_gain = either("exp2", "none");
-  } else if (name == "mode") {
-    o.product = either("product", "margin");
-  } else if (name == "per_item") {
-    o.per_item = either("1", "0");
-  } else if (name == "inner") {
-    o.inner_mean = either("mean", "sum");
-  } else if (name == "topn" || name == "sinkhorn_iters") {
-    (name == "topn" ? o.topn : o.sinkhorn_iters) = std::strtoll(value.c_str(), nullptr, 10);
+  } else if (name == "topn") {
+    o.topn = parse_number<int64_t>(name, value);
+    STD_TORCH_CHECK(o.topn >= 0, "topn must be >= 0 (0 is no limit), got ", value, ".");
   } else {
-    double* number = name == "margin"        ? &o.margin
-                     : name == "alpha"       ? &o.alpha
-                     : name == "scale"       ? &o.scale
-                     : name == "deviation"   ? &o.deviation
-                     : name == "temperature" ? &o.temperature
-                                             : nullptr;
-    STD_TORCH_CHECK(number != nullptr, "list_rank has no option '", name,
+    STD_TORCH_CHECK(name == "alpha", "list_rank has no option '", name,
                     "'; see prefkern.backends.list_options.");
-    *number = std::strtod(value.c_str(), nullptr);
+    o.alpha = parse_number<double>(name, value);
+    STD_TORCH_CHECK(o.alpha > 0.0, "alpha must be > 0, got ", value, ".");
   }
 }
 

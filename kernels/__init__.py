@@ -31,7 +31,6 @@ OPS: dict[str, tuple[str, ...]] = {
     "logits_logps": ("logits_logps_fwd", "logits_logps_bwd"),
     "list_rank": ("list_rank_fwd",),
     "segment_sum": ("segment_sum_fwd", "segment_sum_bwd"),
-    "error_sum": ("error_sum_fwd", "error_sum_bwd"),
 }
 _MODULE = {function: op for op, functions in OPS.items() for function in functions}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -52,11 +51,6 @@ def unsupported(problem: Problem) -> list[str]:
     for dtype in {problem.dtype, problem.weight_dtype} - {None, *DTYPES}:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         reasons.append(f"it computes in {names}, got {dtype}")
-    if problem.op == "list_rank":
-        from .list_rank import FAMILIES
-
-        if problem.family not in (None, *FAMILIES):
-            reasons.append(f"its list_rank has no family {problem.family}")
     if reason := _no_triton():
         return [*reasons, reason]
     if reason := _no_device(problem.device):

@@ -81,27 +81,12 @@ class Launch:
 # fmt: off
 ROWS: tuple[Launch, ...] = (
     # list_rank has fp64 kernels alone: fp32 scores are widened before them
-    *(
-        Launch("list_pairs", "list_pairs:list_pairs_kernel",
-               "*fp64 *fp64 *i32 *fp64 *fp64 *fp64 *fp64 i64 i32 i32", tile, {"LINK": x})
-        for x, tile in (("pair", "list_rank any"), ("hinge", "list_hinge any"))
-    ),
-    *(
-        Launch("list_choices", "list_choices:list_choices_kernel",
-               "*fp64 *fp64 *i32 *i64 *fp64 *fp64 *fp64 i64 i32", "list_rank any", {"FAMILY": x})
-        for x in ("plackett_luce", "pro")
-    ),
-    *(
-        Launch("list_shares", "list_surrogates:list_shares_kernel",
-               "*fp64 *fp64 *i32 *fp64 *fp64 *fp64 i32", "list_shares any", {"FAMILY": x})
-        for x in ("softmax", "nca")
-    ),
-    Launch("list_contrast", "list_surrogates:list_contrast_kernel",
-           "*fp64 *fp64 *i32 *fp64 *fp64 *fp64 i32", "list_rank any"),
-    Launch("list_anchor", "list_surrogates:list_anchor_kernel",
-           "*fp64 *fp64 *i32 *fp64 *fp64 *fp64 i32", "list_rank any"),
-    Launch("list_ndcg", "list_surrogates:list_ndcg_kernel",
-           "*fp64 *fp64 *i32 *fp64 *fp64 *fp64 *fp64", "list_rank any"),
+    Launch("list_pairs", "list_pairs:list_pairs_kernel",
+           "*fp64 *fp64 *i32 *fp64 *fp64 *fp64 i64 i32 i32", "list_rank any"),
+    Launch("list_choices", "list_choices:list_choices_kernel",
+           "*fp64 *fp64 *i32 *i64 *fp64 *fp64 *fp64 i64 i32", "list_rank any"),
+    Launch("list_shares", "list_shares:list_shares_kernel",
+           "*fp64 *fp64 *i32 *fp64 *fp64 *fp64 i64 i32", "list_shares any"),
     *(
         row
         for t in ("fp32", "fp64")
@@ -110,16 +95,6 @@ ROWS: tuple[Launch, ...] = (
                    f"*{t} *{t} *i32 *fp64 i64 i64 i64", "segment_sum any"),
             Launch("segment_gradient", "segment_sum:gradient_kernel",
                    f"*fp64 *{t} *{t} *i32 *{t} *{t} i32 i64 i64 i64 i32 i32", "segment_sum any"),
-        )
-    ),
-    *(
-        row
-        for t in ("fp32", "fp64", "bf16", "fp16")
-        for row in (
-            Launch("error_sum", "error_sum:sum_kernel",
-                   f"*{t} *{t} *{t} *fp64 *fp64 i32 i32 i32 i32 i32 i32 i32 i32", "error_sum any"),
-            Launch("error_gradient", "error_sum:gradient_kernel",
-                   f"*fp64 *{t} *{t} *{t} *fp64 *{t} i32 i32 i32 i32 i32 i32", "error_sum any"),
         )
     ),
     *(Launch(*row, wide=row[0] != "raise_rows") for row in head_rows.ROWS),

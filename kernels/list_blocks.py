@@ -28,26 +28,36 @@ def load_items(
 
 @triton.jit
 def group_facts(scores, labels, start, size, BLOCK: tl.constexpr):
-    """Valid items, whether one of their scores is not finite, least and greatest label."""
+    """Valid items, whether a score or label of theirs is not finite, the greatest label."""
     count = tl.zeros((BLOCK,), tl.int32)
     broken = tl.zeros((BLOCK,), tl.int32)
-    low = tl.full((BLOCK,), float("inf"), tl.float64)
     high = tl.full((BLOCK,), -float("inf"), tl.float64)
     for r in range(0, size, BLOCK):
         s, y, valid = load_items(scores, labels, start, r + tl.arange(0, BLOCK), size)
         count += valid.to(tl.int32)
-        broken |= (valid & (s - s != 0.0)).to(tl.int32)
-        low = tl.where(valid & (y < low), y, low)
+        broken |= (valid & ((s - s != 0.0) | (y - y != 0.0))).to(tl.int32)
         high = tl.where(valid & (y > high), y, high)
-    return tl.sum(count, 0), tl.max(broken, 0) != 0, tl.min(low, 0), tl.max(high, 0)
+    return tl.sum(count, 0), tl.max(broken, 0) != 0, tl.max(high, 0)
 
 
 @triton.jit
 def store_items(slope, start, i, size, u, valid, broken):
-    """Derivatives of rows i; a score that is not finite makes all of its group NaN."""
+    """Derivatives of rows i; a number that is not finite makes all of its group NaN."""
     u = tl.where(broken, float("nan"), u)
     u = tl.where(valid, u, 0.0)
     tl.store(slope + start + i, u, mask=i < size)
+
+
+@triton.jit
+def zero_outside(slope, cu_groups, items, BLOCK: tl.constexpr):
+    """Slope 0 of the items that no group holds, a share of them by every program."""
+    before = tl.load(cu_groups)
+    after = tl.load(cu_groups + tl.num_programs(0))
+    outside = before + items.to(tl.int32) - after
+    for first in range(tl.program_id(0) * BLOCK, outside, tl.num_programs(0) * BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        place = tl.where(i < before, i, i - before + after)
+        tl.store(slope + place, tl.zeros((BLOCK,), tl.float64), mask=i < outside)
 
 
 @triton.jit

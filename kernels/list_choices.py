@@ -1,10 +1,8 @@
-"""Ranking losses that are likelihoods of choices, one log sum exp per stage: plackett_luce, pro.
+"""plackett_luce: likelihoods of choices, one log sum exp per stage.
 
-Stage i has members j (and i itself) with values x_ij and adds f_i (LSE_j x_ij - x_ii); with
-w_ij = d x_ij / d s_j the derivative is u_j = sum_{i != j} w_ij f_i softmax_i(j) - w_jj f_j (the sum
-of the others' softmax_j): no difference 1 - softmax that would leave a sure item no digit.
-plackett_luce has x_ij = s_j; pro has x_ij = (y_i - y_j) s_j for later items j and
-x_ii = (y_i - min y) s_i.
+Stage i has members j (and i itself) and adds f_i (LSE_j s_j - s_i); the derivative is
+u_j = sum_{i != j} f_i softmax_i(j) - f_j (the sum of the others' softmax_j): no difference
+1 - softmax that would leave a sure item no digit.
 """
 
 from __future__ import annotations
@@ -12,7 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .list_blocks import exp2m1, group_facts, load_items, log1p, store_items, store_loss
+from .list_blocks import (
+    exp2m1,
+    group_facts,
+    load_items,
+    log1p,
+    store_items,
+    store_loss,
+    zero_outside,
+)
 
 # Bits of `flags`. Without STABLE and BRESLOW ties are strict.
 STABLE, BRESLOW, GAIN, TOPK = (tl.constexpr(1 << bit) for bit in range(4))
@@ -37,13 +43,13 @@ def list_choices_kernel(
     slope,  # [S] fp64
     stride: tl.int64,  # S
     flags,
-    FAMILY: tl.constexpr,  # plackett_luce, pro
     BLOCK: tl.constexpr,
 ):
     g = tl.program_id(0)
     start = tl.load(cu_groups + g).to(tl.int64)
     size = (tl.load(cu_groups + g + 1) - start).to(tl.int32)
-    _count, broken, low, high = group_facts(scores, labels, start, size, BLOCK)
+    _count, broken, _high = group_facts(scores, labels, start, size, BLOCK)
+    zero_outside(slope, cu_groups, stride, BLOCK)
     tops = scratch + start
     shares, owns = tops + stride, tops + 2 * stride
     stages = tl.full((), 0x7FFFFFFF, tl.int64)
@@ -53,23 +59,14 @@ def list_choices_kernel(
     for r in range(0, size, BLOCK):
         i = r + tl.arange(0, BLOCK)
         s_i, y_i, v_i = load_items(scores, labels, start, i, size)
-        own, width = s_i, tl.full((BLOCK,), 1.0, tl.float64)
         before = tl.zeros((BLOCK,), tl.int32)
-        after = tl.zeros((BLOCK,), tl.int32)
-        if FAMILY == "pro":
-            width = tl.where(v_i, y_i - low, 0.0)
-            own = width * s_i
-        top = own
+        top = s_i
         for c in range(0, size, BLOCK):
             j = c + tl.arange(0, BLOCK)
             s_j, y_j, v_j = load_items(scores, labels, start, j, size)
             both = v_i[:, None] & v_j[None, :]
             member = _members(y_i[:, None], y_j[None, :], i[:, None], j[None, :], flags) & both
-            x = s_j[None, :]
-            if FAMILY == "pro":
-                x = (y_i[:, None] - y_j[None, :]) * x
-            top = tl.maximum(top, tl.max(tl.where(member, x, -float("inf")), 1))
-            after += tl.sum(member.to(tl.int32), 1)
+            top = tl.maximum(top, tl.max(tl.where(member, s_j[None, :], -float("inf")), 1))
             tied = (y_j[None, :] == y_i[:, None]) & (j[None, :] < i[:, None])
             tied = tl.where((flags & STABLE) != 0, tied, False)
             first = ((y_j[None, :] > y_i[:, None]) | tied) & v_j[None, :]
@@ -80,25 +77,20 @@ def list_choices_kernel(
             s_j, y_j, v_j = load_items(scores, labels, start, j, size)
             both = v_i[:, None] & v_j[None, :]
             member = _members(y_i[:, None], y_j[None, :], i[:, None], j[None, :], flags) & both
-            x = s_j[None, :]
-            if FAMILY == "pro":
-                x = (y_i[:, None] - y_j[None, :]) * x
-            e = tl.exp(tl.where(member, x - top[:, None], -float("inf")))
+            e = tl.exp(tl.where(member, s_j[None, :] - top[:, None], -float("inf")))
             rest += tl.sum(e, 1)
         stage = v_i & (before < stages)
-        if FAMILY == "pro":
-            stage = tl.where(high > low, v_i & (after > 0), False)
         factor = stage.to(tl.float64)
         if (flags & GAIN) != 0:
             factor = tl.where(stage, exp2m1(y_i), 0.0)
-        mine = tl.exp(own - top)
+        mine = tl.exp(s_i - top)
         # The greatest value is off first and its own 1 stays out of the logarithm.
-        excess = log1p(tl.where(mine == 1.0, rest, mine + rest - 1.0)) + (top - own)
+        excess = log1p(tl.where(mine == 1.0, rest, mine + rest - 1.0)) + (top - s_i)
         loss_rows += tl.where(stage, factor * excess, 0.0)
         share = factor / (mine + rest)
         tl.store(tops + i, top, mask=i < size)
         tl.store(shares + i, share, mask=i < size)
-        tl.store(owns + i, -width * rest * share, mask=i < size)
+        tl.store(owns + i, -rest * share, mask=i < size)
     store_loss(loss, g, tl.sum(loss_rows, 0), broken)
     tl.debug_barrier()
     for r in range(0, size, BLOCK):
@@ -113,11 +105,6 @@ def list_choices_kernel(
             # the row is the item, the column the stage
             member = _members(y_j[None, :], y_i[:, None], j[None, :], i[:, None], flags)
             member = member & v_i[:, None] & v_j[None, :]
-            x = s_i[:, None]
-            if FAMILY == "pro":
-                x = (y_j[None, :] - y_i[:, None]) * x
-            e = tl.exp(tl.where(member, x - top[None, :], -float("inf"))) * share[None, :]
-            if FAMILY == "pro":
-                e = e * tl.where(member, y_j[None, :] - y_i[:, None], 0.0)
-            u += tl.sum(e, 1)
+            e = tl.exp(tl.where(member, s_i[:, None] - top[None, :], -float("inf")))
+            u += tl.sum(e * share[None, :], 1)
         store_items(slope, start, i, size, u, v_i, broken)

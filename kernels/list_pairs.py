@@ -1,4 +1,4 @@
-"""Ranking losses that are sums over the strict pairs of a group."""
+"""pair: sums over the strict pairs of a group."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from .list_blocks import (
     rank_of,
     store_items,
     store_loss,
+    zero_outside,
 )
 
 # Bits of `flags`: an option costs a select or a branch, not a kernel of its own.
 LINEAR, BASE2, DCG2, NORMALIZE, BY_SCORE, AVERAGE, MEAN, BY_SIZE = (
     tl.constexpr(1 << bit) for bit in range(8)
 )
-LABELDIFF, LAMBDA, BY_RANK, PRODUCT, PER_ITEM = (tl.constexpr(1 << bit) for bit in range(8, 13))
+LABELDIFF, LAMBDA = (tl.constexpr(1 << bit) for bit in (8, 9))
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def _places(scores, labels, start, size, place, flags, topn, BLOCK: tl.constexpr
         i = r + tl.arange(0, BLOCK)
         s, y, valid = load_items(scores, labels, start, i, size)
         rank = rank_of(scores, labels, start, size, tl.where(by_score, s, y), i, by_score, BLOCK)
-        value = tl.where((flags & (DCG2 | BY_RANK)) != 0, rank, discount(rank, base, topn))
+        value = tl.where((flags & DCG2) != 0, rank, discount(rank, base, topn))
         tl.store(place + i, value, mask=i < size)
         if (flags & NORMALIZE) != 0:
             best = rank_of(scores, labels, start, size, y, i, False, BLOCK)
@@ -101,24 +102,22 @@ def list_pairs_kernel(
     scores,  # [S] fp64
     labels,  # [S] fp64
     cu_groups,  # [G+1] int32
-    number,  # [1] fp64: margin of hinge, scale of rank_hinge
-    scratch,  # [2, S] fp64; touched by LAMBDA and BY_RANK alone
+    scratch,  # [2, S] fp64; touched by LAMBDA alone
     loss,  # [G] fp64
     slope,  # [S] fp64
     stride: tl.int64,  # S
     flags,
     topn,
-    LINK: tl.constexpr,  # pair, hinge (rank_hinge is hinge with the flag BY_RANK)
     BLOCK: tl.constexpr,
 ):
     g = tl.program_id(0)
     start = tl.load(cu_groups + g).to(tl.int64)
     size = (tl.load(cu_groups + g + 1) - start).to(tl.int32)
-    count, broken, _low, _high = group_facts(scores, labels, start, size, BLOCK)
-    setting = tl.load(number)
+    count, broken, _high = group_facts(scores, labels, start, size, BLOCK)
+    zero_outside(slope, cu_groups, stride, BLOCK)
     ideal = tl.full((), 1.0, tl.float64)
     place = scratch + start
-    if (flags & (LAMBDA | BY_RANK)) != 0:
+    if (flags & LAMBDA) != 0:
         found = _places(scores, labels, start, size, place, flags, topn, BLOCK)
         ideal = tl.where(found == 0.0, 1.0, found)
         tl.debug_barrier()
@@ -126,8 +125,6 @@ def list_pairs_kernel(
             _average_places(scores, labels, start, size, place, place + stride, flags, BLOCK)
             tl.debug_barrier()
             place += stride
-    if (flags & PER_ITEM) != 0:
-        setting = setting / tl.maximum(count, 1).to(tl.float64)
     factor = tl.full((), 1.0, tl.float64)
     if (flags & MEAN) != 0:
         factor = factor / tl.maximum(_strict_pairs(scores, labels, start, size, BLOCK), 1.0)
@@ -147,25 +144,13 @@ def list_pairs_kernel(
             gap = s_i[:, None] - s_j[None, :]
             gap = tl.where(under, -gap, gap)  # winner less loser
             weight = tl.full((BLOCK, BLOCK), 1.0, tl.float64)
-            if LINK == "pair":
-                value, push = logistic(gap)
-                if (flags & LABELDIFF) != 0:
-                    weight = tl.abs(y_i[:, None] - y_j[None, :])
-                if (flags & LAMBDA) != 0:
-                    p_i = tl.load(place + i, mask=i < size, other=0.0)
-                    p_j = tl.load(place + j, mask=j < size, other=0.0)
-                    weight = _lambda_weight(y_i, y_j, p_i, p_j, ideal, flags)
-            else:
-                margin = weight * setting
-                if (flags & BY_RANK) != 0:
-                    p_i = tl.load(place + i, mask=i < size, other=0.0)
-                    p_j = tl.load(place + j, mask=j < size, other=0.0)
-                    apart = tl.abs(p_i[:, None] - p_j[None, :]) * setting
-                    weight = tl.where((flags & PRODUCT) != 0, apart, weight)
-                    margin = tl.where((flags & PRODUCT) != 0, 0.0, apart)
-                active = gap < margin
-                value = tl.where(active, margin - gap, 0.0)
-                push = tl.where(active, 1.0, weight * 0.0)
+            value, push = logistic(gap)
+            if (flags & LABELDIFF) != 0:
+                weight = tl.abs(y_i[:, None] - y_j[None, :])
+            if (flags & LAMBDA) != 0:
+                p_i = tl.load(place + i, mask=i < size, other=0.0)
+                p_j = tl.load(place + j, mask=j < size, other=0.0)
+                weight = _lambda_weight(y_i, y_j, p_i, p_j, ideal, flags)
             value, push = weight * value, weight * push
             total += tl.sum(tl.where(over, value, 0.0), 1)
             u += tl.sum(tl.where(under, push, 0.0) - tl.where(over, push, 0.0), 1)

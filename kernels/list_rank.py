@@ -1,9 +1,9 @@
 """list_rank: value and derivative of ranking losses of ragged groups, one program per group.
 
-Any family but neural_ndcg, groups of any size: a program walks over its group in blocks, O(K^2)
-work and O(K) numbers of memory, so the host knows no group size and waits for none. One program is
-one streaming multiprocessor at best: lists far beyond K = 1024 work and are slow. The kernels have
-one type, fp64: fp32 scores are widened on the way in and results are rounded once on the way out.
+Groups of any size: a program walks over its group in blocks, O(K^2) work and O(K) numbers of
+memory, so the host knows no group size and waits for none. One program is one streaming
+multiprocessor at best: lists far beyond K = 1024 work and are slow. The kernels have one type,
+fp64: fp32 scores are widened on the way in and results are rounded once on the way out.
 """
 
 from __future__ import annotations
@@ -14,11 +14,6 @@ from torch import Tensor
 from prefkern.backends.list_options import ListOptions, unpack
 
 from .launches import launch
-
-FAMILIES = (
-    "pair", "hinge", "plackett_luce", "softmax", "pro", "nca", "rank_hinge", "anchor",
-    "set_contrast", "approx_ndcg",
-)  # fmt: skip
 
 
 def list_rank_fwd(
@@ -35,40 +30,22 @@ def list_rank_fwd(
     score, label = scores.double(), labels.double()
     loss = score.new_empty(groups)
     slope = torch.empty_like(score)
+    if groups == 0:
+        return loss.to(scores.dtype), torch.zeros_like(scores)
     given = (score, label, cu_groups)
-    args: tuple[Tensor | int, ...]
-    if family in ("pair", "hinge", "rank_hinge"):
-        setting = {"hinge": o.margin, "rank_hinge": o.scale}.get(family, 0.0)
-        rows = 2 if family == "rank_hinge" or o.weights == "lambda" else 0
-        link = "pair" if family == "pair" else "hinge"
-        args = (_number(setting, score), _scratch(rows, score), loss, slope, items)
-        launch("list_pairs", (groups,), *given, *args, _pair_flags(o, family), o.topn, LINK=link)
-    elif family in ("plackett_luce", "pro"):
+    if family == "pair":
+        args = (_scratch(2 if o.weights == "lambda" else 0, score), loss, slope, items)
+        launch("list_pairs", (groups,), *given, *args, _pair_flags(o), o.topn)
+    elif family == "plackett_luce":
         stages = cu_groups.new_empty(0, dtype=torch.int64) if topk is None else topk
         args = (stages, _scratch(3, score), loss, slope, items)
-        flags = _choice_flags(o, family, topk is not None)
-        launch("list_choices", (groups,), *given, *args, flags, FAMILY=family)
-    elif family in ("softmax", "nca"):
-        target = ("softmax", "sum", "none").index(o.target)
-        args = (_number(o.alpha, score), loss, slope, target)
-        launch("list_shares", (groups,), *given, *args, FAMILY=family)
-    elif family == "set_contrast":
-        args = (_number(o.deviation, score), loss, slope, int(labels.dtype == torch.float32))
-        launch("list_contrast", (groups,), *given, *args)
-    elif family == "anchor":
-        args = (_scratch(1, score), loss, slope, int(o.inner == "mean"))
-        launch("list_anchor", (groups,), *given, *args)
-    elif family == "approx_ndcg":
-        args = (_number(o.temperature, score), _scratch(1, score), loss, slope)
-        launch("list_ndcg", (groups,), *given, *args)
+        launch("list_choices", (groups,), *given, *args, _choice_flags(o, topk is not None))
     else:
-        raise ValueError(f"the Triton list_rank has the families {FAMILIES}, got {family!r}.")
+        # alpha as fp64: as a plain number a kernel would get it in fp32
+        alpha = torch.full((1,), o.alpha, dtype=torch.float64, device=score.device)
+        target = ("softmax", "sum", "none").index(o.target)
+        launch("list_shares", (groups,), *given, alpha, loss, slope, items, target)
     return loss.to(scores.dtype), slope.to(scores.dtype)
-
-
-def _number(value: float, like: Tensor) -> Tensor:  # [1]
-    """An fp64 argument: as a plain number a kernel would get it in fp32."""
-    return torch.full((1,), value, dtype=torch.float64, device=like.device)
 
 
 def _scratch(rows: int, like: Tensor) -> Tensor:  # [rows, S]
@@ -78,7 +55,7 @@ def _scratch(rows: int, like: Tensor) -> Tensor:  # [rows, S]
 # Bits of the flags that list_pairs.py and list_choices.py read, first bit first.
 PAIR_FLAGS = (
     "linear", "base2", "dcg2", "normalize", "by_score", "average", "mean", "by_size", "labeldiff",
-    "lambda", "by_rank", "product", "per_item",
+    "lambda",
 )  # fmt: skip
 CHOICE_FLAGS = ("stable", "breslow", "gain", "topk")
 
@@ -87,11 +64,8 @@ def _bits(names: tuple[str, ...], on: dict[str, bool]) -> int:
     return sum(1 << names.index(name) for name, chosen in on.items() if chosen)
 
 
-def _pair_flags(o: ListOptions, family: str) -> int:
+def _pair_flags(o: ListOptions) -> int:
     on = {
-        "by_rank": family == "rank_hinge",
-        "product": o.mode == "product",
-        "per_item": o.per_item,
         "mean": o.pair_reduction == "mean",
         "by_size": o.scale_by_list_size,
         "labeldiff": o.weights == "labeldiff",
@@ -109,11 +83,10 @@ def _pair_flags(o: ListOptions, family: str) -> int:
     return _bits(PAIR_FLAGS, on)
 
 
-def _choice_flags(o: ListOptions, family: str, topk: bool) -> int:
-    ties = "stable" if family == "pro" else o.ties  # pro puts items in label order
+def _choice_flags(o: ListOptions, topk: bool) -> int:
     on = {
-        "stable": ties == "stable",
-        "breslow": ties == "breslow",
+        "stable": o.ties == "stable",
+        "breslow": o.ties == "breslow",
         "gain": o.item_gain == "exp2",
         "topk": topk,
     }

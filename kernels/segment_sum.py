@@ -88,6 +88,22 @@ def gradient_kernel(
                     shared += grad
         if (need_weights != 0) & (row_step == 0):
             tl.store(d_weights + i, shared.to(weights.dtype.element_ty), mask=inside)
+    # Tokens before the first boundary and behind the last belong to no segment: 0, shared by all.
+    before = tl.load(cu_seqlens).to(tl.int64)
+    after = tl.load(cu_seqlens + segments).to(tl.int64)
+    nothing = tl.zeros((BLOCK,), tl.float64).to(values.dtype.element_ty)
+    outside = before + n - after
+    program = (part.to(tl.int64) * segments + segment) * BLOCK
+    for first in range(program, outside, parts.to(tl.int64) * segments * BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        i = tl.where(k < before, k, k - before + after)
+        if (need_weights != 0) & (row_step == 0):
+            tl.store(d_weights + i, nothing, mask=k < outside)
+        for row in range(0, m):
+            if need_values != 0:
+                tl.store(d_values + row * n + i, nothing, mask=k < outside)
+            if (need_weights != 0) & (row_step != 0):
+                tl.store(d_weights + row * n + i, nothing, mask=k < outside)
 
 
 def segment_sum_fwd(
@@ -118,8 +134,10 @@ def segment_sum_bwd(
     """(d_values [m, N], d_weights like weights); [0] where not needed."""
     (rows, n), segments = values.shape, cu_seqlens.shape[0] - 1
     v, w, row_step, token_step = _same_type(values, weights)
-    d_values = torch.empty_like(v) if need_values else v.new_empty(0)
-    d_weights = torch.empty_like(w) if need_weights else w.new_empty(0)
+    # Without a segment no program runs, and no token has a gradient.
+    like = torch.empty_like if segments else torch.zeros_like
+    d_values = like(v) if need_values else v.new_empty(0)
+    d_weights = like(w) if need_weights else w.new_empty(0)
     launch(
         "segment_gradient", (segments, _splits(n, segments)), d_out, v, w, cu_seqlens, d_values,
         d_weights, rows, n, row_step, token_step, int(need_values), int(need_weights),

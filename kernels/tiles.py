@@ -74,11 +74,6 @@ fused_two     any    interpreter  BLOCK_M=16  BLOCK_V=32  BLOCK_D=16   warps=1 s
 fused_apart   any    interpreter  BLOCK_M=16  BLOCK_V=32  BLOCK_D=16   warps=1 stages=1
 list_rank     any    gpu          BLOCK=32                             warps=8 stages=1
 list_rank     any    interpreter  BLOCK=16                             warps=1 stages=1
-list_hinge    any    sm_80        BLOCK=32                             warps=8 stages=1
-list_hinge    any    sm_90        BLOCK=32                             warps=4 stages=1
-list_hinge    any    sm_100       BLOCK=32                             warps=8 stages=1
-list_hinge    any    gfx942       BLOCK=32                             warps=8 stages=1
-list_hinge    any    interpreter  BLOCK=16                             warps=1 stages=1
 list_shares   any    sm_80        BLOCK=32                             warps=8 stages=1
 list_shares   any    sm_90        BLOCK=32                             warps=4 stages=1
 list_shares   any    sm_100       BLOCK=32                             warps=4 stages=1
@@ -86,8 +81,6 @@ list_shares   any    gfx942       BLOCK=32                             warps=8 s
 list_shares   any    interpreter  BLOCK=16                             warps=1 stages=1
 segment_sum   any    gpu          BLOCK=1024                           warps=4 stages=1
 segment_sum   any    interpreter  BLOCK=32                             warps=1 stages=1
-error_sum     any    gpu          BLOCK=1024                           warps=4 stages=1
-error_sum     any    interpreter  BLOCK=512                            warps=1 stages=1
 fold_one      b16    gpu          BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
 fold_one      b32    sm_80        BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
 fold_one      b32    sm_90        BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1

@@ -165,9 +165,10 @@ def check_constant(name: str, tensor: Tensor | None) -> None:
 
 
 def check_cu_seqlens(
-    cu: object, total: int, *, name: str = "cu_seqlens", of: str = "tokens"
+    cu: object, total: int, *, name: str = "cu_seqlens", of: str = "tokens", read: bool = True
 ) -> Tensor:
-    """Boundaries [S+1]: integer, from 0 to `total`, never decreasing. Reads values on CPU only."""
+    """Boundaries [S+1]: integer, from 0 to `total`, never decreasing. Reads values on CPU only, and
+    not without `read`, where `check_boundaries` is called later."""
     tensor = check_tensor(name, cu)
     if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() != 1 or tensor.numel() < 1:
         raise ValueError(
@@ -175,7 +176,7 @@ def check_cu_seqlens(
             f"{shape_text(tensor)}; "
             f"build it as the cumulative sum of the lengths with a leading 0."
         )
-    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+    if read and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
         check_boundaries(tensor, total, name=name, of=of)
     return tensor
 

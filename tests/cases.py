@@ -22,11 +22,10 @@ PLAIN_PROBLEM = Problem(
 )
 
 
-def backends_on() -> tuple[str, ...]:
-    """Backends that can serve a plain float32 `linear_logps` on this machine."""
-    return tuple(
-        name for name in choice.backend_names() if not choice.unsupported(name, PLAIN_PROBLEM)
-    )
+def backends_on(op: str = "linear_logps") -> tuple[str, ...]:
+    """Backends that can serve a plain float32 call of the op on this machine."""
+    problem = replace(PLAIN_PROBLEM, op=op)
+    return tuple(name for name in choice.backend_names() if not choice.unsupported(name, problem))
 
 
 def device_of(backend: str) -> str:

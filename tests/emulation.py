@@ -1,4 +1,4 @@
-"""Programs that run CUDA kernels of list_rank, segment_sum, error_sum block by block on the CPU.
+"""Programs that run CUDA kernels of list_rank and segment_sum block by block on the CPU.
 
 They have the very kernel bodies with their tiling, merge order and barriers, are compiled with
 address and undefined-behaviour sanitizers, and fail on shared memory that two threads touch without
@@ -49,21 +49,6 @@ class Segments(NamedTuple):
     weights: Tensor | None = None
     d_out: Tensor | None = None  # [m, S]; default ones
     reverse: bool = False
-
-
-class Errors(NamedTuple):
-    stats: str
-    pred: Tensor  # [B, O, F, I]
-    target: Tensor
-    ref: Tensor | None
-    segments: Tensor | None  # [F] int32
-    num_segments: int
-    d_out: Tensor  # [n, B, num_segments]
-    misaligned: bool = False
-    reverse: bool = False
-
-
-CODES = {torch.float32: 0, FP64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/dispatch.h
 
 
 class Program:
@@ -124,22 +109,6 @@ class Program:
             outputs.append([torch.empty(m, s, dtype=FP64), torch.empty_like(c.values), empty])
         self.calls(lines, inputs, outputs)
         return [(out, d_values, d_weights) for out, d_values, d_weights in outputs]
-
-    def errors(self, cases: list[Errors]) -> list[tuple[Tensor, Tensor]]:
-        """(out, d_pred) of every case."""
-        lines, inputs, outputs = [], [], []
-        for c in cases:
-            types = [-1 if x is None else CODES[x.dtype] for x in (c.pred, c.target, c.ref)]
-            numbers = [
-                *types, *c.pred.shape, 0 if c.segments is None else c.num_segments,
-                int(c.misaligned), int(c.reverse),
-            ]  # fmt: skip
-            lines.append(f"call {c.stats} {' '.join(map(str, numbers))}")
-            tensors = (c.pred, c.target, c.ref, c.segments, c.d_out)
-            inputs.append([x for x in tensors if x is not None])
-            outputs.append([torch.empty_like(c.d_out), torch.empty_like(c.pred)])
-        self.calls(lines, inputs, outputs)
-        return [(out, d_pred) for out, d_pred in outputs]
 
 
 @functools.cache

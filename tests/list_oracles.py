@@ -1,4 +1,4 @@
-"""Ranking losses by loops over items in plain Python, and ragged groups to run them on."""
+"""list_rank's families by loops over items in plain Python, and ragged groups to run them on."""
 
 from __future__ import annotations
 
@@ -16,15 +16,12 @@ VARIANTS = [
     ("pair", {"weights": "lambda", "tie_rank": "average", "log_base": "2", "topn": 2}),
     ("pair", {"weights": "lambda", "rank_source": "label", "gain": "linear", "normalize": True}),
     ("pair", {"weights": "lambda", "form": "dcg2", "scale_by_list_size": True}),
-    ("hinge", {"margin": 0.5}),
     ("plackett_luce", {}),
     ("plackett_luce", {"ties": "stable", "topk": 2}),
     ("plackett_luce", {"ties": "breslow", "item_gain": "exp2"}),
     ("softmax", {"target": "sum"}),
     ("softmax", {"target": "none"}),
     ("softmax", {"target": "softmax", "alpha": 0.5}),
-    ("pro", {}),
-    ("nca", {"alpha": 0.5}),
 ]
 IDS = ["-".join([f, *map(str, o.values())]) for f, o in VARIANTS]
 
@@ -57,8 +54,6 @@ def oracle(s, y, family, topk=None, **options):
         max(len(strict), 1) if o.pair_reduction == "mean" else 1
     )
     log = math.log2 if o.log_base == "2" else math.log
-    if family == "hinge":
-        return size * sum(max(0.0, o.margin - (s[i] - s[j])) for i, j in strict)
     if family == "pair":
         rank = ranks(s if o.rank_source == "score" else y)
 
@@ -105,28 +100,13 @@ def oracle(s, y, family, topk=None, **options):
                 risk = [s[i]] + [s[j] for j in range(k) if y[j] < y[i]]
             total += (2.0 ** y[i] - 1 if o.item_gain == "exp2" else 1.0) * (lse(risk) - s[i])
         return total
-    if family == "pro":
-        if not strict:
-            return 0.0
-        order = sorted(range(k), key=lambda i: (-y[i], i))
-        total = 0.0
-        for place in range(k - 1):
-            best, rest = order[place], order[place + 1 :]
-            widest = max(y[best] - y[i] for i in rest)
-            total += (
-                lse([widest * s[best]] + [(y[best] - y[i]) * s[i] for i in rest]) - widest * s[best]
-            )
-        return total
-    if family == "softmax" and o.target != "softmax":
-        q = list(y)
-        if o.target == "sum":
-            q = [v / sum(y) for v in y] if sum(y) > 0 else [0.0] * k
-    else:
+    if o.target == "softmax":
         norm = lse([v / o.alpha for v in y])
         q = [math.exp(v / o.alpha - norm) for v in y]
-    if family == "softmax":
-        return sum(w * (lse(s) - v) for w, v in zip(q, s, strict=True))
-    return sum(w * softplus(-v) + softplus(v) / k for w, v in zip(q, s, strict=True))
+    else:
+        whole = sum(y) if o.target == "sum" else 1.0
+        q = [v / whole if whole > 0 else 0.0 for v in y]
+    return sum(w * (lse(s) - v) for w, v in zip(q, s, strict=True))
 
 
 def oracle_slope(s, y, family, **options):

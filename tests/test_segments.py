@@ -101,5 +101,3 @@ def test_boundaries():
         segments.sequence_boundaries(TARGETS, None)
     with pytest.raises(ValueError, match="int32"):
         segments.sequence_boundaries(TARGETS, torch.tensor([0.0, 7.0]))
-
-

@@ -1,15 +1,41 @@
 #include "cpu/error_sum.h"
 
+#include <algorithm>
+
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
 #include "cpu/head_op.h"
-#include "error_parse.h"
+#include "number_parse.h"
 
 namespace prefkern {
 namespace {
 
 using torch::headeronly::ScalarType;
+
+// The statistics of a call, from their comma-joined names.
+void parse_stats(ErrorCall& call, const std::string& stats) {
+  size_t at = 0;
+  while (at <= stats.size()) {
+    const size_t end = std::min(stats.find(',', at), stats.size());
+    const std::string item = stats.substr(at, end - at), name = item.substr(0, item.find(':'));
+    int* slot = name == "err"       ? &call.err
+                : name == "ref_err" ? &call.ref_err
+                : name == "dot"     ? &call.dot
+                : name == "huber"   ? &call.huber_slot
+                                    : nullptr;
+    STD_TORCH_CHECK(slot != nullptr && *slot < 0,
+                    "stats must be distinct names among err, ref_err, dot and huber:c, got '",
+                    stats, "'.");
+    *slot = int(call.stats++);
+    if (slot == &call.huber_slot) {
+      call.huber = item.size() > 6 ? parse_number<double>("the width of huber", item.substr(6)) : 0;
+      STD_TORCH_CHECK(call.huber > 0.0, "huber needs a width > 0, as in 'huber:0.001', got '", item,
+                      "'.");
+    }
+    at = end + 1;
+  }
+}
 
 ErrorCall make_call(const Tensor& pred, const Tensor& target, const OptTensor& ref,
                     const OptTensor& segments, int64_t num_segments, const std::string& stats,
@@ -24,7 +50,7 @@ ErrorCall make_call(const Tensor& pred, const Tensor& target, const OptTensor& r
   check_shape(target, "target", shape);
   call.target = target.const_data_ptr();
   call.target_type = check_float(target, "target");
-  parse_error_stats(call, stats);
+  parse_stats(call, stats);
   if (ref.has_value()) {
     check_shape(*ref, "ref", shape);
     call.ref = ref->const_data_ptr();

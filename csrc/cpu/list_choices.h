@@ -1,5 +1,4 @@
-// Ranking losses that are likelihoods of choices: log sum exp of a set less one of its members, and
-// those that take one pass over the items.
+// Ranking losses that are likelihoods of choices: log sum exp of a set less one of its members.
 #pragma once
 
 #include "cpu/list_group.h"
@@ -66,35 +65,6 @@ struct ListChoices : ListGroup {
     return noted(rows, gained ? t.gain : nullptr);
   }
 
-  PK_HOT double pro() const {
-    if (t.end[0] == count) return 0.0;
-    for (int64_t i = 0; i + 1 < count; ++i) {
-      const double widest = t.y[i] - t.y[count - 1], own_value = widest * t.s[i];
-      vd highest = splat(own_value);
-      each(i + 1, [&](int64_t v, vl, vl inside) {
-        const vd value = (splat(t.y[i]) - load(t.y + v)) * load(t.s + v);
-        store(t.line + v, value);
-        highest = inside & (value > highest) ? value : highest;
-      });
-      const double top = max_of(highest);
-      vd rest{};
-      each(i + 1, [&](int64_t v, vl, vl inside) {
-        const vd e = inside ? exp_negative(load(t.line + v) - splat(top)) : vd{};
-        store(t.line + v, e);
-        rest += e;
-      });
-      const double others = sum_of(rest), own = exp_of(own_value - top);
-      note(i, own, others, top - own_value);
-      const double share = 1.0 / (own + others);
-      for (int64_t v = (i + 1) / L * L; v < count; v += L) {
-        const vd factor = (splat(t.y[i]) - load(t.y + v)) * splat(share);
-        store(t.u + v, fma(load(t.line + v), factor, load(t.u + v)));
-      }
-      t.u[i] -= widest * (others * share);
-    }
-    return noted(count - 1, nullptr);
-  }
-
   // out[i] = exp(value_i / alpha - max): not yet divided by the sum, which is returned.
   double shares(const double* value, double alpha, double* out) const {
     double top = -pk_inf();
@@ -149,23 +119,6 @@ struct ListChoices : ListGroup {
     double loss = 0.0;
     for (int64_t i = 0; i < count; ++i) loss += t.gain[i] * (excess + (t.score[best] - t.score[i]));
     return loss;
-  }
-
-  PK_HOT double nca() const {
-    for (int64_t i = count; i % L != 0; ++i) t.score[i] = t.label[i] = 0.0;
-    const double total = shares(t.label, call.options.alpha, t.gain);
-    const vd share = splat(1.0 / double(count));
-    vd loss{};
-    each(0, [&](int64_t v, vl, vl inside) {
-      const vd s = load(t.score + v), q = load(t.gain + v) / splat(total);
-      const vd e = exp_negative(-magnitude(s)), r = splat(1.0) / (splat(1.0) + e),
-               soft = log1p_unit(e);
-      const vd up = s > vd{} ? r : e * r, down = s > vd{} ? e * r : r;  // sigmoid(s), sigmoid(-s)
-      const vd value = q * (soft + (s < vd{} ? -s : vd{})) + share * (soft + (s > vd{} ? s : vd{}));
-      loss += inside ? value : vd{};
-      store(t.u + v, share * up - q * down);
-    });
-    return sum_of(loss);
   }
 };
 

@@ -14,14 +14,12 @@ struct ListScratch {
   double *place, *gain;           // of lambda weights: discount or rank; 2^label
   double *line, *above, *log_of;  // one row; running maxima; arguments of the logarithms
   int64_t *item, *origin, *slot,
-      *end;      // index of an item; the same in label order; its rank; end of its tied block
-  double* grid;  // matrices of neural_ndcg
-  void layout(Arena& a, int64_t size, int64_t cells) {
+      *end;  // index of an item; the same in label order; its rank; end of its tied block
+  void layout(Arena& a, int64_t size) {
     double** const numbers[] = {&score, &label, &s, &y, &u, &place, &gain, &line, &above, &log_of};
     int64_t** const indices[] = {&item, &origin, &slot, &end};
     for (double** p : numbers) *p = a.take<double>(size);
     for (int64_t** p : indices) *p = a.take<int64_t>(size);
-    grid = a.take<double>(cells);
   }
 };
 
@@ -32,9 +30,6 @@ PK_INLINE vl lanes_from(int64_t first) {
 }
 PK_INLINE double sum_of(vd v) {
   return fold_lanes(v, [](double a, double b) { return a + b; });
-}
-PK_INLINE double max_of(vd v) {
-  return fold_lanes(v, [](double a, double b) { return a > b ? a : b; });
 }
 
 // One group whose valid items are in `score`, `label` [count].

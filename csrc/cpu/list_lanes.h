@@ -1,4 +1,4 @@
-// Several short groups at once, one per lane, where no label order is needed; pair and hinge.
+// Several short groups at once, one per lane, where no label order is needed: pair, plackett_luce.
 //
 // A list of 16 leaves half of every vector of list_pairs.h empty and sorts for as long as it
 // computes; here all lanes work. Items beyond a group's end are masked ones, label NaN, which no
@@ -47,7 +47,7 @@ struct ListLanes {
     }
     for (int64_t i = 0; i < items; ++i) {
       const auto valid = y[i] == y[i];
-      broken |= valid & (s[i] - s[i] != vd{});
+      broken |= valid & ((s[i] - s[i] != vd{}) | (y[i] - y[i] != vd{}));
       count += valid ? splat(1.0) : vd{};
       u[i] = vd{};
     }
@@ -116,33 +116,24 @@ struct ListLanes {
   PK_HOT vd pairs() {
     const vd ideal =
         Weighted && call.options.weights == PairWeights::lambda ? lambda() : splat(1.0);
-    const vd margin = splat(call.options.margin);
-    const bool hinge = call.family == ListFamily::hinge;
     vd loss{}, strict{};
     for (int64_t i = 1; i < items; ++i) {
       vd pushed{}, product{};  // product: of all (1 + e) of the row, less 1
       for (int64_t j = 0; j < i; ++j) {
         const auto over = y[i] > y[j], pair = over | (y[i] < y[j]);
         const vd gap = s[i] - s[j], x = over ? gap : -gap;
-        vd push;
-        if (hinge) {
-          const auto active = pair & (x < margin);
-          push = active ? splat(1.0) : vd{};
-          loss += active ? margin - x : vd{};
+        const vd e = exp_negative(-magnitude(x)), r = splat(1.0) / (splat(1.0) + e);
+        vd push = pair ? (x > vd{} ? e * r : r) : vd{};
+        const vd linear = x < vd{} ? -x : vd{};
+        if constexpr (Weighted) {
+          const vd w = pair ? weight(i, j, magnitude(y[i] - y[j]), ideal) : vd{};
+          push *= w;
+          loss += pair ? w * (linear + log1p_unit(e)) : vd{};
         } else {
-          const vd e = exp_negative(-magnitude(x)), r = splat(1.0) / (splat(1.0) + e);
-          push = pair ? (x > vd{} ? e * r : r) : vd{};
-          const vd linear = x < vd{} ? -x : vd{};
-          if constexpr (Weighted) {
-            const vd w = pair ? weight(i, j, magnitude(y[i] - y[j]), ideal) : vd{};
-            push *= w;
-            loss += pair ? w * (linear + log1p_unit(e)) : vd{};
-          } else {
-            // One logarithm per row: 31 factors of at most 2 stay far from overflow.
-            const vd factor = pair ? e : vd{};
-            product = fma(product, factor, product + factor);
-            loss += pair ? linear : vd{};
-          }
+          // One logarithm per row: 31 factors of at most 2 stay far from overflow.
+          const vd factor = pair ? e : vd{};
+          product = fma(product, factor, product + factor);
+          loss += pair ? linear : vd{};
         }
         strict += pair ? splat(1.0) : vd{};
         push = over ? push : -push;
@@ -150,7 +141,7 @@ struct ListLanes {
         u[j] += push;
       }
       u[i] -= pushed;
-      if (!Weighted && !hinge) loss += log1p_positive(product);
+      if (!Weighted) loss += log1p_positive(product);
     }
     vd factor = splat(1.0);
     if (call.options.mean_pairs) factor = strict > vd{} ? splat(1.0) / strict : factor;
@@ -159,6 +150,97 @@ struct ListLanes {
     return loss * factor;
   }
 };
+
+// Every unordered pair (i, j) of items costs one exponential, kept in `cell` for the derivative.
+struct ListLaneChoices : ListLanes {
+  vd top[kLaneItems], share[kLaneItems], rest[kLaneItems], before[kLaneItems];
+  vd cell[kLaneItems * (kLaneItems - 1) / 2];
+  using ListLanes::ListLanes;
+
+  // body(i, j, k): pair number k, j < i.
+  template <class Body>
+  PK_INLINE void each_pair(const Body& body) {
+    int64_t k = 0;
+    for (int64_t i = 1; i < items; ++i) {
+      for (int64_t j = 0; j < i; ++j, ++k) body(i, j, k);
+    }
+  }
+
+  // Stages of list_choices.h without label order: of a pair, the item of the higher label is the
+  // stage and the other one of its members. `stable`: the earlier one of two equal labels.
+  PK_HOT vd plackett_luce() {
+    const ListOptions& o = call.options;
+    const bool stable = o.ties == Ties::stable;
+    vd stages = splat(double(kLaneItems));
+    for (int64_t k = 0; call.topk != nullptr && k < L; ++k)
+      stages[k] = double(call.topk[first + k]);
+    const auto earlier_wins = [&](int64_t i, int64_t j) {
+      return stable ? y[j] >= y[i] : y[j] > y[i];
+    };
+    for (int64_t i = 0; i < items; ++i) top[i] = s[i], rest[i] = before[i] = vd{};
+    each_pair([&](int64_t i, int64_t j, int64_t) {
+      const auto of_j = earlier_wins(i, j), of_i = y[i] > y[j];
+      top[j] = of_j & (s[i] > top[j]) ? s[i] : top[j];
+      top[i] = of_i & (s[j] > top[i]) ? s[j] : top[i];
+      before[i] += of_j ? splat(1.0) : vd{};
+      before[j] += of_i ? splat(1.0) : vd{};
+    });
+    each_pair([&](int64_t i, int64_t j, int64_t k) {
+      const auto of_j = earlier_wins(i, j), of_i = y[i] > y[j];
+      const vd x = of_j ? s[i] - top[j] : s[j] - top[i];
+      const vd e = of_j | of_i ? exp_negative(x) : vd{};
+      cell[k] = e;
+      rest[j] += of_j ? e : vd{};
+      rest[i] += of_i ? e : vd{};
+    });
+    vd loss{};
+    for (int64_t i = 0; i < items; ++i) {
+      const auto stage = (y[i] == y[i]) & (before[i] < stages);
+      const vd factor = o.item_gain ? exp2m1(y[i]) : splat(1.0);
+      const vd own = exp_negative(s[i] - top[i]), sum = own + rest[i];
+      const vd more = own == splat(1.0) ? rest[i] : sum - splat(1.0);
+      const vd each_one = factor * (log1p_positive(more) + (top[i] - s[i]));
+      loss += stage ? each_one : vd{};
+      share[i] = stage ? factor / sum : vd{};
+      u[i] = stage ? -(rest[i] * share[i]) : vd{};
+    }
+    each_pair([&](int64_t i, int64_t j, int64_t k) {
+      const auto of_j = earlier_wins(i, j), of_i = y[i] > y[j];
+      const vd d = cell[k] * (of_j ? share[j] : share[i]);
+      u[i] += of_j ? d : vd{};
+      u[j] += of_i ? d : vd{};
+    });
+    return loss;
+  }
+};
+
+inline bool lanes_serve(const ListCall& call) {
+  const ListOptions& o = call.options;
+  switch (call.family) {
+    case ListFamily::pair:
+      return o.weights != PairWeights::lambda || !(o.dcg2 || o.tie_average);
+    case ListFamily::plackett_luce:
+      return o.ties != Ties::breslow;  // whose tied items are members of each other's stages
+    case ListFamily::softmax:
+      break;
+  }
+  return false;
+}
+
+// Groups [g, g + L). False where they are not for lanes: nothing is done then.
+template <class T>
+bool list_lanes(const ListCall& call, int64_t g) {
+  ListLaneChoices lanes(call, g);
+  if (!lanes.fits()) return false;
+  lanes.read<T>();
+  if (call.family == ListFamily::plackett_luce) {
+    lanes.write<T>(lanes.plackett_luce());
+  } else {
+    const bool plain = call.options.weights == PairWeights::none;
+    lanes.write<T>(plain ? lanes.pairs<false>() : lanes.pairs<true>());
+  }
+  return true;
+}
 
 }  // namespace PK_ISA
 }  // namespace prefkern

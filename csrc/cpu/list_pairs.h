@@ -84,9 +84,9 @@ struct ListPairs : ListGroup {
     }
   };
 
-  // l = sum over pairs of value, u by slope = -dl/d(s_i - s_j) >= 0; Link gives both from the gap.
-  template <class Link, class Weight>
-  PK_INLINE double fold_pairs(const Link& link, const Weight& weight) const {
+  // l = sum over pairs of w softplus(-gap), u by w sigmoid(-gap) = -dl/d(s_i - s_j).
+  template <class Weight>
+  PK_INLINE double fold_pairs(const Weight& weight) const {
     const ListOptions& o = call.options;
     vd loss{};
     int64_t pairs = 0;
@@ -95,8 +95,10 @@ struct ListPairs : ListGroup {
       const vd own = splat(t.s[i]);
       vd pushed{};
       each(t.end[i], [&](int64_t v, vl, vl inside) {
-        vd value, slope;
-        link(own - load(t.s + v), value, slope);
+        const vd gap = own - load(t.s + v);
+        const vd e = exp_negative(-magnitude(gap)), r = splat(1.0) / (splat(1.0) + e);
+        const vd slope = gap > vd{} ? e * r : r;
+        const vd value = (gap < vd{} ? -gap : vd{}) + log1p_unit(e);
         const vd w = weight(i, v);
         loss += inside ? w * value : vd{};
         const vd push = inside ? w * slope : vd{};
@@ -116,22 +118,7 @@ struct ListPairs : ListGroup {
   struct One {
     PK_INLINE vd operator()(int64_t, int64_t) const { return splat(1.0); }
   };
-  struct Logistic {
-    PK_INLINE void operator()(vd gap, vd& value, vd& slope) const {
-      const vd e = exp_negative(-magnitude(gap)), r = splat(1.0) / (splat(1.0) + e);
-      slope = gap > vd{} ? e * r : r;
-      value = (gap < vd{} ? -gap : vd{}) + log1p_unit(e);
-    }
-  };
-  struct Hinge {
-    double margin;
-    PK_INLINE void operator()(vd gap, vd& value, vd& slope) const {
-      const auto active = gap < splat(margin);
-      value = active ? splat(margin) - gap : vd{};
-      slope = active ? splat(1.0) : vd{};
-    }
-  };
-  PK_HOT double pair_plain() const { return fold_pairs(Logistic{}, One{}); }
+  PK_HOT double pair_plain() const { return fold_pairs(One{}); }
   PK_HOT double pair_weighted() const {
     PairWeight weight{*this, call.options.weights};
     if (weight.kind == PairWeights::lambda) {
@@ -139,9 +126,8 @@ struct ListPairs : ListGroup {
       gains();
       weight.ideal = ideal();
     }
-    return fold_pairs(Logistic{}, weight);
+    return fold_pairs(weight);
   }
-  PK_HOT double hinge() const { return fold_pairs(Hinge{call.options.margin}, One{}); }
 };
 
 }  // namespace PK_ISA

@@ -63,8 +63,6 @@ std::tuple<Tensor, Tensor> list_rank_fwd(const Tensor& scores, const Tensor& lab
   }
   call.family = parse_list_family(family);
   call.options = parse_list_options(options);
-  if (call.family == ListFamily::approx_ndcg || call.family == ListFamily::neural_ndcg)
-    call.options.base2 = true;
   const std::vector<double> discount = discounts(call.options, call.longest);
   call.discount = discount.data();
   call.scores = scores.const_data_ptr();

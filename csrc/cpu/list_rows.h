@@ -5,56 +5,23 @@
 // Row i owns its part of the loss; derivatives are summed in the group's own memory. A group is
 // worked on by one thread in a fixed order: the same bits for any number of threads.
 // Neighbours of like sizes, up to 32 items, share their work lane by lane where the family allows
-// (list_lanes.h, list_lane_choices.h); which ones do follows from the sizes alone.
+// (list_lanes.h); which ones do follows from the sizes alone.
 #pragma once
 
 #include "cpu/list_choices.h"
-#include "cpu/list_lane_choices.h"
-#include "cpu/list_neural.h"
+#include "cpu/list_lanes.h"
 #include "cpu/list_pairs.h"
-#include "cpu/list_surrogates.h"
 
 namespace prefkern {
 namespace PK_ISA {
 
 constexpr int64_t kListUnit = 32;  // groups handed to a thread at a time
 
-// Families whose derivatives stay in the order of storage.
-PK_INLINE bool keeps_order(ListFamily f) {
-  return f == ListFamily::softmax || f == ListFamily::nca || f == ListFamily::set_contrast;
-}
-
-// Loss; derivatives in u, of the items origin (or item, where nothing was sorted).
+// Loss; derivatives in u, of the items origin (or item, in softmax, which needs no label order).
 inline double list_loss(const ListGroup& g) {
-  switch (g.call.family) {
-    case ListFamily::softmax:
-      return ListChoices(g).softmax();
-    case ListFamily::nca:
-      return ListChoices(g).nca();
-    case ListFamily::set_contrast:
-      return set_contrast(g);
-    default:
-      break;
-  }
+  if (g.call.family == ListFamily::softmax) return ListChoices(g).softmax();
   g.sort();
-  switch (g.call.family) {
-    case ListFamily::hinge:
-      return ListPairs(g).hinge();
-    case ListFamily::plackett_luce:
-      return ListChoices(g).plackett_luce();
-    case ListFamily::pro:
-      return ListChoices(g).pro();
-    case ListFamily::rank_hinge:
-      return rank_hinge(g);
-    case ListFamily::anchor:
-      return anchor(g);
-    case ListFamily::approx_ndcg:
-      return approx_ndcg(g);
-    case ListFamily::neural_ndcg:
-      return ListNeural(g).neural_ndcg();
-    default:
-      break;
-  }
+  if (g.call.family == ListFamily::plackett_luce) return ListChoices(g).plackett_luce();
   const ListPairs pairs(g);
   return g.call.options.weights == PairWeights::none ? pairs.pair_plain() : pairs.pair_weighted();
 }
@@ -71,9 +38,9 @@ void list_group(const ListCall& call, const ListScratch& t, int64_t g) {
       slope[i] = T(0);
       continue;
     }
-    const double s = double(scores[i]);
-    finite = finite && s - s == 0.0;
-    t.score[group.count] = s, t.label[group.count] = double(labels[i]), t.item[group.count] = i;
+    const double s = double(scores[i]), y = double(labels[i]);
+    finite = finite && s - s == 0.0 && y - y == 0.0;
+    t.score[group.count] = s, t.label[group.count] = y, t.item[group.count] = i;
     ++group.count;
   }
   const int64_t k = group.count;
@@ -86,7 +53,7 @@ void list_group(const ListCall& call, const ListScratch& t, int64_t g) {
   } else if (k > 0) {
     group.stages = call.topk == nullptr || call.topk[g] > k ? k : call.topk[g];
     loss = list_loss(group);
-    if (!keeps_order(call.family)) order = t.origin;
+    if (call.family != ListFamily::softmax) order = t.origin;
   }
   static_cast<T*>(call.loss)[g] = T(loss);
   for (int64_t i = 0; i < k; ++i) slope[order[i]] = T(t.u[i]);
@@ -98,10 +65,6 @@ inline bool list_rank(const ListCall& call) {
   const int64_t threads = units < call.pool.threads ? units : call.pool.threads;
   const int64_t size = round_up(call.longest, Lanes<double>::L) + Lanes<double>::L;
   if (units == 0) return true;
-  // neural_ndcg alone keeps matrices: three, and two sums per Sinkhorn round.
-  const int64_t cells = call.family == ListFamily::neural_ndcg
-                            ? size * (3 * size + 2 * call.options.sinkhorn_iters)
-                            : 0;
   const bool in_lanes = lanes_serve(call);
   Memory memory;
   ListScratch* scratch = nullptr;
@@ -110,7 +73,7 @@ inline bool list_rank(const ListCall& call) {
     scratch = all;
     for (int64_t i = 0; i < threads; ++i) {
       ListScratch one;
-      one.layout(a, size, cells);
+      one.layout(a, size);
       if (all != nullptr) all[i] = one;
     }
   };

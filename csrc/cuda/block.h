@@ -118,6 +118,17 @@ struct Block {
       v = op(v, __shfl_xor_sync(0xffffffffu, v, step));
     }
   }
+  // Whether at(t) holds for any thread of the warp.
+  template <class At>
+  PK_DEVICE bool warp_any(const At& at) const {
+    return __any_sync(0xffffffffu, at(int(threadIdx.x)));
+  }
+  // to(t) = at(thread `by` further in a circle of width(t) threads: 8, 16 or 32 neighbours).
+  template <class At, class Width, class To>
+  PK_DEVICE void rotate(const At& at, int by, const Width& width, const To& to) const {
+    const int t = int(threadIdx.x);
+    to(t) = __shfl_sync(0xffffffffu, at(t), t + by, width(t));
+  }
   // to(t) = at(lane from(t) of the same warp).
   template <class At, class From, class To>
   PK_DEVICE void exchange(const At& at, const From& from, const To& to) const {
@@ -247,6 +258,22 @@ struct Block {
         for (int i = 0; i < kWarp; ++i) at(warp + i) = op(old[i], old[i ^ step]);
       }
     }
+  }
+  // For conditions that are the same in every warp: uniform code cannot hold one per warp.
+  template <class At>
+  bool warp_any(const At& at) const {
+    int found = 0;
+    for (int warp = 0; warp < THREADS; warp += kWarp) {
+      int any = 0;
+      for (int i = 0; i < kWarp; ++i) any |= int(at(warp + i));
+      found += any;
+    }
+    if (found % kWarps != 0) emulation_failed("warp_any, threads", THREADS, 0, found);
+    return found != 0;
+  }
+  template <class At, class Width, class To>
+  void rotate(const At& at, int by, const Width& width, const To& to) const {
+    exchange(at, [&](int t) { return (t & -width(t)) | ((t + by) & (width(t) - 1)); }, to);
   }
   template <class At, class From, class To>
   void exchange(const At& at, const From& from, const To& to) const {

@@ -1,9 +1,7 @@
 #include "cuda/list_ops.h"
 
-#include "cuda/error_sum.h"
 #include "cuda/list_rank.h"
 #include "cuda/segment_sum.h"
-#include "error_parse.h"
 #include "list_parse.h"
 
 namespace prefkern {
@@ -41,38 +39,6 @@ SegmentArgs segment_args(const Tensor& values, const OptTensor& weights, const T
   return a;
 }
 
-Dtype any_float(const Tensor& t, const char* name) {
-  return t.scalar_type() == ScalarType::Double ? Dtype::f64 : float_type(t, name);
-}
-
-ErrorArgs error_args(const Tensor& pred, const Tensor& target, const OptTensor& ref,
-                     const OptTensor& segments, int64_t num_segments, const std::string& stats,
-                     bool reads_ref) {
-  ErrorArgs a;
-  check_dense(pred, "pred", {-1, -1, -1, -1});
-  a.samples = pred.size(0), a.outer = pred.size(1), a.frames = pred.size(2), a.inner = pred.size(3);
-  const auto shape = {a.samples, a.outer, a.frames, a.inner};
-  check_dense(target, "target", shape);
-  a.pred = pred.const_data_ptr(), a.pred_type = any_float(pred, "pred");
-  a.target = target.const_data_ptr(), a.target_type = any_float(target, "target");
-  parse_error_stats(a, stats);
-  if (ref.has_value()) {
-    check_dense(*ref, "ref", shape);
-    a.ref = ref->const_data_ptr(), a.ref_type = any_float(*ref, "ref");
-  }
-  STD_TORCH_CHECK(ref.has_value() || !(a.dot >= 0 || (reads_ref && a.ref_err >= 0)),
-                  "ref_err and dot need ref; pass it.");
-  STD_TORCH_CHECK(num_segments >= 1 && num_segments <= 0x7fffffff,
-                  "num_segments must be >= 1, got ", num_segments, ".");
-  a.segment_count = num_segments;
-  if (segments.has_value()) {
-    check_dense(*segments, "segments", {a.frames});
-    check_type(*segments, "segments", ScalarType::Int, "int32");
-    a.segments = static_cast<const int32_t*>(segments->const_data_ptr());
-  }
-  return a;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> cuda_list_rank(const Tensor& scores, const Tensor& labels,
@@ -97,11 +63,12 @@ std::tuple<Tensor, Tensor> cuda_list_rank(const Tensor& scores, const Tensor& la
   a.labels = labels.const_data_ptr();
   const OnDevice device(scores);
   Tensor loss = torch::stable::new_empty(scores, {a.groups});
+  if (a.groups == 0) return {loss, torch::stable::new_zeros(scores, {a.items})};
   Tensor slope = torch::stable::empty_like(scores);
-  Tensor spill = torch::stable::new_empty(scores, {list_spill(a)}, ScalarType::Byte);
+  Tensor scratch = torch::stable::new_empty(scores, {list_scratch(a)}, ScalarType::Byte);
   a.loss = loss.mutable_data_ptr();
   a.slope = slope.mutable_data_ptr();
-  a.spill = static_cast<unsigned char*>(spill.mutable_data_ptr());
+  a.scratch = static_cast<unsigned char*>(scratch.mutable_data_ptr());
   list_rank(a, device.stream());
   return {loss, slope};
 }
@@ -126,45 +93,20 @@ std::tuple<Tensor, Tensor> cuda_segment_slopes(const Tensor& d_out, const Tensor
   STD_TORCH_CHECK(weights.has_value() || !need_weights,
                   "a gradient for weights was asked for, but no weights were given.");
   const OnDevice device(values);
-  Tensor d_values =
-      need_values ? torch::stable::empty_like(values) : torch::stable::new_empty(values, {0});
+  // Without a sequence no kernel runs, and no token has a gradient.
+  const auto like = [&](const Tensor& x) {
+    Tensor made = torch::stable::empty_like(x);
+    return a.s == 0 ? torch::stable::zero_(made) : made;
+  };
+  Tensor d_values = need_values ? like(values) : torch::stable::new_empty(values, {0});
   Tensor d_weights = need_weights
-                         ? torch::stable::empty_like(*weights)
+                         ? like(*weights)
                          : torch::stable::new_empty(weights.has_value() ? *weights : values, {0});
   a.d_out = static_cast<const double*>(d_out.const_data_ptr());
   a.d_values = need_values ? d_values.mutable_data_ptr() : nullptr;
   a.d_weights = need_weights ? d_weights.mutable_data_ptr() : nullptr;
   segment_backward(a, device.stream());
   return {d_values, d_weights};
-}
-
-Tensor cuda_error_sum(const Tensor& pred, const Tensor& target, const OptTensor& ref,
-                      const OptTensor& segments, int64_t num_segments, const std::string& stats) {
-  ErrorArgs a = error_args(pred, target, ref, segments, num_segments, stats, true);
-  const OnDevice device(pred);
-  Tensor out =
-      torch::stable::new_empty(pred, {a.stats, a.samples, num_segments}, ScalarType::Double);
-  Tensor part = torch::stable::new_empty(pred, {error_part(a)}, ScalarType::Double);
-  a.out = static_cast<double*>(out.mutable_data_ptr());
-  a.part = static_cast<double*>(part.mutable_data_ptr());
-  error_forward(a, device.stream());
-  return out;
-}
-
-Tensor cuda_error_slopes(const Tensor& d_out, const Tensor& pred, const Tensor& target,
-                         const OptTensor& ref, const OptTensor& segments,
-                         const std::string& stats) {
-  STD_TORCH_CHECK(d_out.dim() == 3, "d_out must be [n, B, num_segments], got ", sizes_text(d_out),
-                  ".");
-  ErrorArgs a = error_args(pred, target, ref, segments, d_out.size(2), stats, false);
-  check_dense(d_out, "d_out", {a.stats, a.samples, a.segment_count});
-  check_type(d_out, "d_out", ScalarType::Double, "float64");
-  const OnDevice device(pred);
-  Tensor d_pred = torch::stable::empty_like(pred);
-  a.d_out = static_cast<const double*>(d_out.const_data_ptr());
-  a.d_pred = d_pred.mutable_data_ptr();
-  error_backward(a, device.stream());
-  return d_pred;
 }
 
 }  // namespace prefkern

@@ -1,4 +1,4 @@
-// list_rank, segment_sum and error_sum on CUDA tensors; signatures as those of the native CPU ops.
+// list_rank and segment_sum on CUDA tensors; signatures as those of the native CPU ops.
 #pragma once
 
 #include <tuple>
@@ -21,14 +21,5 @@ Tensor cuda_segment_sum(const Tensor& values, const OptTensor& weights, const Te
 std::tuple<Tensor, Tensor> cuda_segment_slopes(const Tensor& d_out, const Tensor& values,
                                                const OptTensor& weights, const Tensor& cu_seqlens,
                                                bool need_values, bool need_weights);
-
-// pred, target, ref [B, O, F, I], segments [F] int32 (negative: left out) or none; stats are names
-// joined by commas -> [n, B, num_segments] float64.
-Tensor cuda_error_sum(const Tensor& pred, const Tensor& target, const OptTensor& ref,
-                      const OptTensor& segments, int64_t num_segments, const std::string& stats);
-
-// d_out [n, B, num_segments] float64 -> d_pred like pred.
-Tensor cuda_error_slopes(const Tensor& d_out, const Tensor& pred, const Tensor& target,
-                         const OptTensor& ref, const OptTensor& segments, const std::string& stats);
 
 }  // namespace prefkern

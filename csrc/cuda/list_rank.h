@@ -7,29 +7,25 @@
 
 namespace prefkern {
 
-constexpr int kListThreads = 256;
-constexpr int kListGroups = 256;  // groups of a block, at most
-
 struct ListArgs {
-  const int32_t* cu = nullptr;     // [G+1]
-  const int64_t* topk = nullptr;   // [G] or null
-  const void* scores = nullptr;    // [S] double or float, as are labels, loss and slope
-  const void* labels = nullptr;    // [S], NaN where masked
-  void* loss = nullptr;            // [G]
-  void* slope = nullptr;           // [S]
-  unsigned char* spill = nullptr;  // list_spill(args) bytes
-  int64_t groups = 0, items = 0;   // G, S
-  int groups_per_block = 1;        // set by list_rank
+  const int32_t* cu = nullptr;       // [G+1]
+  const int64_t* topk = nullptr;     // [G] or null
+  const void* scores = nullptr;      // [S] double or float, as are labels, loss and slope
+  const void* labels = nullptr;      // [S], NaN where masked
+  void* loss = nullptr;              // [G]
+  void* slope = nullptr;             // [S]; 0 outside [cu[0], cu[G])
+  unsigned char* scratch = nullptr;  // list_scratch(args) bytes
+  int64_t groups = 0, items = 0;     // G >= 1, S
   bool doubles = false;
   ListFamily family = ListFamily::pair;
   ListOptions options;
 };
 
-// Bytes of device memory that groups too large for shared memory work in: about 50 per item of the
-// batch, since the host does not know the sizes of groups; 0 where no group can be too large.
-int64_t list_spill(const ListArgs& args);
+// Bytes of device memory in which groups of more than 32 items work: about 50 per item of the
+// batch, since the host does not know the sizes of groups; 0 where no group can be that large.
+int64_t list_scratch(const ListArgs& args);
 
 // Throws std::runtime_error with the kernel's name, the launch and the shapes on a CUDA error.
-void list_rank(ListArgs args, const Stream& stream);
+void list_rank(const ListArgs& args, const Stream& stream);
 
 }  // namespace prefkern

@@ -38,12 +38,6 @@ STABLE_TORCH_LIBRARY(prefkern_cuda, m) {
   m.def(
       "list_rank_fwd(Tensor scores, Tensor labels, Tensor cu_groups, Tensor? topk, str family, "
       "str options) -> (Tensor, Tensor)");
-  m.def(
-      "error_sum_fwd(Tensor pred, Tensor target, Tensor? ref, Tensor? segments, "
-      "int num_segments, str stats) -> Tensor");
-  m.def(
-      "error_sum_bwd(Tensor d_out, Tensor pred, Tensor target, Tensor? ref, Tensor? segments, "
-      "str stats) -> Tensor");
   m.def("segment_sum_fwd(Tensor values, Tensor? weights, Tensor cu_seqlens) -> Tensor");
   m.def(
       "segment_sum_bwd(Tensor d_out, Tensor values, Tensor? weights, Tensor cu_seqlens, "
@@ -70,8 +64,6 @@ STABLE_TORCH_LIBRARY_IMPL(prefkern_cuda, CUDA, m) {
   m.impl("logits_fwd", TORCH_BOX(&prefkern::logits_fwd));
   m.impl("logits_bwd", TORCH_BOX(&prefkern::logits_bwd));
   m.impl("list_rank_fwd", TORCH_BOX(&prefkern::cuda_list_rank));
-  m.impl("error_sum_fwd", TORCH_BOX(&prefkern::cuda_error_sum));
-  m.impl("error_sum_bwd", TORCH_BOX(&prefkern::cuda_error_slopes));
   m.impl("segment_sum_fwd", TORCH_BOX(&prefkern::cuda_segment_sum));
   m.impl("segment_sum_bwd", TORCH_BOX(&prefkern::cuda_segment_slopes));
 }

@@ -5,9 +5,9 @@
 // in the batch. A warp adds in a fixed order; the chunks of a long sequence are added in order by
 // a second kernel, which runs only where some sequence could be longer than one chunk.
 //
-// Lengths are known to the device only. Sequence s owns the places from cu[s] / C + s on, which is
-// room enough for its ceil(length / C) chunks, and N / C + S places hold all of them; a place
-// without tokens has nothing to do.
+// Lengths are known to the device only. Sequence s owns the places from (cu[s] - cu[0]) / C + s on,
+// which is room enough for its ceil(length / C) chunks, and N / C + S places hold all of them; a
+// place without tokens has nothing to do.
 //
 // Token weights (completion mask, LD-DPO's tail, SparsePO's masks, TGDPO's guidance) are one number
 // per token, applied while summing. Their formulas are not evaluated here, since that would move as
@@ -40,7 +40,7 @@ struct SegmentPiece {
   bool lead, whole;              // the first place of its sequence; all of the sequence
 };
 PK_DEVICE int64_t segment_first_place(const int32_t* cu, int64_t s) {
-  return cu[s] / kSegmentChunk + s;
+  return (cu[s] - cu[0]) / kSegmentChunk + s;
 }
 PK_DEVICE SegmentPiece segment_piece(const SegmentArgs& a, int64_t place) {
   int64_t low = 0, high = a.s;  // the last sequence whose first place is at or before `place`
@@ -152,9 +152,22 @@ struct SegmentSlopes {
   PK_DEVICE static void run(Threads& b, const SegmentArgs& a) {
     if (b.index() >= a.places()) return;
     const SegmentPiece p = segment_piece(a, b.index());
+    const int64_t before = a.cu[0], after = a.cu[a.s], outside = before + (a.n - after);
     b.each([&](int t) {
       for (int64_t i = p.begin + t; i < p.end; i += kWarp) token(a, p.sequence, i);
+      // Tokens before the first boundary and behind the last, shared by all warps.
+      for (int64_t k = b.index() * kWarp + t; k < outside; k += a.places() * kWarp) {
+        no_sequence(a, k < before ? k : after + (k - before));
+      }
     });
+  }
+
+  PK_DEVICE static void no_sequence(const SegmentArgs& a, int64_t i) {
+    if (a.d_weights != nullptr && !a.weights_per_row) put_weight(a, i, 0.0);
+    for (int64_t row = 0; row < a.m; ++row) {
+      if (a.d_values != nullptr) static_cast<V*>(a.d_values)[row * a.n + i] = V(0);
+      if (a.d_weights != nullptr && a.weights_per_row) put_weight(a, row * a.n + i, 0.0);
+    }
   }
 
   PK_DEVICE static void token(const SegmentArgs& a, int64_t sequence, int64_t i) {

@@ -1,7 +1,7 @@
 """Which code serves an op call. A backend is a module; see `prefkern.backends.contract.Backend`.
 
 Order of authority: the argument `backend=`, then `with use_backend(name):`, then the environment
-variable PREFKERN_BACKEND, then the first backend of PRIORITY that can serve the problem.
+variable PREFKERN_BACKEND, then the first backend of `order(op)` that can serve the problem.
 """
 
 from __future__ import annotations
@@ -24,6 +24,19 @@ _ROWS: dict[str, tuple[str, str]] = {
     "eager": ("prefkern.backends.eager", "eager PyTorch, any device, holds full logits"),
 }
 PRIORITY = tuple(_ROWS)
+# An op whose kernels of the first backend come before those of the second: the CUDA list_rank gives
+# a short list 8 to 32 lanes and fp32 terms, the Triton one 256 threads and fp64 throughout.
+_SOONER = {"list_rank": ("cuda", "triton")}
+
+
+def order(op: str) -> tuple[str, ...]:
+    """Backends in the order in which automatic choice asks them."""
+    if op not in _SOONER:
+        return PRIORITY
+    first, second = _SOONER[op]
+    names = [name for name in PRIORITY if name != first]
+    names.insert(names.index(second), first)
+    return tuple(names)
 
 
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar(
@@ -102,7 +115,7 @@ def select_backend(problem: Problem, backend: str = "auto") -> str:
         if unsupported(backend, problem):
             raise ValueError(_refusal(problem, f"backend {backend!r} (asked for by {asked_by})"))
         return backend
-    for name in PRIORITY:
+    for name in order(problem.op):
         reasons = unsupported(name, problem) or held_back(name, problem)
         if not reasons:
             return name
@@ -117,7 +130,8 @@ def explain(problem: Problem) -> tuple[str, str]:
     """(backend that automatic choice takes, why those before it were passed over)."""
     name = select_backend(problem)
     passed = []
-    for other in PRIORITY[: PRIORITY.index(name)]:
+    names = order(problem.op)
+    for other in names[: names.index(name)]:
         cannot = unsupported(other, problem)
         verb = "cannot" if cannot else "is held back"
         passed.append(f"{other} {verb}: {(cannot or held_back(other, problem))[0]}")
@@ -126,7 +140,7 @@ def explain(problem: Problem) -> tuple[str, str]:
 
 def _refusal(problem: Problem, who: str) -> str:
     lines = [f"{who} cannot serve {problem}. Backends:"]
-    for name in PRIORITY:
+    for name in order(problem.op):
         reasons = unsupported(name, problem)
         if not reasons:
             reasons = ["can serve it", *held_back(name, problem)]

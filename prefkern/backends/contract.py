@@ -27,7 +27,6 @@ class Problem:
     N: int | None = None
     V: int | None = None
     D: int | None = None
-    family: str | None = None  # list_rank only
 
     def __str__(self) -> str:
         shape = ", ".join(
@@ -40,8 +39,6 @@ class Problem:
             text += f", {shape}"
         if self.stats:
             text += f", stats={','.join(self.stats)}"
-        if self.family:
-            text += f", family={self.family}"
         return text
 
 

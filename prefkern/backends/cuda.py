@@ -40,22 +40,19 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "logits_logps": (
         *_ONE, *_TWO, "finish_logits", "finish_logits_second", "logits_coefficients",
     ),
-    "list_rank": ("list_pairs", "list_pairs_f64", "list_stages", "list_stages_f64", "list_singles"),
+    "list_rank": (
+        "list_pairs", "list_pairs_f64", "list_stages", "list_stages_f64", "list_softmax",
+        "list_softmax_f64",
+    ),
     "segment_sum": (
         "segment_sums", "segment_sums_f64", "segment_merge", "segment_slopes", "segment_slopes_f64",
     ),
-    "error_sum": ("error_sums", "error_merge", "error_slopes"),
 }  # fmt: skip
 # Ops outside the head sum in float64 and take it.
 SUM_DTYPES = {
     "list_rank": (torch.float32, torch.float64),
     "segment_sum": (torch.float32, torch.float64),
-    "error_sum": (torch.float64, *DTYPES),
 }
-LIST_FAMILIES = (
-    "pair", "hinge", "plackett_luce", "softmax", "pro", "nca", "rank_hinge", "anchor",
-    "set_contrast", "approx_ndcg",
-)  # fmt: skip
 
 
 @functools.cache
@@ -139,8 +136,6 @@ def unfit(problem: Problem) -> list[str]:
     elif problem.dtype not in (dtypes := SUM_DTYPES.get(problem.op, DTYPES)):
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         reasons.append(f"its {problem.op} computes in {names}, got {problem.dtype}")
-    if problem.op == "list_rank" and problem.family not in (None, *LIST_FAMILIES):
-        reasons.append(f"its list_rank has no family {problem.family}")
     return reasons
 
 
@@ -304,27 +299,3 @@ def segment_sum_bwd(
     return torch.ops.prefkern_cuda.segment_sum_bwd(
         d_out, values, weights, cu_seqlens, need_values, need_weights
     )
-
-
-def error_sum_fwd(
-    pred: Tensor,  # [B, O, F, I]
-    target: Tensor,
-    ref: Tensor | None,
-    segments: Tensor | None,  # [F] int32
-    num_segments: int,
-    stats: str,
-) -> Tensor:
-    """[n, B, num_segments] float64."""
-    return torch.ops.prefkern_cuda.error_sum_fwd(pred, target, ref, segments, num_segments, stats)
-
-
-def error_sum_bwd(
-    d_out: Tensor,  # [n, B, num_segments]
-    pred: Tensor,
-    target: Tensor,
-    ref: Tensor | None,
-    segments: Tensor | None,
-    stats: str,
-) -> Tensor:
-    """d_pred like pred."""
-    return torch.ops.prefkern_cuda.error_sum_bwd(d_out, pred, target, ref, segments, stats)

@@ -104,6 +104,11 @@ def positive(name: str, value: float | Tensor) -> None:
         raise ValueError(f"{name} must be a finite number > 0, got {value}.")
 
 
+def finite(name: str, value: float) -> None:
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{name} must be a finite number, got {value}.")
+
+
 def not_negative(name: str, value: float) -> None:
     if not 0.0 <= value < float("inf"):
         raise ValueError(f"{name} must be a finite number >= 0, got {value}.")

@@ -17,6 +17,7 @@ from . import shared
 
 STATS = ("err", "ref_err", "dot", "huber")
 REDUCTIONS = ("mean", "sum", "mean_all")
+MOST_SEGMENTS = 2**31 - 1
 
 
 class ErrorSums(NamedTuple):
@@ -133,7 +134,8 @@ def _stats(stats: tuple[str, ...] | None, has_ref: bool) -> tuple[str, ...]:
     if stats is None:
         return ("err", "ref_err") if has_ref else ("err",)
     stats = (stats,) if isinstance(stats, str) else tuple(stats)
-    seen = []
+    seen: list[str] = []
+    texts = []
     for text in stats:
         name, _, raw = str(text).partition(":")
         if name not in STATS or name in seen or (bool(raw) != (name == "huber")):
@@ -141,21 +143,25 @@ def _stats(stats: tuple[str, ...] | None, has_ref: bool) -> tuple[str, ...]:
                 f"stats must be distinct names among {STATS}, huber with its width as in "
                 f"'huber:0.001', got {stats}."
             )
-        if name == "huber" and not _positive(raw):
-            raise ValueError(f"the width of huber must be a finite number > 0, got {text!r}.")
+        if name == "huber":
+            text = f"huber:{_width(text, raw)!r}"  # one spelling of a number for every backend
         if name in ("ref_err", "dot") and not has_ref:
             raise ValueError(f"the statistic {name!r} needs ref [B, ...], got none; pass it.")
         seen.append(name)
+        texts.append(str(text))
     if not seen:
         raise ValueError(f"stats must name at least one of {STATS}, got none.")
-    return stats
+    return tuple(texts)
 
 
-def _positive(text: str) -> bool:
+def _width(text: str, raw: str) -> float:
     try:
-        return 0.0 < float(text) < math.inf
+        width = float(raw)
     except ValueError:
-        return False
+        width = math.nan
+    if not 0.0 < width < math.inf:
+        raise ValueError(f"the width of huber must be a finite number > 0, got {text!r}.")
+    return width
 
 
 def _check_segments(
@@ -179,7 +185,20 @@ def _check_segments(
             f"num_segments must be an int >= 1 with segments (reading it from them would "
             f"synchronise a GPU), got {num_segments!r}."
         )
-    return segments.to(torch.int32).contiguous(), num_segments
+    if num_segments > MOST_SEGMENTS:
+        raise ValueError(f"num_segments must be at most {MOST_SEGMENTS}, got {num_segments}.")
+    if segments.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_range(segments, num_segments)
+    # Out of range stays out of range in 32 bits: 2^32 would become segment 0.
+    return segments.clamp(-1, num_segments).to(torch.int32).contiguous(), num_segments
+
+
+def _check_range(segments: Tensor, num_segments: int) -> None:
+    """Reads values: CPU tensors only."""
+    if bool((segments >= num_segments).any()):
+        raise ValueError(
+            f"segments must be below num_segments = {num_segments}, got {int(segments.max())}."
+        )
 
 
 def _elements(
@@ -189,8 +208,8 @@ def _elements(
     per_frame = shape[1] * shape[3]
     if segments is None:
         return max(per_frame, 1)
-    kept = (segments >= 0).to(torch.float64)
-    frames = kept.new_zeros(count).index_add(0, segments.long().clamp(min=0), kept)
+    member = segments[:, None] == torch.arange(count, device=segments.device)  # [F, segments]
+    frames = member.sum(0, dtype=torch.float64)
     total = frames if reduction == "mean" else frames.sum()
     return (total * per_frame).clamp(min=1.0)
 
@@ -206,14 +225,8 @@ def _fwd(
     backend: str,
 ) -> Tensor:
     """[n, B, num_segments] fp64."""
-    if (
-        segments is not None
-        and segments.device.type == "cpu"
-        and bool((segments >= num_segments).any())
-    ):
-        raise ValueError(
-            f"segments must be below num_segments = {num_segments}, got {int(segments.max())}."
-        )
+    if segments is not None and segments.device.type == "cpu":
+        _check_range(segments, num_segments)
     return shared.run(backend, "error_sum_fwd", pred, target, ref, segments, num_segments, stats)
 
 

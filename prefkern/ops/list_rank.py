@@ -6,6 +6,8 @@ family; backends therefore have a forward only.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,22 +31,11 @@ def list_rank(
     With (i, j) running over the strict pairs of a group (y_i > y_j) and A = log sum exp s:
 
     pair            sum_ij w_ij softplus(-(s_i - s_j))
-    hinge           sum_ij max(0, margin - (s_i - s_j))
     plackett_luce   sum over the order of relevance i of A(items not before i) - s_i
     softmax         sum_i q_i (A - s_i)
-    pro             sum over ranks k of LSE(M_k s_k, {m_ki s_i}) - M_k s_k,
-                    m_ki = y_k - y_i, M_k = max_i m_ki, i ranked after k
-    nca             -sum_i q_i log sigmoid(s_i) - 1/K sum_i log sigmoid(-s_i),
-                    q = softmax(y / alpha)
-    rank_hinge      sum_ij max(0, c_ij - (s_i - s_j)), or c_ij max(0, -(s_i - s_j)) as a product;
-                    c_ij = scale (relevance rank of j - that of i)
-    anchor          1/(K-1) sum over anchors i of mu_i [softplus(-s_i) + c_i sum_{y_j < y_i}
-                    softplus(s_j)], mu_i = (s_i - min s) / (max s - min s) held constant
-    set_contrast    LSE(x) - LSE(x where y > mean y), x = s + deviation |y - mean y|
-    approx_ndcg     -DCG / ideal DCG at the soft ranks 1 + sum_{j != i} sigmoid((s_j - s_i) / T)
-    neural_ndcg     -DCG / ideal DCG under NeuralSort's soft permutation, Sinkhorn-scaled
 
-    Groups of 0 or 1 items give 0 (nca acts on one item). A non-finite score makes its group NaN.
+    Groups of 0 or 1 items give 0. A score that is not finite makes its group NaN, and so does an
+    infinite relevance on a device that cannot be asked without waiting for it.
 
     Args:
         scores: `[S]` fp32 or fp64, differentiable.
@@ -61,33 +52,15 @@ def list_rank(
 
     Raises:
         ValueError: shapes, dtypes or boundaries that do not fit, an unknown family or option,
-            negative relevance with target="sum".
+            infinite relevance, negative relevance with target="sum".
 
     >>> scores, relevance = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 5.0])
-    >>> list_rank(scores, relevance, torch.tensor([0, 2, 3]), family="hinge", margin=3)
-    tensor([2., 0.])
+    >>> list_rank(scores, relevance, torch.tensor([0, 2, 3]), family="pair")
+    tensor([0.3133, 0.0000])
     """
-    checks.check_tensor("scores", scores)
-    if scores.dtype not in (torch.float32, torch.float64) or scores.dim() != 1:
-        raise ValueError(
-            f"scores must be [S] float32 or float64, got {scores.dtype} "
-            f"{checks.shape_text(scores)}; "
-            "sums of log-probabilities lose their meaning in 16 bits."
-        )
-    checks.check_tensor("relevance", relevance)
-    if relevance.shape != scores.shape or relevance.dtype == torch.bool or relevance.is_complex():
-        raise ValueError(
-            f"relevance must be numbers [S] = [{scores.shape[0]}] to match scores, got "
-            f"{relevance.dtype} {checks.shape_text(relevance)}; give each item its rank or reward."
-        )
-    checks.check_constant("relevance", relevance)
-    checks.check_same_device("relevance", relevance, "scores", scores)
-    cu_groups = checks.check_cu_seqlens(cu_groups, scores.shape[0], name="cu_groups", of="items")
-    checks.check_same_device("cu_groups", cu_groups, "scores", scores)
+    cu_groups = check_lists(scores, relevance, cu_groups)
     text = list_options.pack(family, options)
-    chosen = shared.resolve(
-        "list_rank", scores.device.type, scores.dtype, None, "", backend, None, family
-    )
+    chosen = shared.resolve("list_rank", scores.device.type, scores.dtype, None, "", backend, None)
     loss, _ = torch.ops.prefkern.list_rank_fwd(
         scores.contiguous(),
         relevance.to(scores.dtype).contiguous(),
@@ -98,6 +71,48 @@ def list_rank(
         chosen,
     )
     return loss
+
+
+def check_lists(
+    scores: Tensor,  # [S]
+    relevance: Tensor,  # [S]
+    cu_groups: Tensor,  # [G+1]
+) -> Tensor:  # [G+1]
+    """The boundaries, after the checks of dtypes and shapes that every ranking loss makes of its
+    tensors; `check_values` is the other half.
+    """
+    checks.check_tensor("scores", scores)
+    if scores.dtype not in (torch.float32, torch.float64) or scores.dim() != 1:
+        raise ValueError(
+            f"scores must be [S] float32 or float64, got {scores.dtype} "
+            f"{checks.shape_text(scores)}; sums of log-probabilities lose their meaning in 16 bits."
+        )
+    checks.check_tensor("relevance", relevance)
+    if relevance.shape != scores.shape or relevance.dtype == torch.bool or relevance.is_complex():
+        raise ValueError(
+            f"relevance must be numbers [S] = [{scores.shape[0]}] to match scores, got "
+            f"{relevance.dtype} {checks.shape_text(relevance)}; give each item its rank or reward."
+        )
+    checks.check_constant("relevance", relevance)
+    checks.check_same_device("relevance", relevance, "scores", scores)
+    cu_groups = checks.check_cu_seqlens(
+        cu_groups, scores.shape[0], name="cu_groups", of="items", read=False
+    )
+    checks.check_same_device("cu_groups", cu_groups, "scores", scores)
+    return cu_groups
+
+
+def check_values(relevance: Tensor, cu_groups: Tensor) -> None:
+    """Refuses boundaries that do not fit and infinite relevance. CPU tensors only."""
+    checks.check_boundaries(cu_groups, relevance.shape[0], name="cu_groups", of="items")
+    # Their sum is NaN or infinite then, and thirty times cheaper to form than isinf.
+    if math.isfinite(relevance.sum().item()) or not bool(relevance.isinf().any()):
+        return
+    item = int(relevance.isinf().nonzero()[0])
+    raise ValueError(
+        f"relevance must be finite, or NaN for an item that is left out, got "
+        f"{relevance[item].item()} at position {item}; give the item a finite rank or reward."
+    )
 
 
 def _stages(
@@ -115,9 +130,11 @@ def _stages(
                 f"{checks.shape_text(topk)}."
             )
         return topk.to(torch.int64).contiguous()
-    if isinstance(topk, bool) or not isinstance(topk, int):
+    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
         raise ValueError(f"topk must be an int >= 1 or integers [G], got {topk!r}.")
-    return torch.full((groups,), topk, dtype=torch.int64, device=cu_groups.device)
+    # No list has more items than boundaries can count: a larger number means all as well.
+    stages = min(topk, torch.iinfo(torch.int32).max)
+    return torch.full((groups,), stages, dtype=torch.int64, device=cu_groups.device)
 
 
 @torch.library.custom_op("prefkern::list_rank_fwd", mutates_args=())
@@ -132,7 +149,7 @@ def _fwd(
 ) -> tuple[Tensor, Tensor]:
     """(loss [G], u [S])."""
     if scores.device.type == "cpu":
-        checks.check_boundaries(cu_groups, scores.shape[0], name="cu_groups", of="items")
+        check_values(relevance, cu_groups)
         if bool((topk is not None) and (topk < 1).any()):
             raise ValueError(
                 "topk must be >= 1 for every group, got a smaller value; use None for all."
@@ -140,7 +157,7 @@ def _fwd(
         if "target=sum" in options and bool((relevance < 0).any()):
             raise ValueError(
                 "relevance must be >= 0 with target='sum' (it becomes shares), got "
-                f"{relevance.min().item()}; shift it or use target='softmax'."
+                f"{relevance.nan_to_num(0.0).min().item()}; shift it or use target='softmax'."
             )
     return shared.run(backend, "list_rank_fwd", scores, relevance, cu_groups, topk, family, options)
 
@@ -153,6 +170,11 @@ def _(scores, relevance, cu_groups, topk, family, options, backend):
 @torch.library.custom_op("prefkern::list_rank_bwd", mutates_args=())
 def _bwd(d_loss: Tensor, slope: Tensor, cu_groups: Tensor) -> Tensor:
     """d_scores [S]: the incoming number of an item's group times its saved derivative."""
+    if slope.device.type != "cpu":
+        # Boundaries were not read: items outside them, where u is 0, get groups of their own.
+        cu_groups = torch.nn.functional.pad(cu_groups, (1, 1))
+        cu_groups[-1] = slope.numel()
+        d_loss = torch.nn.functional.pad(d_loss, (1, 1))
     sizes = cu_groups[1:] - cu_groups[:-1]
     return d_loss.repeat_interleave(sizes, output_size=slope.numel()) * slope
 

@@ -42,13 +42,12 @@ def resolve(
     stats: str,
     backend: str,
     shape: tuple[int, int, int] | None,
-    family: str | None = None,
 ) -> str:
     """Backend name for one call; evaluated once per trace under torch.compile."""
     n, v, d = shape or (None, None, None)
     problem = Problem(
         op=op, device=device, dtype=dtype, weight_dtype=weight_dtype,
-        stats=tuple(stats.split(",")) if stats else (), N=n, V=v, D=d, family=family,
+        stats=tuple(stats.split(",")) if stats else (), N=n, V=v, D=d,
     )  # fmt: skip
     return choice.select_backend(problem, backend)
 

@@ -210,7 +210,7 @@ def test_the_sanitizer_is_absent_refused_or_unclean(tmp_path, monkeypatch):
 def test_small_alone(capsys, monkeypatch):
     """What compute-sanitizer is run over; a check that fails says so and ends with 1."""
     assert small.main("cpu", "cpu", "light") == 0
-    assert "list_rank neural_ndcg fp64 ok" in capsys.readouterr().out
+    assert "list_rank softmax fp64 ok" in capsys.readouterr().out
     monkeypatch.setitem(small.BOUND, torch.float64, -1.0)
     monkeypatch.setattr(small, "list_rank", None)
     assert small.main("cpu", "cpu", "light") == 1

@@ -242,7 +242,7 @@ def test_a_tree_that_is_not_installed(tmp_path):
     )
     site = {**os.environ, "PYTHONPATH": str(Path(torch.__file__).resolve().parents[1])}
     words = python(code, options=["-S"], cwd=tmp_path, env=site).split()
-    assert words[:2] == [str(tmp_path), "prefkern.kernels"] and int(words[2]) > 20
+    assert words[:2] == [str(tmp_path), "prefkern.kernels"] and int(words[2]) > 15
 
 
 def test_a_command_out_of_time_ends_with_all_it_started(tmp_path):

@@ -3,10 +3,9 @@
 //   call FAMILY OPTIONS|- doubles groups items topk reverse    cu, topk, scores, labels
 //                                                              -> loss, slope
 //   far                                                        items past 2^31 -> "ok"
-#include "cuda/list_rank.h"
+#include "cuda/list_families.cuh"
 #include "emulate.h"
 #include "list_parse.h"
-#include "numerics/list.h"
 
 static void run_list() {
   std::string family, options;
@@ -24,8 +23,8 @@ static void run_list() {
   a.loss = loss.data(), a.slope = slope.data();
   a.family = parse_list_family(family);
   a.options = parse_list_options(options == "-" ? "" : options);
-  Bytes spill = unwritten(list_spill(a));
-  a.spill = spill.data();
+  Bytes scratch = unwritten(list_scratch(a));
+  a.scratch = scratch.data();
   reverse_threads(reverse);
   list_rank(a, Stream());
   write_bytes(loss);
@@ -46,9 +45,14 @@ static void run_far_lists() {
   a.cu = cu, a.scores = scores, a.labels = labels, a.loss = loss, a.slope = slope;
   a.groups = 3, a.items = kItems, a.doubles = true;
   a.options.mean_pairs = true;
-  a.spill = far_array<unsigned char>(list_spill(a));
-  want(list_spill(a) > 0x7fffffff, "the memory of large groups is past 2^31 bytes");
-  list_rank(a, Stream());
+  a.scratch = far_array<unsigned char>(list_scratch(a));
+  want(list_scratch(a) > 0x7fffffff, "the memory of large groups is past 2^31 bytes");
+  ListKernel<double, double, ListPair>::Threads block;
+  ++emulation().epoch;
+  LaneTeam<double, double> lanes(block, a, 0, 3);
+  ListPair::run(lanes);
+  BlockTeam<double, double> alone(block, a, 2);
+  ListPair::run(alone);
   const auto near = [](double x, double y) { return x - y < 1e-12 && y - x < 1e-12; };
   want(loss[0] == 0.0 && near(loss[1], kLog2) && near(loss[2], kLog2), "losses of far lists");
   want(slope[cu[2]] == -0.5 && near(slope[kItems - 1], 0.5 / 1199), "slopes of far lists");

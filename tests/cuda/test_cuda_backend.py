@@ -12,6 +12,7 @@ import torch
 from cases import PLAIN_PROBLEM
 
 from prefkern.backends import choice, cuda
+from prefkern.backends.contract import Problem
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc/cuda"
 ON_GPU = replace(PLAIN_PROBLEM, device="cuda")
@@ -48,6 +49,19 @@ def test_automatic_choice_waits_for_a_recorded_run(monkeypatch):
     monkeypatch.setattr("prefkern.backends.cpu.unsupported", lambda problem: ["cpu only"])
     assert cuda.held_back(ON_GPU) == []
     assert choice.select_backend(ON_GPU) == "cuda"
+
+
+def test_list_rank_takes_cuda_before_triton_once_its_kernels_have_run(monkeypatch):
+    on_gpu = Problem("list_rank", "cuda", torch.float32)
+    for name in ("cuda", "kernels"):
+        module = "prefkern.backends.cuda" if name == "cuda" else "prefkern.kernels"
+        monkeypatch.setattr(f"{module}.unsupported", lambda problem: [])
+    assert choice.select_backend(on_gpu) == "triton"
+    run = {"gpu": "test", "commit": "0" * 7}
+    monkeypatch.setattr(cuda, "ran_on", lambda: {k: run for k in cuda.KERNELS["list_rank"]})
+    assert choice.select_backend(on_gpu) == "cuda"
+    assert choice.select_backend(Problem("segment_sum", "cuda", torch.float32)) == "triton"
+    assert sorted(choice.order("list_rank")) == sorted(choice.PRIORITY)
 
 
 @pytest.mark.parametrize("variable", ["PREFKERN_NO_CUDA", "PREFKERN_NO_EXT"])

@@ -92,6 +92,25 @@ def test_a_weight_of_zero_hides_any_value():
     assert d_weights[1].tolist()[:2] == [0.0, 0.0] and d_weights[1, 3] == 4.0
 
 
+@pytest.mark.parametrize("shape", [None, (3000,), (2, 3000)], ids=str)
+def test_tokens_that_no_sequence_holds_have_gradient_0(shape):
+    """The memory of the gradients is NaN before the kernel runs."""
+    values = torch.randn(2, 3000)
+    values[:, :900], values[:, 2500:] = torch.nan, torch.inf
+    weights = None if shape is None else torch.randn(shape)
+    cu = boundaries([700, 0, 900]) + 900
+    d_out = torch.randn(2, 3, dtype=FP64)
+    case = Segments(values, cu, weights, d_out)
+    ((out, d_values, d_weights),) = emulated().segments([case])
+    need = weights is not None
+    want = reference_sum.segment_sum_fwd(values, weights, cu)
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+    slopes = reference_sum.segment_sum_bwd(d_out, values, weights, cu, True, need)
+    for got, slope in zip((d_values, d_weights)[: 1 + need], slopes, strict=False):
+        torch.testing.assert_close(got, slope, rtol=4 * torch.finfo(FP32).eps, atol=1e-14)
+        assert (got[..., :900] == 0).all() and (got[..., 2500:] == 0).all()
+
+
 def stage_weights(stage: str, cu: Tensor, scored: Tensor, statistics: tuple[str, ...]) -> Tensor:
     """[N] or [m, N] weights that a stage hands to the sums."""
     n, s = scored.numel(), cu.numel() - 1

@@ -26,8 +26,8 @@ from cuda_library import NO_NVCC, cuda_library
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks/results/cuda_resources.csv"
 ARCHS = ("sm_80", "sm_90a", "sm_100")
-# Kernels that read or write every logit; the others work on a few numbers per row.
-HOT = re.compile(r"(Fold|Second|Seen|Gradient|Factors|RaiseRows|Segment\w+|Error(Sums|Slopes))\b")
+# Kernels that read or write every logit, token or pair; the others work on a few numbers per row.
+HOT = re.compile(r"(Fold|Second|Seen|Gradient|Factors|RaiseRows|Segment\w+|ListKernel)\b")
 TILE = re.compile(r"(Fold|Second|Seen|Gradient|Factors)<(.*)>")
 SIZE_LIMIT = 10 << 20
 
@@ -52,6 +52,7 @@ def _library():
         pytest.skip(NO_NVCC)
 
 
+@functools.cache
 def dump(*flags: str) -> str:
     tool = cuobjdump()
     assert tool is not None
@@ -147,6 +148,48 @@ def test_tiles_are_read_16_bytes_at_a_time():
         assert all(x.startswith("LDG") for x in found), f"{kernel}: local memory or atomics {found}"
         checked += 1
     assert checked == 33
+
+
+def loops(kernel: str) -> list[list[str]]:
+    """Instructions of the loops of a kernel on sm_90a, from a backward branch's target to it."""
+    code: list[tuple[int, str]] = []
+    inside = False
+    for line in dump("-sass", "-arch", "sm_90a").splitlines():
+        if match := re.match(r"\s*Function : (\w+)", line):
+            inside = kernel_name(match[1]) == kernel
+        elif inside and (match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", line)):
+            code.append((int(match[1], 16), match[2]))
+    place = {address: k for k, (address, _) in enumerate(code)}
+    found = []
+    for k, (address, text) in enumerate(code):
+        match = re.search(r"\bBRA\S*\s.*?(0x[0-9a-f]+)", text)
+        if match and int(match[1], 16) <= address and int(match[1], 16) in place:
+            found.append([x for _, x in code[place[int(match[1], 16)] : k + 1]])
+    return found
+
+
+def test_short_lists_live_in_registers():
+    lists = {k: u for k, u in resources().items() if k[0].startswith("ListKernel")}
+    assert len(lists) == 6 * len(ARCHS)
+    assert {k: u for k, u in lists.items() if u.shared or u.registers > 104} == {}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shuffles", "most"),
+    [
+        # a pair: two numbers of the other item, and back what it is pushed by
+        ("ListKernel<float, float, ListPair>", [12], 48),
+        # rank and greatest score; the sum of exponentials; what an item is drawn by
+        ("ListKernel<float, float, ListStages>", [8, 8, 12], 70),
+    ],
+    ids=["pair", "plackett_luce"],
+)
+def test_instructions_of_a_step_from_lane_to_lane(kernel, shuffles, most):
+    """Four steps are unrolled. A list of 16 takes 8 steps of pair, 15 of plackett_luce."""
+    rotating = [x for x in loops(kernel) if sum("SHFL.IDX" in i for i in x) in shuffles]
+    plain = sorted(rotating, key=len)[: len(shuffles)]
+    assert len(plain) == len(shuffles)
+    assert sum(map(len, plain)) / 4 <= most, [len(x) for x in plain]
 
 
 def test_the_committed_table_is_of_these_kernels():

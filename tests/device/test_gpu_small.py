@@ -15,7 +15,7 @@ CHECKS = {check.name: check for check in small.checks("cpu", gpu=torch.cuda.is_a
 def test_check(gpu, device, name):
     checks = small.checks(device, gpu=device == "cuda")
     check = next(check for check in checks if check.name == name)
-    if off := inside.reasons(gpu, check.op, device, check.dtype, family=check.family):
+    if off := inside.reasons(gpu, check.op, device, check.dtype):
         pytest.skip("; ".join(off))
     row = check.row(gpu, device)
     assert row["status"] == "ok", row

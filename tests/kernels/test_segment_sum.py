@@ -42,3 +42,24 @@ def test_only_very_long_segments_are_shared():
     assert kernel._splits(1 << 20, 4) == 8
     assert kernel._splits(1 << 30, 1) == kernel.MOST_SPLITS
     assert kernel._splits(0, 0) == 1
+
+
+@pytest.mark.parametrize("weights", [None, (400,), (2, 400)], ids=str)
+def test_tokens_that_no_segment_holds_have_gradient_0(weights, monkeypatch):
+    """The memory of the gradients is NaN before the kernel runs."""
+    monkeypatch.setattr(kernel, "LONG", 20)
+    values, d_out = torch.randn(2, 400), torch.randn(2, 3, dtype=FP64)
+    w = None if weights is None else torch.randn(weights)
+    cu = torch.tensor([70, 100, 100, 330], dtype=torch.int32)
+    values[:, :70], values[:, 330:] = torch.nan, torch.inf
+    for bounds, d in ((cu, d_out), (cu[:1], d_out[:, :0])):
+        args = (d, values, w, bounds, True, w is not None)
+        for got, want in zip(
+            kernel.segment_sum_bwd(*args), eager.segment_sum_bwd(*args), strict=True
+        ):
+            assert_same_bits(got, want)
+            inside = range(int(bounds[0]), int(bounds[-1]))
+            outside = [i for i in range(got.shape[-1]) if i not in inside]
+            assert (got[..., outside] == 0).all()
+    out = kernel.segment_sum_fwd(values, w, cu)
+    torch.testing.assert_close(out, eager.segment_sum_fwd(values, w, cu), rtol=1e-13, atol=1e-13)

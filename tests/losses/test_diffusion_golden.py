@@ -12,6 +12,7 @@ from prefkern import error_sum, losses, use_backend
 from prefkern.losses.diffusion.diffusion_mapo import link
 
 pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
+OP = "error_sum"
 GOLDEN = vectors.load("list")["diffusion"]
 CASES = GOLDEN["cases"]
 

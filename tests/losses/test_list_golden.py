@@ -1,4 +1,4 @@
-"""list_rank and the listwise losses against tests/golden/list.json: values and gradients."""
+"""The listwise losses against tests/golden/list.json: values and gradients."""
 
 from __future__ import annotations
 
@@ -7,26 +7,14 @@ import functools
 import pytest
 import torch
 import vectors
+from cases import FP32, FP64, backends_on
 
 from prefkern import losses, use_backend
-from prefkern.backends import choice
-from prefkern.backends.contract import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
 
-
-@pytest.fixture(autouse=True)
-def _on(backend):
-    """Every test of this file runs on every backend."""
-    with use_backend(backend):
-        yield
-
-
-# Ranking families that a backend may lack, by the loss of the vectors.
-EAGER = {
-    "set_contrast": "set_contrast", "approx_ndcg": "approx_ndcg", "neural_ndcg": "neural_ndcg",
-    "knowpat": "anchor", "rank_gap_hinge": "rank_hinge",
-}  # fmt: skip
+# Vectors of the losses that list_rank serves: these run on every backend.
+NATIVE = ("pair_logistic", "list_mle", "sdpo", "softmax")
 RENAMED = {"weights": {None: "pair", "labeldiff": "labeldiff", "lambda": "lambda"}}
 
 
@@ -92,6 +80,13 @@ ALSO = {
     "pair_hinge": [_same_name("lipo", variant="hinge")],
 }
 CASES = [c for c in vectors.load("list")["list_cases"] if c["loss"] in CALLS]
+# Triton's kernels are fp64, and tests/kernels covers what rounds: fp32 there is seconds saved.
+RUNS = [
+    (case, dtype, backend)
+    for case in CASES
+    for backend in (backends_on() if case["loss"] in NATIVE else ("auto",))
+    for dtype in ((FP64,) if backend == "triton" else (FP64, FP32))
+]
 
 
 def _id(case):
@@ -120,24 +115,18 @@ def inputs(case: dict, dtype: torch.dtype):
 
 def _tolerance(case: dict, dtype: torch.dtype) -> float:
     """fp64: the vectors subtract log-normalisers of scores up to 1e4, which costs them 2e-12.
-    fp32: list.md section 9, which gives cold soft ranks and huge margins 1e-4."""
-    if dtype == torch.float64:
+    fp32: 1e-5, cold soft ranks and huge margins 1e-4."""
+    if dtype == FP64:
         return 1e-11
     cold = case["loss"] == "approx_ndcg" and case["params"]["temperature"] < 1
     return 1e-4 if cold or case["dataset"] == "huge_margins" else 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=_id)
-@pytest.mark.parametrize("case", CASES, ids=_id)
-def test_vectors(case, dtype, backend):
-    family = EAGER.get(case["loss"])
-    problem = Problem(op="list_rank", device="cpu", dtype=dtype, family=family)
-    if family and choice.unsupported(backend, problem):
-        pytest.skip(f"{backend} has no family {family}; automatic choice takes the reference")
-    if backend == "triton" and dtype == torch.float32:
-        pytest.skip("its kernels are fp64, and tests/kernels covers what rounds: seconds saved")
-    for make in (CALLS[case["loss"]], *ALSO.get(case["loss"], [])):
-        check(case, dtype, make(case["params"]))
+@pytest.mark.parametrize(("case", "dtype", "on"), RUNS, ids=_id)
+def test_vectors(case, dtype, on):
+    with use_backend(on):
+        for make in (CALLS[case["loss"]], *ALSO.get(case["loss"], [])):
+            check(case, dtype, make(case["params"]))
 
 
 def check(case, dtype, call):

@@ -2,9 +2,9 @@
 
     python tests/planted_faults/mutants.py [--list] [--jobs N] [name ...]
 
-Every row of a table is a textual change of one file and the tests that must notice it. A row that no
-longer applies (its text is gone, or stands there twice) or whose tests do not run is an error, not a
-catch. torch is imported once: each fault gets a fork, whose `prefkern` is the changed copy.
+Every row of a table is a textual change of one file and the tests that must notice it. A row that
+no longer applies (its text is gone, or stands there twice) or whose tests do not run is an error,
+not a catch. torch is imported once: each fault gets a fork, whose `prefkern` is the changed copy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""Eager twin of error_sum: fp64 reductions of prediction errors over samples and segments."""
+"""Eager twin of error_sum: fp64 reductions of prediction errors over samples and segments.
+
+GPUs have no kernel of their own for it. err and ref_err of 16-bit predictions move 268 bytes per
+element here, forward and backward, where one pass each would move 12: 0.09 ns on an H100, 0.02 % of
+the 0.5 us in which a latent diffusion model (0.8 TFLOP per forward of 16,384 elements, policy and
+reference) makes the element.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +22,10 @@ def error_sum_fwd(
     num_segments: int,
     stats: str,
 ) -> Tensor:  # [n, B, num_segments] fp64
-    """Sums of each statistic over the elements of a segment; see prefkern.ops.error_sum."""
+    """Sums of each statistic over the elements of a segment; see prefkern.ops.error_sum.
+
+    Everything is NaN for a segment that is out of range, which a GPU cannot be asked about.
+    """
     p, t = pred.double(), target.double()
     # read by ref_err and dot alone, which come with a reference
     q = cast(Tensor, None if ref is None else ref.double())
@@ -32,8 +41,15 @@ def error_sum_fwd(
             # sqrt(d^2 + c^2) - c without the difference of two close numbers
             square = (p - t) ** 2
             x = square / (torch.sqrt(square + param**2) + param)
-        rows.append(_fold(x, segments, num_segments))
-    return torch.stack(rows)
+        rows.append(x.sum((1, 3)))  # [B, F]
+    frames = torch.stack(rows)
+    if segments is None:
+        return frames.sum(2, keepdim=True)
+    segment = torch.arange(num_segments, device=segments.device)
+    member = segments[:, None] == segment  # [F, num_segments]
+    # Selected and summed, not added at an index: the same bits every time on a GPU too.
+    sums = torch.where(member, frames[..., None], 0.0).sum(2)
+    return torch.where((segments >= num_segments).any(), torch.nan, sums)
 
 
 def error_sum_bwd(
@@ -68,16 +84,8 @@ def parse(stats: str) -> list[tuple[str, float]]:
     return [(name, float(param or 0.0)) for name, _, param in pairs]
 
 
-def _fold(x: Tensor, segments: Tensor | None, num_segments: int) -> Tensor:  # [B, num_segments]
-    frames = x.sum((1, 3))  # [B, F]
-    if segments is None:
-        return frames.sum(1, keepdim=True)
-    kept = segments >= 0
-    out = x.new_zeros(x.shape[0], num_segments)
-    return out.index_add_(1, segments[kept].long(), frames[:, kept])
-
-
 def _spread(d: Tensor, segments: Tensor | None) -> Tensor:  # [B, 1, F or 1, 1]
     if segments is not None:
-        d = torch.where(segments >= 0, d[:, segments.long().clamp(min=0)], 0.0)
+        kept = (segments >= 0) & (segments < d.shape[1])
+        d = torch.where(kept, d[:, torch.where(kept, segments.long(), 0)], 0.0)
     return d[:, None, :, None]

@@ -5,24 +5,33 @@ Shapes: S items, G groups, g groups of one block padded to K items. Within a blo
 (a single group may exceed it: a list of 5000 items takes 25 million).
 
 The backward is not here: it is u times one number per group, the same for every backend, and lives
-in the op. Every family returns the loss of each group and u = dL/ds by a hand-written derivative:
-automatic differentiation of max and abs forms is wrong at exact ties, and at the first step of
-training, when policy equals reference, every score is tied. Rows and columns: i is the row, j the
-column; a "pair" (i, j) has label y_i > y_j.
+in the op. Every family returns the loss of each group and u = dL/ds by a hand-written derivative,
+since a custom op's forward is below autograd. Rows and columns: i is the row, j the column; a
+"pair" (i, j) has label y_i > y_j.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..list_blocks import blocks
 from ..list_options import ListOptions, unpack
-from . import list_blocks as lb
-from . import list_surrogates
-from .list_blocks import Block
+
+BLOCK_ELEMENTS = 1 << 21  # 16 MiB in fp64
+
+
+class Block(NamedTuple):
+    """Groups of one block; padding and masked items have score and label 0 and valid False."""
+
+    score: Tensor  # [g, K]
+    label: Tensor  # [g, K]
+    valid: Tensor  # [g, K] bool
+    topk: Tensor  # [g] stages wanted, at most the number of valid items
 
 
 def list_rank_fwd(
@@ -35,10 +44,10 @@ def list_rank_fwd(
 ) -> tuple[Tensor, Tensor]:  # [G], [S]
     """Loss of each group and its derivative with respect to each score, both in scores.dtype."""
     opts = unpack(options)
-    core = _CORES[family]
+    core = {"pair": _pair, "plackett_luce": _plackett_luce, "softmax": _softmax}[family]
     loss = scores.new_zeros(cu_groups.numel() - 1)
     slope = torch.zeros_like(scores)
-    for groups, items, inside in lb.blocks(cu_groups):  # [g], [g, K], [g, K] bool
+    for groups, items, inside in blocks(cu_groups, BLOCK_ELEMENTS):  # [g], [g, K], [g, K] bool
         label = labels.to(scores.dtype)[items]
         valid = inside & ~label.isnan()
         score = torch.where(valid, scores[items], 0.0)
@@ -46,12 +55,46 @@ def list_rank_fwd(
         stages = count if topk is None else torch.minimum(topk[groups], count)
         block = Block(score, torch.where(valid, label, 0.0), valid, stages)
         block_loss, u = core(block, opts)
-        # A non-finite score makes its whole group NaN: never hidden, never spread to other groups.
-        broken = ~score.isfinite().all(1)
+        # A number that is not finite makes its whole group NaN: never hidden, never spread.
+        broken = ~(score.isfinite() & block.label.isfinite()).all(1)
         loss[groups] = torch.where(broken, torch.nan, block_loss)
         u = torch.where(broken[:, None] & valid, torch.nan, u)
         slope[items[valid]] = u[valid]
     return loss, slope
+
+
+def _rank(value: Tensor, valid: Tensor) -> Tensor:  # [g, K] int64
+    """1-based rank in descending order, equal values by position, counted without a sort."""
+    position = torch.arange(value.shape[1], device=value.device)
+    ahead = value[:, None, :] > value[:, :, None]
+    ahead |= (value[:, None, :] == value[:, :, None]) & (position[None, :] < position[:, None])
+    return 1 + (ahead & valid[:, None, :]).sum(2)
+
+
+def _discount(rank: Tensor, dtype: torch.dtype, opts: ListOptions) -> Tensor:
+    """1 / log_b(1 + rank), 0 beyond topn."""
+    value = 1.0 / torch.log1p(rank.to(dtype))
+    if opts.log_base == "2":
+        value = value * math.log(2.0)
+    return torch.where(rank > opts.topn, 0.0, value) if opts.topn else value
+
+
+def _gain(label: Tensor, kind: str) -> Tensor:
+    return torch.expm1(label * math.log(2.0)) if kind == "exp2" else label
+
+
+def _compete(value: Tensor, member: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """LSE of the members of each last axis less `own`, and the softmax of the members.
+
+    The greatest member is taken off first: LSE - own of two numbers near 500 would keep no digit of
+    a small difference in fp32. An axis without members gives 0 and 0.
+    """
+    top = torch.where(member, value, -torch.inf).amax(-1)
+    top = torch.where(member.any(-1), top, own)
+    weight = torch.where(member, torch.exp(value - top[..., None]), 0.0)
+    total = weight.sum(-1)
+    total = torch.where(total > 0, total, 1.0)
+    return torch.log(total) + (top - own), weight / total[..., None]
 
 
 def _lambda_weights(b: Block, opts: ListOptions) -> Tensor:  # [g, K, K]
@@ -66,42 +109,42 @@ def _lambda_weights(b: Block, opts: ListOptions) -> Tensor:  # [g, K, K]
     else:
         gain = (y_i - y_j).abs()
     source = b.score if opts.rank_source == "score" else b.label
-    rank = lb.rank(source, b.valid)
+    rank = _rank(source, b.valid)
     if opts.form == "dcg2":
         apart = (rank[:, :, None] - rank[:, None, :]).abs()
-        near = lb.discount(apart.clamp(min=1), dtype, opts)  # the diagonal, apart 0, is no pair
-        return gain * (near - lb.discount(apart + 1, dtype, opts)).abs()
-    discount = lb.discount(rank, dtype, opts)
+        near = _discount(apart.clamp(min=1), dtype, opts)  # the diagonal, apart 0, is no pair
+        return gain * (near - _discount(apart + 1, dtype, opts)).abs()
+    discount = _discount(rank, dtype, opts)
     if opts.tie_rank == "average":
         tied = (source[:, :, None] == source[:, None, :]) & b.valid[:, None, :]
         discount = torch.where(tied, discount[:, None, :], 0.0).sum(2) / tied.sum(2).clamp(min=1)
     if opts.normalize:
-        best = lb.discount(lb.rank(b.label, b.valid), dtype, opts)
-        ideal = torch.where(b.valid, lb.gain(b.label, opts.gain) * best, 0.0).sum(1)  # [g]
+        best = _discount(_rank(b.label, b.valid), dtype, opts)
+        ideal = torch.where(b.valid, _gain(b.label, opts.gain) * best, 0.0).sum(1)  # [g]
         gain = gain / torch.where(ideal == 0, 1.0, ideal)[:, None, None]
     return gain * (discount[:, :, None] - discount[:, None, :]).abs()
 
 
 def _pair(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
     """l = sum_{y_i > y_j} w_ij softplus(-(s_i - s_j)); slope -w_ij sigmoid(-(s_i - s_j))."""
-    strict, gap = lb.pairs(b)
+    strict = b.label[:, :, None] > b.label[:, None, :]
+    strict &= b.valid[:, :, None] & b.valid[:, None, :]
+    gap = b.score[:, :, None] - b.score[:, None, :]
     if opts.weights == "lambda":
         weight = _lambda_weights(b, opts)
     elif opts.weights == "labeldiff":
         weight = (b.label[:, :, None] - b.label[:, None, :]).abs()
     else:
         weight = torch.ones_like(gap)
-    value = torch.where(strict, -weight * logsigmoid(gap), 0.0)
+    loss = torch.where(strict, -weight * logsigmoid(gap), 0.0).sum((1, 2))
     slope = torch.where(strict, -weight * torch.sigmoid(-gap), 0.0)
-    return lb.fold_pairs(b, strict, value, slope, opts)
-
-
-def _hinge(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
-    """l = sum_{y_i > y_j} max(0, margin - (s_i - s_j)); slope -1 below the kink, 0 at it."""
-    strict, gap = lb.pairs(b)
-    active = strict & (gap < opts.margin)
-    value = torch.where(active, opts.margin - gap, 0.0)
-    return lb.fold_pairs(b, strict, value, -active.to(gap.dtype), opts)
+    u = slope.sum(2) - slope.sum(1)
+    factor = torch.ones_like(loss)
+    if opts.pair_reduction == "mean":
+        factor = factor / strict.sum((1, 2)).clamp(min=1)
+    if opts.scale_by_list_size:
+        factor = factor * b.valid.sum(1)
+    return loss * factor, u * factor[:, None]
 
 
 def _plackett_luce(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
@@ -114,7 +157,7 @@ def _plackett_luce(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
     """
     y_i, y_j = b.label[:, :, None], b.label[:, None, :]
     both = b.valid[:, :, None] & b.valid[:, None, :]
-    rank = lb.rank(b.label, b.valid)
+    rank = _rank(b.label, b.valid)
     if opts.ties == "stable":
         risk = rank[:, None, :] >= rank[:, :, None]
     else:
@@ -125,8 +168,8 @@ def _plackett_luce(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
     stage = b.valid & (rank <= b.topk[:, None])
     factor = stage.to(b.score.dtype)
     if opts.item_gain == "exp2":
-        factor = factor * lb.gain(b.label, "exp2")
-    excess, chance = lb.compete(b.score[:, None, :].expand_as(risk), risk, b.score)
+        factor = factor * _gain(b.label, "exp2")
+    excess, chance = _compete(b.score[:, None, :].expand_as(risk), risk, b.score)
     loss = torch.where(stage, factor * excess, 0.0).sum(1)
     return loss, _drive(factor[:, :, None] * chance)
 
@@ -141,65 +184,18 @@ def _drive(push: Tensor) -> Tensor:  # [g, K]
     return others.sum(1) - others.sum(2)
 
 
-def _masked_softmax(value: Tensor, valid: Tensor) -> Tensor:  # [g, K]
-    """Softmax over the valid items of each row; 0 elsewhere and in rows without any."""
-    return lb.compete(value, valid, torch.zeros_like(value[:, 0]))[1]
-
-
 def _softmax(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
     """l = sum_i q_i (A - s_i), A = log sum exp s; u_i = sum_k q_k (softmax(s)_i - [k = i])."""
     if opts.target == "softmax":
-        q = _masked_softmax(b.label / opts.alpha, b.valid)
+        q = _compete(b.label / opts.alpha, b.valid, torch.zeros_like(b.label[:, 0]))[1]
     else:
         q = b.label
         if opts.target == "sum":
             total = q.sum(1, keepdim=True)
             q = torch.where(total > 0, q / torch.where(total > 0, total, 1.0), 0.0)
-    # Relative to the greatest score, as in compete; a row without valid items has q = 0.
+    # Relative to the greatest score, as in _compete; a row without valid items has q = 0.
     top = torch.where(b.valid, b.score, -torch.inf).amax(1)
     top = torch.where(b.valid.any(1), top, 0.0)
-    excess, chance = lb.compete(b.score, b.valid, top)  # [g], [g, K]
+    excess, chance = _compete(b.score, b.valid, top)  # [g], [g, K]
     loss = torch.where(b.valid, q * (excess[:, None] + (top[:, None] - b.score)), 0.0).sum(1)
     return loss, _drive(q[:, :, None] * chance[:, None, :])
-
-
-def _nca(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
-    """l = -sum_i q_i log sigmoid(s_i) - 1/K sum_i log sigmoid(-s_i), q = softmax(y / alpha)."""
-    q = _masked_softmax(b.label / opts.alpha, b.valid)
-    share = b.valid.to(q.dtype) / b.valid.sum(1, keepdim=True).clamp(min=1)
-    loss = (-q * logsigmoid(b.score) - share * logsigmoid(-b.score)).sum(1)
-    return loss, share * torch.sigmoid(b.score) - q * torch.sigmoid(-b.score)
-
-
-def _pro(b: Block, opts: ListOptions) -> tuple[Tensor, Tensor]:
-    """l = sum over ranks k < K of LSE({M_k a_k} + {m_ki a_i: i after k}) - M_k a_k.
-
-    m_ki = y_k - y_i >= 0, M_k = max_i m_ki. With q the softmax of that set, u_k += M_k (q_k - 1)
-    and u_i += m_ki q_i. A group whose labels are all equal gives 0.
-    """
-    strict, _ = lb.pairs(b)
-    rank = lb.rank(b.label, b.valid)
-    after = (rank[:, None, :] > rank[:, :, None]) & b.valid[:, :, None] & b.valid[:, None, :]
-    gap = torch.where(after, b.label[:, :, None] - b.label[:, None, :], 0.0)  # m [g, k, i]
-    widest = gap.amax(2)  # M [g, k]
-    own = torch.eye(gap.shape[1], dtype=torch.bool, device=gap.device)
-    factor = torch.where(own, widest[:, :, None], gap)
-    member = (after | own) & after.any(2)[:, :, None]
-    member &= strict.any((1, 2))[:, None, None]
-    stage = member.any(2)
-    excess, chance = lb.compete(factor * b.score[:, None, :], member, widest * b.score)
-    loss = torch.where(stage, excess, 0.0).sum(1)
-    # q_kk - 1 = -sum of the others, as in _drive, but row k is pushed by M_k and column i by m_ki.
-    others = torch.where(own, 0.0, chance)
-    return loss, (factor * others).sum(1) - widest * others.sum(2)
-
-
-_CORES = {
-    "pair": _pair,
-    "hinge": _hinge,
-    "plackett_luce": _plackett_luce,
-    "softmax": _softmax,
-    "pro": _pro,
-    "nca": _nca,
-    **list_surrogates.CORES,
-}

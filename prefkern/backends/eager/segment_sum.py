@@ -16,9 +16,10 @@ def segment_sum_fwd(
     if weights is not None:
         w = weights.double().expand_as(x)
         x = torch.where(w == 0, 0.0, w * x)
-    segment = segment_of(cu_seqlens, values.shape[1])
-    out = x.new_zeros((x.shape[0], cu_seqlens.numel() - 1))
-    return out.index_add_(1, segment, x)
+    rows, segments = x.shape[0], cu_seqlens.numel() - 1
+    # Tokens of no segment go to one before the first and one behind the last.
+    out = x.new_zeros((rows, segments + 2))
+    return out.index_add_(1, _place(cu_seqlens, values.shape[1]), x)[:, 1:-1].contiguous()
 
 
 def segment_sum_bwd(
@@ -30,10 +31,12 @@ def segment_sum_bwd(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """(d_values [m, N], d_weights like weights); [0] where not needed."""
-    d = d_out.double().index_select(1, segment_of(cu_seqlens, values.shape[1]))  # [m, N]
+    padded = torch.nn.functional.pad(d_out.double(), (1, 1))
+    d = padded.index_select(1, _place(cu_seqlens, values.shape[1]))  # [m, N]
     d_values, d_weights = values.new_empty(0), values.new_empty(0)
     if need_values:
-        d_values = (d if weights is None else d * weights.double()).to(values.dtype)
+        full = d if weights is None else torch.where(d == 0, 0.0, d * weights.double())
+        d_values = full.to(values.dtype)
     if need_weights:
         assert weights is not None
         full = torch.where(d == 0, 0.0, d * values.double())
@@ -41,7 +44,7 @@ def segment_sum_bwd(
     return d_values, d_weights
 
 
-def segment_of(cu_seqlens: Tensor, n: int) -> Tensor:
-    """Index of the segment each position lies in [N]; empty segments own no position."""
-    positions = torch.arange(n, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
+def _place(cu_seqlens: Tensor, n: int) -> Tensor:  # [N]
+    """Number of boundaries at or before each token: 1 in the first segment, S in the last."""
+    positions = torch.arange(n, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, positions, right=True)

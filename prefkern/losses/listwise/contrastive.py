@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ...ops.list_rank import list_rank
 from .. import core
 from ..declare import listwise
+from ..lists import Lists
 
 
 @listwise(source="arXiv 2402.05369", status="checked against the authors' code", reference=True)
@@ -62,6 +65,10 @@ def nca(
         Unreduced loss `[G]`; a list of one counts.
     """
     core.positive("beta", beta)
-    return list_rank(
-        beta * scores, relevance, cu_groups, family="nca", alpha=alpha, backend=backend
-    )
+    core.positive("alpha", alpha)
+    lists = Lists(beta * scores, relevance, cu_groups, backend)
+    s, y = lists.score, lists.relevance / alpha
+    weight = torch.where(lists.valid, torch.exp(y - lists.spread(lists.most(y))), 0.0)
+    q = weight / lists.spread(lists.sum(weight))
+    share = 1.0 / lists.spread(lists.size())
+    return lists.loss(lists.sum(-q * logsigmoid(s) - share * logsigmoid(-s)))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import Tensor
 
 from ...ops.list_rank import list_rank
 from .. import core
 from ..declare import listwise
+from ..lists import Lists
 
 
 @listwise(
@@ -63,20 +63,9 @@ def lipo(
     """
     core.positive("beta", beta)
     core.choice("variant", variant, ("lambda", "pair", "labeldiff", "hinge"))
-    shared: dict[str, Any] = {
-        "pair_reduction": pair_reduction,
-        "scale_by_list_size": scale_by_list_size,
-    }
     if variant == "hinge":
-        return list_rank(
-            beta * scores,
-            relevance,
-            cu_groups,
-            family="hinge",
-            margin=margin,
-            backend=backend,
-            **shared,
-        )
+        lists = Lists(beta * scores, relevance, cu_groups, backend)
+        return pair_hinges(lists, margin, pair_reduction, scale_by_list_size)
     return list_rank(
         beta * scores,
         relevance,
@@ -90,6 +79,25 @@ def lipo(
         topn=topn,
         rank_source=rank_source,
         tie_rank=tie_rank,
+        pair_reduction=pair_reduction,
+        scale_by_list_size=scale_by_list_size,
         backend=backend,
-        **shared,
     )
+
+
+def pair_hinges(
+    lists: Lists, margin: float, pair_reduction: str = "sum", scale_by_list_size: bool = False
+) -> Tensor:  # [G]
+    """sum_{y_i > y_j} max(0, margin - (s_i - s_j)); the slope is 0 at the kink."""
+    core.finite("margin", margin)
+    core.choice("pair_reduction", pair_reduction, ("sum", "mean"))
+
+    def hinge(s: Tensor, y: Tensor, s_j: Tensor, y_j: Tensor) -> Tensor:
+        return torch.where(y > y_j, torch.relu(margin - (s - s_j)), 0.0)
+
+    found = lists.sum(lists.over_mates(hinge, lists.score, lists.relevance))
+    if pair_reduction == "mean":
+        found = found / lists.pairs().clamp(min=1.0)
+    if scale_by_list_size:
+        found = found * lists.size()
+    return lists.loss(found)

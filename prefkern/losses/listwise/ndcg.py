@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
-from ...ops.list_rank import list_rank
 from .. import core
 from ..declare import listwise
+from ..lists import Lists
 
 
 @listwise(
@@ -39,10 +42,14 @@ def approx_ndcg(
         Unreduced loss `[G]` in [-1, 0]; 0 where all are equally relevant or the ideal DCG is 0.
     """
     core.positive("beta", beta)
-    return list_rank(
-        beta * scores, relevance, cu_groups, family="approx_ndcg", temperature=temperature,
-        backend=backend,
-    )  # fmt: skip
+    core.positive("temperature", temperature)
+    lists = Lists(beta * scores, relevance, cu_groups, backend)
+
+    def chance(s: Tensor, s_j: Tensor) -> Tensor:
+        return torch.sigmoid((s_j - s) / temperature)
+
+    soft = 0.5 + lists.over_mates(chance, lists.score)  # the item itself gives the other 1/2
+    return lists.loss(-lists.sum(lists.shares() * math.log(2.0) / torch.log1p(soft)))
 
 
 @listwise(
@@ -71,14 +78,36 @@ def neural_ndcg(
     Args:
         relevance: `[S]` numbers, higher is better, below 128; NaN leaves an answer out.
         temperature: Of the soft permutation, > 0.
-        sinkhorn_iters: Rounds of column and row scaling, >= 1.
+        sinkhorn_iters: Rounds of column and row scaling, 1 to 1000. A list of K keeps 2 K^2
+            numbers per round for the backward.
 
     Returns:
         Unreduced loss `[G]` in [-1, 0]; 0 where all are equally relevant or the ideal DCG is 0.
         The slope of |s_j - s_k| is 0 at a tie.
     """
     core.positive("beta", beta)
-    return list_rank(
-        beta * scores, relevance, cu_groups, family="neural_ndcg", temperature=temperature,
-        sinkhorn_iters=sinkhorn_iters, backend=backend,
-    )  # fmt: skip
+    core.positive("temperature", temperature)
+    if isinstance(sinkhorn_iters, bool) or not isinstance(sinkhorn_iters, int):
+        raise ValueError(f"sinkhorn_iters must be an int, got {sinkhorn_iters!r}.")
+    if not 1 <= sinkhorn_iters <= 1000:
+        raise ValueError(f"sinkhorn_iters must be from 1 to 1000, got {sinkhorn_iters}.")
+    lists = Lists(beta * scores, relevance, cu_groups, backend)
+    apart = lists.over_mates(lambda s, s_j: (s - s_j).abs(), lists.score)
+    position = torch.arange(scores.numel(), device=scores.device)
+    rank = lists.over_mates(lambda i, j: (j <= i).double(), position)  # rows are ranks 1 to K
+    place = lists.spread(lists.size()) + 1.0 - 2.0 * rank
+
+    def row(own: list[Tensor], other: list[Tensor], pair: Tensor) -> Tensor:
+        (place, rank, *_), (_, _, s, apart, share) = own, other
+        logit = torch.where(pair, (place * s - apart) / temperature, -torch.inf)
+        table = torch.softmax(torch.where(pair.any(-1, keepdim=True), logit, 0.0), -1)
+        table = torch.where(pair, table, 0.0)
+        for _ in range(sinkhorn_iters):
+            for dim in (-2, -1):
+                total = table.sum(dim, keepdim=True)
+                table = table / torch.where(total > 0, total, 1.0)
+        return (table * share).sum(-1) / torch.log2(1.0 + rank.clamp(min=1.0)[..., 0])
+
+    columns = (place, rank, lists.score, apart, lists.shares())
+    gained = lists.rows(row, *columns, square=2 * sinkhorn_iters)
+    return lists.loss(-lists.sum(gained))

@@ -8,6 +8,8 @@ from torch import Tensor
 from ...ops.list_rank import list_rank
 from .. import core
 from ..declare import listwise
+from ..lists import Lists
+from .lipo import pair_hinges
 
 
 @listwise(
@@ -52,10 +54,7 @@ def pal(
     """
     core.choice("link", link, ("hinge", "logistic"))
     if link == "hinge":
-        return list_rank(
-            scores, relevance, cu_groups, family="hinge", margin=margin,
-            pair_reduction=pair_reduction, backend=backend,
-        )  # fmt: skip
+        return pair_hinges(Lists(scores, relevance, cu_groups, backend), margin, pair_reduction)
     return list_rank(
         scores, relevance, cu_groups, family="pair", pair_reduction=pair_reduction, backend=backend
     )

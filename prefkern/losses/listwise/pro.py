@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from ...ops.list_rank import list_rank
 from ...ops.segment_sum import segment_sum
 from .. import core
 from ..declare import listwise
+from ..lists import Lists
 
 
 @listwise(
@@ -43,10 +45,24 @@ def pro(
     """
     core.not_negative("sft_weight", sft_weight)
     relevance = core.drop_empty(relevance, length)
-    ranking = list_rank(scores, relevance, cu_groups, family="pro", backend=backend)
+    ranking = _ranks(Lists(scores, relevance, cu_groups, backend))
     if sft_weight == 0:
         return ranking
     nll = core.best_nll(logp, relevance, cu_groups, strict=True)
     size = segment_sum((~relevance.isnan()).double(), cu_groups)
     nll = nll * (size - 1.0).clamp(min=0.0) ** 2
     return ranking + sft_weight * nll.to(ranking.dtype)
+
+
+def _ranks(lists: Lists) -> Tensor:  # [G]
+    """sum over ranks k < K of LSE(M_k a_k, {m_ki a_i : i after k}) - M_k a_k."""
+    label, rank = lists.relevance, lists.rank()
+
+    def below(y: Tensor, a: Tensor, r: Tensor, y_i: Tensor, a_i: Tensor, r_i: Tensor) -> Tensor:
+        return torch.where(r_i > r, (y - y_i) * a_i, -torch.inf)
+
+    others = lists.over_mates(below, label, lists.score, rank, reduce="logsumexp")
+    widest = label + lists.spread(lists.most(-label))
+    stage = lists.differ() & (rank < lists.spread(lists.size()))
+    value = -logsigmoid(widest * lists.score - others)
+    return lists.loss(lists.sum(torch.where(stage, value, 0.0)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops.list_rank import list_rank
 from .. import core
 from ..declare import formula, listwise
+from ..lists import Lists
 
 
 @listwise(
@@ -42,10 +42,19 @@ def rank_gap_hinge(
     Returns:
         Unreduced loss `[G]`; the derivative is 0 at the kink.
     """
-    return list_rank(
-        scores, relevance, cu_groups, family="rank_hinge", mode=mode, scale=scale,
-        per_item=per_item, backend=backend,
-    )  # fmt: skip
+    core.choice("mode", mode, ("margin", "product"))
+    core.finite("scale", scale)
+    lists = Lists(scores, relevance, cu_groups, backend)
+    place = scale * lists.rank()
+    if per_item:
+        place = place / lists.spread(lists.size()).clamp(min=1.0)
+
+    def hinge(s: Tensor, y: Tensor, r: Tensor, s_j: Tensor, y_j: Tensor, r_j: Tensor) -> Tensor:
+        apart, gap = r_j - r, s - s_j
+        value = torch.relu(apart - gap) if mode == "margin" else apart * torch.relu(-gap)
+        return torch.where(y > y_j, value, 0.0)
+
+    return lists.loss(lists.sum(lists.over_mates(hinge, lists.score, lists.relevance, place)))
 
 
 @listwise(

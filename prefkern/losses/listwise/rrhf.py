@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from ...ops.list_rank import list_rank
 from .. import core
 from ..declare import listwise
+from ..lists import Lists
+from .lipo import pair_hinges
 
 
 @listwise(
@@ -54,7 +57,7 @@ def rrhf(
         size = core.data("length", length, scores).clamp(min=1.0)
         scores = scores * size ** (1.0 - length_penalty)
     relevance = core.drop_empty(relevance, length)
-    ranking = list_rank(scores, relevance, cu_groups, family="hinge", margin=0.0, backend=backend)
+    ranking = pair_hinges(Lists(scores, relevance, cu_groups, backend), 0.0)
     if sft_weight == 0:
         return rrhf_weight * ranking
     nll = core.best_nll(logp, relevance, cu_groups).to(ranking.dtype)
@@ -99,6 +102,22 @@ def knowpat(
     core.not_negative("knowpat_weight", knowpat_weight)
     core.not_negative("sft_weight", sft_weight)
     relevance = core.drop_empty(relevance, length)
-    aligned = list_rank(scores, relevance, cu_groups, family="anchor", inner=inner, backend=backend)
+    aligned = _anchors(Lists(scores, relevance, cu_groups, backend), inner)
     nll = core.best_nll(scores, relevance, cu_groups).to(aligned.dtype)
     return knowpat_weight * aligned + sft_weight * nll
+
+
+def _anchors(lists: Lists, inner: str) -> Tensor:  # [G]
+    """1/(K-1) sum_i mu_i [softplus(-s_i) + c_i sum_{y_j < y_i} softplus(s_j)], mu constant."""
+    core.choice("inner", inner, ("sum", "mean"))
+    s, size = lists.score, lists.spread(lists.size())
+    low, high = lists.spread(-lists.most(-s)), lists.spread(lists.most(s))
+    apart = high > low
+    mu = torch.where(apart, (s.detach() - low) / torch.where(apart, high - low, 1.0), 1.0)
+    anchor = lists.differ() & (lists.rank() < size)
+    mu = torch.where(anchor, mu, 0.0) / (size - 1.0).clamp(min=1.0)
+    each = mu / lists.lower().clamp(min=1.0) if inner == "mean" else mu  # on every lower item
+    push = lists.over_mates(
+        lambda y, w, y_i, w_i: torch.where(y_i > y, w_i, 0.0), lists.relevance, each
+    )
+    return lists.loss(lists.sum(-mu * logsigmoid(s) - push * logsigmoid(-s)))

@@ -12,6 +12,7 @@ from ...stats import TokenStats
 from .. import core, links
 from .. import tokens as token
 from ..declare import tokenwise
+from ..lists import Lists
 
 
 @tokenwise(
@@ -78,9 +79,7 @@ def trpa(
     group = ragged.owner(cu_groups, g.numel())
     size = torch.zeros_like(rest).index_add(0, group, torch.ones_like(g))
     if pairs_per_sequence is None:
-        # With all scores equal a hinge of margin 1 counts the pairs.
-        zero = torch.zeros_like(g)
-        pairs = list_rank(zero, -level, cu_groups, family="hinge", backend=backend).sum()
+        pairs = Lists(torch.zeros_like(g), -level, cu_groups, backend).pairs().sum()
     else:
         pairs = g.new_tensor(pairs_per_sequence * g.numel())
     fewest = torch.where(pairs > 0, pairs, 1.0)  # a share of a step's pairs may be below 1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ... import losses
 from ...integrations import hf
 from ...losses.record import Loss
-from ...losses.weights.token_weights import SparseMasks
+from ...losses.weights import SparseMasks
 from ..config import TrainConfig
 from ..data import PreferenceBatch, collate
 from ..providers import Micro, Opened, Provider

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import byte_tokenizer
 
-from prefkern.cli.env_report import host_module
 from prefkern.train.data import IGNORE, Loader, collate, plan_batches, plan_in_order
 
 TOKENIZER = byte_tokenizer()
@@ -83,7 +82,7 @@ def test_plan_errors():
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 200))
-def test_twin_equals_the_loop_and_the_native_planner(costs, budget):
+def test_plan_equals_the_loop(costs, budget):
     want, used = [0], 0
     for i, cost in enumerate(costs):
         if used + cost > budget:
@@ -91,20 +90,7 @@ def test_twin_equals_the_loop_and_the_native_planner(costs, budget):
             used = 0
         used += cost
     want.append(len(costs))
-    costs = np.array(costs, dtype=np.int64)
-    groups, cu_batches = plan_in_order(costs, budget)
-    assert cu_batches.tolist() == want and groups.tolist() == list(range(len(costs)))
-    extension, _ = host_module()
-    if extension is not None:
-        native = extension.plan_batches(costs, budget, method="in_order")
-        assert native[0].tolist() == groups.tolist() and native[1].tolist() == want
-
-
-def test_without_the_extension_the_plan_is_the_same(monkeypatch):
-    examples = pairs(60)
-    plan = plan_batches(examples, seed=5, token_budget=250)
-    monkeypatch.setenv("PREFKERN_NO_EXT", "1")
-    assert plan_batches(examples, seed=5, token_budget=250) == plan
+    assert plan_in_order(np.array(costs, dtype=np.int64), budget) == want
 
 
 def check_rows(batch, sequences):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import config, save_model, write_data
 
-from prefkern.losses.weights.token_weights import SparseMasks
+from prefkern.losses.weights import SparseMasks
 from prefkern.train import train
 from prefkern.train.loop import make_optimizer
 from prefkern.train.recipes import masks
