@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefkern.backends import choice, list_options
-from prefkern.backends.contract import SAVED_ROWS, Problem
-from prefkern.backends.tiled import heads, plan, rows
-from prefkern.backends.tiled.epilogue import LogitOptions, Tile
+from prefkern.backends import choice, list_options, tables
+from prefkern.backends.contract import NO_PLAN, HeadCall, Model, Problem, read_plan, write_plan
+from prefkern.backends.tiled import tiling
+from prefkern.backends.tiled.epilogue import LogitOptions, Sweep, Tile
 from prefkern.ops import budget as budget_table
 from prefkern.ops.list_rank import list_rank
+from prefkern.stats import ONE_MODEL_STATS, TWO_MODEL_STATS, parse_stats
 
+from .cases import NEEDS
 from .timing import Call, Cpu
 
 if TYPE_CHECKING:
@@ -39,17 +41,33 @@ def require(backend: str, case: Case, x: Inputs) -> None:
         raise ImportError(f"backend {backend!r} is off: {'; '.join(found)}")
 
 
+def _plan(stats: tuple[str, ...], quiet: frozenset[str], call: HeadCall, **more: Any) -> HeadCall:
+    """The call with the plan of 16-bit operands for these statistics."""
+    parsed = parse_stats(stats, allowed=ONE_MODEL_STATS + TWO_MODEL_STATS)
+    text = write_plan(parsed, quiet, call.present(), short=True, **more)
+    return call._replace(plan=read_plan(text))
+
+
+def kept_itemsize(case: Case) -> int:
+    """Bytes of a logit that is kept: those of fp32 where a gradient reads unrounded products."""
+    names = tuple("jsd:0.5" if s == "jsd" else s for s in NEEDS[case.step]) or ("logp",)
+    parsed = parse_stats(names, allowed=ONE_MODEL_STATS + TWO_MODEL_STATS)
+    short = case.torch_dtype.itemsize == 2
+    exact = read_plan(write_plan(parsed, frozenset(), ("targets",), short=short)).exact
+    return 4 if exact else case.torch_dtype.itemsize
+
+
 def kept_share(backend: str, budget: int | None, case: Case) -> float:
     """Share of the scored rows whose logits fit the memory budget."""
     if budget is None:
         budget = budget_table.DEFAULT_BUDGET["cpu" if backend == "cpu" else "cuda"]
-    per_row = case.backward_heads * case.shape.V * case.torch_dtype.itemsize
+    per_row = case.backward_heads * case.shape.V * kept_itemsize(case)
     return min(case.scored, budget // per_row) / case.scored
 
 
 def shrink_tiles(set_attribute: Callable[..., object], size: int) -> None:
     """Bytes of the tiles of a head op on a GPU, for tests of many tiles at small sizes."""
-    set_attribute(plan, "TILE_BYTES", size)
+    set_attribute(tiling, "TILE_BYTES", size)
 
 
 def cpu_epilogue(rows: int, columns: int, repeats: int) -> tuple[list[float], str]:
@@ -93,18 +111,19 @@ class Kernel(NamedTuple):
     name: str
     stats: tuple[str, ...]
     what: str  # fold, gradient, factor
-    kept: bool = False  # fold: also writes the tile it keeps; gradient: reads such a tile
+    quiet: frozenset[str] = frozenset()  # without gradient: the fold writes a rounded tile, kept
 
 
+TDPO = ("logp", "ref_logp", "fkl")
 KERNELS = (
     Kernel("fold_one_small", ("logp",), "fold"),
-    Kernel("fold_one keeping", ("logp", "ent"), "fold", True),
-    Kernel("fold_two_small", ("logp", "ref_logp", "fkl"), "fold"),
-    Kernel("fold_two_small keeping", ("logp", "ref_logp", "fkl"), "fold", True),
-    Kernel("gradient_one_small", ("logp",), "gradient", True),
-    Kernel("gradient_one", ("logp", "ent"), "gradient", True),
-    Kernel("gradient_two_small", ("logp", "ref_logp", "fkl"), "gradient"),
-    Kernel("gradient_two_small kept", ("logp", "ref_logp", "fkl"), "gradient", True),
+    Kernel("fold_one", ("logp", "ent"), "fold"),
+    Kernel("fold_one keeping", ("logp", "ent"), "fold", frozenset({"ent"})),
+    Kernel("fold_two_small", TDPO, "fold"),
+    Kernel("fold_two_small keeping", TDPO, "fold", frozenset({"fkl"})),
+    Kernel("gradient_one_small", ("logp",), "gradient"),
+    Kernel("gradient_one", ("logp", "ent"), "gradient"),
+    Kernel("gradient_two_small", TDPO, "gradient"),
     Kernel("frozen_factors", ("logp",), "factor"),
 )
 
@@ -117,40 +136,45 @@ def _kernels_of(backend: str) -> Any:
     return found
 
 
+def _sweep(kernel: Kernel, m: int, w: int, device: str, g: torch.Generator) -> Sweep:
+    """A bfloat16 call of m rows over w columns, without the operands of its products."""
+    model = Model(
+        hidden=torch.empty(m, 1, dtype=torch.bfloat16, device=device),
+        weight=torch.empty(w, 1, dtype=torch.bfloat16, device=device),
+    )
+    targets = torch.randint(0, w, (m,), generator=g, device=device)
+    ref = model if kernel.stats == TDPO else None
+    call = HeadCall(model, ref, None, targets, None, None, None, -100, NO_PLAN)
+    call = _plan(kernel.stats, kernel.quiet, call, frozen=kernel.what == "factor")
+    return Sweep(call, targets, tuple(LogitOptions.of(x, call.fold_dtype) for x in call.models))
+
+
 def kernel_call(kernel: Kernel, backend: str, m: int, w: int, device: str) -> Call:
     """A launch on one bfloat16 tile [m, w], inputs ready and output reused."""
-    kernels, working = _kernels_of(backend), torch.bfloat16
+    kernels = _kernels_of(backend)
     g = torch.Generator(device).manual_seed(0)
-    stats = heads.parse(kernel.stats)
-    two = "fkl" in kernel.stats
-    targets = torch.randint(0, w, (m,), generator=g, device=device)
-    options = [LogitOptions(1.0, None, 1.0)] * (2 if two else 1)
-    call = heads.make_call(stats, options, "", w, working, targets, frozen=kernel.what == "factor")
-    exact = call.wide and not (kernel.what == "gradient" and kernel.kept)
-    dtype = call.fold_dtype if exact else working
+    sweep = _sweep(kernel, m, w, device, g)
+    call = sweep.call
 
     def draw() -> Tensor:
         x = torch.empty(m, w, device=device, dtype=torch.float32).normal_(generator=g)
-        return (2 * x).to(dtype)
+        return (2 * x).to(sweep.tile_dtype)
 
-    z, zr = draw(), draw() if two else None
-    out = torch.empty(m, w, dtype=working, device=device)
+    out = torch.empty(m, w, dtype=call.working, device=device)
     if kernel.what == "fold":
-        keep = (out, torch.empty_like(out) if two else None) if kernel.kept else (None, None)
-        tile = Tile(0, 0, z, zr, keep=keep)
-        chunks = -(-w // kernels.chunk_columns(call))
-        shape = (len(call.fields), chunks, m)
+        tile = Tile(0, 0, tuple(draw() for _ in call.models))
+        shape = (sweep.fields, -(-w // kernels.chunk_columns(sweep)), m)
         fields = torch.empty(shape, dtype=call.fold_dtype, device=device)
-        at_target = fields.new_zeros((2, m))
-        return lambda: kernels.fold(call, tile, fields, at_target)
-    tile = Tile(0, 0, z, zr)
+        at = torch.zeros((len(tables.AT), m), dtype=torch.float64, device=device)
+        return lambda: kernels.fold(sweep, tile, fields, at, out if sweep.rounded else None)
+    tile = Tile(0, 0, tuple(draw() for _ in range(sweep.backward_models)))
     if kernel.what == "factor":
         maxima = torch.full((2, m), 8.0, device=device)
-        return lambda: kernels.factor(call, tile, maxima, "mass", out)
-    d_out = torch.empty(len(stats), m, device=device).normal_(generator=g)
-    saved = torch.full((SAVED_ROWS if two else 1, m), 12.0, device=device)
-    coefficients = rows.coefficients(call, d_out, d_out.abs(), saved)
-    return lambda: kernels.gradient(call, tile, coefficients, out)
+        return lambda: kernels.factor(sweep, tile, maxima, "mass", out)
+    d_out = torch.empty(len(kernel.stats), m, device=device).normal_(generator=g)
+    saved = torch.full((call.plan.saved_rows, m), 12.0, dtype=torch.float64, device=device)
+    coefficients = kernels.arithmetic.pull(call, d_out, d_out.abs(), saved)
+    return lambda: kernels.gradient(sweep, tile, coefficients, out)
 
 
 # ---- ranked lists --------------------------------------------------------------------------------

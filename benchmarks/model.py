@@ -74,11 +74,8 @@ def predict(case: Case, backend: str, machine: Machine, budget: int | None) -> d
     def kernels(*shares: tuple[str, float]) -> float:
         return sum(counts.kernel_seconds(k, s * logits, machine) for k, s in shares if s)
 
-    fold = "fold_two_small" if two else "fold_one keeping" if wide else "fold_one_small"
-    folds = ((fold, 1.0),)
-    if two:
-        folds = ((fold, 1 - kept), (f"{fold} keeping", kept))
-    forward = case.models * (one + tiles * PRODUCT_SECONDS) + kernels(*folds)
+    fold = "fold_two_small" if two else "fold_one" if wide else "fold_one_small"
+    forward = case.models * (one + tiles * PRODUCT_SECONDS) + kernels((fold, 1.0))
     forward += (1 - HIDDEN) * wider + SMALL_SECONDS * counts.launches(f"{name} forward")
     bare = case.models * one
     if case.frozen:  # the forward forms the rows of dH, the backward scales them
@@ -90,9 +87,8 @@ def predict(case: Case, backend: str, machine: Machine, budget: int | None) -> d
         found = {"forward": (forward, bare), "step": (forward, bare + one)}
     else:
         gradient = "gradient_two_small" if two else "gradient_one" if wide else "gradient_one_small"
-        gradients = ((gradient, 1 - kept), (f"{gradient} kept", kept)) if two else ((gradient, 1),)
         again = case.backward_heads * (1 - kept)
-        backward = (2 + again) * (one + tiles * PRODUCT_SECONDS) + kernels(*gradients)
+        backward = (2 + again) * (one + tiles * PRODUCT_SECONDS) + kernels((gradient, 1.0))
         backward += (1 - HIDDEN) * (sums + (1 - kept) * wider)
         backward += SMALL_SECONDS * counts.launches(f"{name} backward")
         found = {"forward": (forward, bare), "step": (forward + backward, bare + 2 * one)}

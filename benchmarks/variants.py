@@ -148,7 +148,7 @@ def _kept_bytes(backend: str, budget: int | None, case: Case) -> float:
     if case.frozen and case.step != "jsd":
         return 0.0
     rows = case.scored * inside.kept_share(backend, budget, case)
-    return rows * case.backward_heads * case.shape.V * case.torch_dtype.itemsize
+    return rows * case.backward_heads * case.shape.V * inside.kept_itemsize(case)
 
 
 def _only_needed(case: Case) -> float:

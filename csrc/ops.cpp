@@ -1,11 +1,10 @@
 // Registers the CPU kernels under prefkern_native:: (LibTorch stable ABI), nothing else.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/arithmetic.h"
 #include "cpu/error_sum.h"
-#include "cpu/linear_divergence.h"
-#include "cpu/linear_logps.h"
+#include "cpu/head_op.h"
 #include "cpu/list_rank.h"
-#include "cpu/logits_logps.h"
 #include "cpu/segment_sum.h"
 
 namespace prefkern {
@@ -19,43 +18,25 @@ std::string cpu_isa() {
 STABLE_TORCH_LIBRARY(prefkern_native, m) {
   m.def("cpu_isa() -> str");
   m.def("bench_epilogue(Tensor like, int rows, int cols, int repeats) -> Tensor");
+#define PK_RECORD "Tensor[] tensors, float[] numbers, str plan, int ignore_index"
+  m.def("fold(" PK_RECORD ", int kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("fold_again(" PK_RECORD ", Tensor norms, Tensor cache) -> Tensor");
+  m.def("unfold(" PK_RECORD
+        ", Tensor coefficients, Tensor cache, str needed, Tensor? active, Tensor? spread) "
+        "-> Tensor[]");
+  m.def("forward(" PK_RECORD ", int kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("backward(" PK_RECORD
+        ", Tensor d_out, Tensor out, Tensor saved, Tensor cache, str needed) -> Tensor[]");
+#undef PK_RECORD
+  m.def("merge(Tensor fields, Tensor starts, str plan, bool rounded) -> Tensor");
+  m.def("norms(Tensor sums, Tensor? top, bool wide) -> Tensor");
   m.def(
-      "linear_logps_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float scale, "
-      "float? softcap, "
-      "float temperature, int ignore_index, str stats, int cache_rows, bool frozen) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "finish(Tensor sums, Tensor at, Tensor? second, Tensor? top, Tensor targets, Tensor? rows, "
+      "Tensor? teacher, int ignore_index, int vocabulary, str plan, bool rounded, bool wide) "
+      "-> (Tensor, Tensor)");
   m.def(
-      "linear_logps_bwd(Tensor d_out, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
-      "Tensor out, "
-      "Tensor saved, Tensor cache, Tensor rows, float scale, float? softcap, float temperature, "
-      "int ignore_index, "
-      "str stats, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "linear_divergence_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor ref_hidden, "
-      "Tensor ref_weight, "
-      "Tensor? bias, Tensor? ref_bias, Tensor? aux_hidden, Tensor? aux_weight, Tensor? values, "
-      "Tensor? values_index, float scale, float ref_scale, float? softcap, float? ref_softcap, "
-      "float temperature, "
-      "float ref_temperature, int ignore_index, str stats, int cache_rows, bool frozen) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "linear_divergence_bwd(Tensor d_out, Tensor hidden, Tensor weight, Tensor targets, Tensor "
-      "ref_hidden, "
-      "Tensor ref_weight, Tensor? bias, Tensor? ref_bias, Tensor? aux_hidden, Tensor? aux_weight, "
-      "Tensor? values, "
-      "Tensor? values_index, Tensor out, Tensor saved, Tensor cache, Tensor rows, float scale, "
-      "float ref_scale, "
-      "float? softcap, float? ref_softcap, float temperature, float ref_temperature, int "
-      "ignore_index, str stats, "
-      "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "logits_logps_fwd(Tensor logits, Tensor targets, Tensor? ref_logits, float temperature, int "
-      "ignore_index, "
-      "str stats) -> (Tensor, Tensor)");
-  m.def(
-      "logits_logps_bwd(Tensor d_out, Tensor logits, Tensor targets, Tensor? ref_logits, Tensor "
-      "out, Tensor saved, "
-      "float temperature, int ignore_index, str stats) -> Tensor");
+      "pull(Tensor d_out, Tensor out, Tensor saved, Tensor targets, Tensor? rows, "
+      "int ignore_index, float slope, str plan) -> Tensor");
   m.def(
       "error_sum_fwd(Tensor pred, Tensor target, Tensor? ref, Tensor? segments, int num_segments, "
       "str stats) "
@@ -81,12 +62,15 @@ STABLE_TORCH_LIBRARY_IMPL(prefkern_native, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(prefkern_native, CPU, m) {
   m.impl("bench_epilogue", TORCH_BOX(&prefkern::bench_epilogue));
-  m.impl("linear_logps_fwd", TORCH_BOX(&prefkern::linear_logps_fwd));
-  m.impl("linear_logps_bwd", TORCH_BOX(&prefkern::linear_logps_bwd));
-  m.impl("linear_divergence_fwd", TORCH_BOX(&prefkern::linear_divergence_fwd));
-  m.impl("linear_divergence_bwd", TORCH_BOX(&prefkern::linear_divergence_bwd));
-  m.impl("logits_logps_fwd", TORCH_BOX(&prefkern::logits_logps_fwd));
-  m.impl("logits_logps_bwd", TORCH_BOX(&prefkern::logits_logps_bwd));
+  m.impl("fold", TORCH_BOX(&prefkern::fold));
+  m.impl("fold_again", TORCH_BOX(&prefkern::fold_again));
+  m.impl("unfold", TORCH_BOX(&prefkern::unfold));
+  m.impl("forward", TORCH_BOX(&prefkern::forward));
+  m.impl("backward", TORCH_BOX(&prefkern::backward));
+  m.impl("merge", TORCH_BOX(&prefkern::merge));
+  m.impl("norms", TORCH_BOX(&prefkern::norms));
+  m.impl("finish", TORCH_BOX(&prefkern::finish));
+  m.impl("pull", TORCH_BOX(&prefkern::pull));
   m.impl("error_sum_fwd", TORCH_BOX(&prefkern::error_sum_fwd));
   m.impl("error_sum_bwd", TORCH_BOX(&prefkern::error_sum_bwd));
   m.impl("list_rank_fwd", TORCH_BOX(&prefkern::list_rank_fwd));

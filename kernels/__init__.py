@@ -19,16 +19,22 @@ from typing import Any
 
 import torch
 
+from prefkern.backends import tiled
 from prefkern.backends.contract import Problem
-from prefkern.backends.tiled.filtering import FilterReport, filter_gradient
 
-__all__ = ["FilterReport", "filter_gradient", "held_back", "unsupported"]
+from .epilogue import KERNELS
+from .launches import COUNTS, LAUNCHES
 
+__all__ = ["arithmetic", "fold", "fold_again", "held_back", "seen_kernels", "unfold", "unsupported"]
+
+COMPACTS = FOLDS_WIDE = KEEPS_UNITS = False
+arithmetic = KERNELS.arithmetic
+fold = functools.partial(tiled.fold, KERNELS)
+fold_again = functools.partial(tiled.fold_again, KERNELS)
+unfold = functools.partial(tiled.unfold, KERNELS)
+HEAD_OPS = ("linear_logps", "linear_divergence", "logits_logps")
 # op -> (module, its functions); a module is imported, and triton with it, when it is first called
 OPS: dict[str, tuple[str, ...]] = {
-    "linear_logps": ("linear_logps_fwd", "linear_logps_bwd"),
-    "linear_divergence": ("linear_divergence_fwd", "linear_divergence_bwd"),
-    "logits_logps": ("logits_logps_fwd", "logits_logps_bwd"),
     "list_rank": ("list_rank_fwd",),
     "segment_sum": ("segment_sum_fwd", "segment_sum_bwd"),
 }
@@ -43,17 +49,22 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f".{_MODULE[name]}", __name__), name)
 
 
+def seen_kernels() -> dict[str, int]:
+    """Kernel -> launches in this process, under the names of launches.py."""
+    return {name: COUNTS[name] for name in LAUNCHES}
+
+
 def unsupported(problem: Problem) -> list[str]:
     """Reasons why these kernels cannot serve `problem`; empty when they can."""
     reasons = []
-    if problem.op not in OPS:
-        reasons.append(f"it has no {problem.op} (it has {', '.join(OPS)})")
+    if problem.op not in (*HEAD_OPS, *OPS):
+        reasons.append(f"it has no {problem.op} (it has {', '.join((*HEAD_OPS, *OPS))})")
     for dtype in {problem.dtype, problem.weight_dtype} - {None, *DTYPES}:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         reasons.append(f"it computes in {names}, got {dtype}")
     if reason := _no_triton():
         return [*reasons, reason]
-    if reason := _no_device(problem.device):
+    if reason := _no_device(problem.device, problem.index):
         reasons.append(reason)
     return reasons
 
@@ -75,7 +86,7 @@ def _no_triton() -> str | None:
     return None
 
 
-def _no_device(device: str) -> str | None:
+def _no_device(device: str, index: int | None) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device == "cpu":
         if interpreted:
@@ -90,7 +101,7 @@ def _no_device(device: str) -> str | None:
     from .tiles import arch_of
 
     try:
-        arch_of(torch.device("cuda"))
+        arch_of(torch.device("cuda", index) if index is not None else torch.device("cuda"))
     except LookupError as error:
         return str(error)
     return None

@@ -11,151 +11,162 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefkern.backends.tiled.epilogue import FACTORS, Call, Tile
+from prefkern.backends import cuda, eager, tables
+from prefkern.backends.contract import Arithmetic, Folded, HeadCall
+from prefkern.backends.tiled.epilogue import FLAGS, Sweep, Tile
 
 from . import tiles
 from .launches import launch
 
-# Bits of `flags` as fold.py has them, which cannot be imported without triton.
-BIAS, REF_BIAS, KEEP, VALUES, THIRD = 1, 2, 4, 8, 16
 _GROUP = {torch.float64: "b64", torch.float32: "b32"}
+BIASES = ("bias", "ref_bias", "aux_bias")
 
 
 def _grid(m: int, w: int) -> Any:
     return lambda meta: (-(-m // meta["BLOCK_M"]), -(-w // meta["BLOCK_V"]))
 
 
-def _bias(call: Call, which: int, v0: int) -> Tensor:
-    """The bias from column v0 on; the scalars, which are not read, where there is none."""
-    options = call.policy if which == 0 else call.ref
-    if options is None or options.bias is None:
-        return call.params
-    return options.bias[v0:]
+def _biases(sweep: Sweep, v0: int, count: int) -> list[Tensor]:
+    """Biases from column v0 on; the scalars, which are not read, where there is none."""
+    found = [sweep.params] * count
+    for i, option in enumerate(sweep.options[:count]):
+        if option.bias is not None:
+            found[i] = option.bias[v0:]
+    return found
 
 
-def _flags(call: Call, tile: Tile | None) -> int:
-    flags = BIAS if call.policy.bias is not None else 0
-    if call.ref is not None and call.ref.bias is not None:
-        flags |= REF_BIAS
-    if tile is None:
-        return flags
-    if tile.keep[0] is not None:
-        flags |= KEEP
-    if call.ev == "values" and tile.adv is not None:
-        flags |= VALUES
-    if call.ev == "aux" and tile.za is not None:
-        flags |= THIRD
-    return flags
+def _flags(sweep: Sweep, tile: Tile, *, keep: bool = False) -> int:
+    call = sweep.call
+    there = {name: call.plan.has(name) for name in FLAGS}
+    there |= {
+        name: option.bias is not None for name, option in zip(BIASES, sweep.options, strict=False)
+    }
+    given = tile.adv is not None
+    there |= {"values": given and call.plan.ev == "values", "keep": keep,
+              "teacher": given and call.plan.has("xent"), "third": len(tile.x) > 2}  # fmt: skip
+    return sum(1 << i for i, name in enumerate(FLAGS) if there[name])
 
 
-def _lent(call: Call, like: Tensor) -> Tensor:
-    """A tensor of the working dtype for a kernel that asks for the dtype alone."""
-    return like if like.dtype == call.working else like.new_empty(1, dtype=call.working)
-
-
-def _adv(call: Call, tile: Tile) -> tuple[Tensor, int]:
-    """A of ev and the stride of its rows, 0 where one row serves all."""
+def _values(sweep: Sweep, tile: Tile) -> tuple[Tensor, int]:
+    """Given values and the stride of their rows, 0 where one row serves all."""
     if tile.adv is None:
-        return call.params, 0
+        return sweep.params, 0
     return tile.adv, tile.adv.stride(0) if tile.adv.dim() == 2 else 0
+
+
+class DeviceArithmetic:
+    """The CUDA library's where it serves the device of a call, else eager PyTorch's: small kernels,
+    but neither a synchronisation nor anything that a graph cannot hold."""
+
+    def of(self, call: HeadCall) -> Any:
+        device = call.targets.device
+        return cuda.arithmetic if cuda.usable_on(device) else eager.arithmetic
+
+    def merge(self, call: HeadCall, fields: Tensor, starts: Tensor, rounded: bool) -> Tensor:
+        return self.of(call).merge(call, fields, starts, rounded)
+
+    def norms(self, call: HeadCall, folded: Folded) -> Tensor:
+        return self.of(call).norms(call, folded)
+
+    def finish(
+        self, call: HeadCall, folded: Folded, second: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.of(call).finish(call, folded, second)
+
+    def pull(self, call: HeadCall, d_out: Tensor, out: Tensor, saved: Tensor) -> Tensor:
+        return self.of(call).pull(call, d_out, out, saved)
 
 
 class Kernels:
     """prefkern.backends.tiled.epilogue.Epilogue in Triton."""
 
-    def chunk_columns(self, call: Call) -> int:
-        dtype = torch.float32 if call.wide else call.working
-        entry = "fold_one" if call.ref is None else "fold_two"
-        arch = tiles.arch_of(call.params.device)
-        found = tiles.candidates(entry, _GROUP.get(dtype, "b16"), arch)
+    arithmetic: Arithmetic = DeviceArithmetic()
+
+    def chunk_columns(self, sweep: Sweep) -> int:
+        entry = "fold_one" if len(sweep.options) == 1 else "fold_two"
+        arch = tiles.arch_of(sweep.targets.device)
+        found = [
+            t
+            for t in tiles.candidates(entry, _GROUP.get(sweep.tile_dtype, "b16"), arch)
+            if t.blocks["BLOCK_V"] <= sweep.widest_chunk
+        ]
         if arch == "interpreter":
-            grid = _grid(call.targets.shape[0], call.V)
-            return min(found, key=lambda t: tiles.interpreted_cost(t, grid(t.blocks))).blocks[
-                "BLOCK_V"
-            ]
+            grid = _grid(sweep.targets.shape[0], sweep.call.V)
+            found = sorted(found, key=lambda t: tiles.interpreted_cost(t, grid(t.blocks)))
         return found[0].blocks["BLOCK_V"]
 
-    def fold(self, call: Call, tile: Tile, fields: Tensor, at_target: Tensor) -> None:
-        (m, w), z, zr = tile.z.shape, tile.z, tile.zr
-        work = _lent(call, z)
-        keep, ref_keep = (work if k is None else k for k in tile.keep)
-        round_ = z.dtype != call.working and call.rounds
-        must = {"BLOCK_V": self.chunk_columns(call)}
-        targets = call.targets[tile.rows]
-        constants = {"FULL": not call.small, "ROUND": z.dtype != call.working}
-        if not round_:
-            # nothing reads the rounded normalisers of a frozen head, and nothing is kept
-            constants["ROUND"], work = False, z
-            keep = ref_keep = z
-        if zr is None:
+    def fold(
+        self, sweep: Sweep, tile: Tile, fields: Tensor, at: Tensor, keep: Tensor | None
+    ) -> None:
+        x, (m, w) = tile.x[0], tile.x[0].shape
+        lent = keep
+        if lent is None:  # of the dtype to round to, or not read at all
+            lent = x.new_empty(1, dtype=sweep.call.working) if sweep.rounded else x
+        values, values_stride = _values(sweep, tile)
+        constants = {"FULL": not sweep.small_fold, "ROUND": sweep.rounded}
+        must = {"BLOCK_V": self.chunk_columns(sweep)}
+        numbers = (_flags(sweep, tile, keep=keep is not None), m, w, tile.v0,
+                   sweep.call.ignore_index)  # fmt: skip
+        if len(tile.x) == 1:
             launch(
-                "fold_one", _grid(m, w), z, keep, _bias(call, 0, tile.v0), targets, call.params,
-                fields, at_target, _flags(call, tile), m, w, tile.v0, z.stride(0), keep.stride(0),
-                fields.stride(0), fields.stride(1), must=must, **constants,
+                "fold_one", _grid(m, w), x, values, lent, *_biases(sweep, tile.v0, 1),
+                sweep.targets[tile.rows], sweep.params, fields, at, *numbers, x.stride(0),
+                values_stride, lent.stride(0), fields.stride(0), fields.stride(1), must=must,
+                **constants,
             )  # fmt: skip
             return
-        za = z if tile.za is None else tile.za
-        adv, adv_stride = _adv(call, tile)
+        xr, xa = tile.x[1], tile.x[-1]
         launch(
-            "fold_two", _grid(m, w), z, zr, za, adv, keep, ref_keep, _bias(call, 0, tile.v0),
-            _bias(call, 1, tile.v0), targets, call.params, fields, at_target, _flags(call, tile),
-            m, w, tile.v0, z.stride(0), zr.stride(0), za.stride(0), adv_stride, keep.stride(0),
-            fields.stride(0), fields.stride(1), at_target.stride(0), must=must, **constants,
+            "fold_two", _grid(m, w), x, xr, xa, values, lent, *_biases(sweep, tile.v0, 3),
+            sweep.targets[tile.rows], sweep.params, fields, at, *numbers, x.stride(0),
+            xr.stride(0), xa.stride(0), values_stride, lent.stride(0), fields.stride(0),
+            fields.stride(1), at.stride(0), must=must, **constants,
         )  # fmt: skip
 
-    def fold_second(self, call: Call, tile: Tile, norms: Tensor, fields: Tensor) -> None:
-        (m, w), z, zr = tile.z.shape, tile.z, tile.zr
-        assert zr is not None
+    def fold_again(self, sweep: Sweep, tile: Tile, norms: Tensor, fields: Tensor) -> None:
+        (x, xr), (m, w) = tile.x, tile.x[0].shape
         launch(
-            "fold_second", _grid(m, w), z, zr, _lent(call, z), _bias(call, 0, tile.v0),
-            _bias(call, 1, tile.v0), call.targets[tile.rows], call.params, norms, fields,
-            _flags(call, tile), m, w, tile.v0, z.stride(0), zr.stride(0), norms.stride(0),
-            fields.stride(0), fields.stride(1), must={"BLOCK_V": self.chunk_columns(call)},
-            ROUND=z.dtype != call.working,
+            "fold_second", _grid(m, w), x, xr, *_biases(sweep, tile.v0, 2),
+            sweep.targets[tile.rows], sweep.params, norms, fields, _flags(sweep, tile), m, w,
+            tile.v0, sweep.call.ignore_index, x.stride(0), xr.stride(0), norms.stride(0),
+            fields.stride(0), fields.stride(1), must={"BLOCK_V": self.chunk_columns(sweep)},
         )  # fmt: skip
 
-    def seen(self, call: Call, zr: Tensor, v0: int, out: Tensor) -> None:
-        m, w = zr.shape
+    def factor(self, sweep: Sweep, tile: Tile, maxima: Tensor, name: str, out: Tensor) -> None:
+        x, xr, (m, w) = tile.x[0], tile.x[min(1, len(tile.x) - 1)], tile.x[0].shape
         launch(
-            "seen_logits", _grid(m, w), zr, _lent(call, zr), _bias(call, 1, v0), call.params, out,
-            _flags(call, None), m, w, zr.stride(0), out.stride(0), ROUND=zr.dtype != call.working,
-        )  # fmt: skip
-
-    def factor(self, call: Call, tile: Tile, maxima: Tensor, name: str, out: Tensor) -> None:
-        (m, w), z = tile.z.shape, tile.z
-        zr = z if tile.zr is None else tile.zr
-        launch(
-            "factor", _grid(m, w), z, zr, out, _bias(call, 0, tile.v0), _bias(call, 1, tile.v0),
-            call.targets[tile.rows], call.params, maxima, _flags(call, tile), FACTORS.index(name),
-            m, w, z.stride(0), zr.stride(0), out.stride(0), maxima.stride(0),
+            "factor", _grid(m, w), x, xr, out, *_biases(sweep, tile.v0, 2),
+            sweep.targets[tile.rows], sweep.params, maxima, _flags(sweep, tile),
+            tables.FACTORS.index(name), m, w, sweep.call.ignore_index, x.stride(0), xr.stride(0),
+            out.stride(0), maxima.stride(0),
         )  # fmt: skip
 
     def raise_rows(self, names: tuple[str, ...], totals: Tensor, shift: Tensor) -> None:
         _, m, depth = totals.shape
-        present = sum(1 << FACTORS.index(name) for name in names)
+        present = sum(1 << tables.FACTORS.index(name) for name in names)
         launch(
             "raise_rows", lambda meta: (-(-m // meta["BLOCK_M"]), -(-depth // meta["BLOCK_D"])),
             totals, shift, present, m, depth, totals.stride(0), totals.stride(1), shift.stride(0),
         )  # fmt: skip
 
-    def gradient(self, call: Call, tile: Tile, coefficients: Tensor, dx: Tensor) -> None:
-        (m, w), z, zr = tile.z.shape, tile.z, tile.zr
-        constants = {"FULL": not call.small, "ROUND": z.dtype != call.working}
-        targets = call.targets[tile.rows]
-        if zr is None:
+    def gradient(self, sweep: Sweep, tile: Tile, coefficients: Tensor, dx: Tensor) -> None:
+        x, (m, w) = tile.x[0], tile.x[0].shape
+        values, values_stride = _values(sweep, tile)
+        full = not sweep.small_gradient
+        numbers = (_flags(sweep, tile), m, w, tile.v0, sweep.call.ignore_index, x.stride(0))
+        if len(tile.x) == 1:
             launch(
-                "gradient_one", _grid(m, w), z, dx, _bias(call, 0, tile.v0), targets, call.params,
-                coefficients, _flags(call, tile), m, w, tile.v0, z.stride(0), dx.stride(0),
-                coefficients.stride(0), **constants,
+                "gradient_one", _grid(m, w), x, values, dx, *_biases(sweep, tile.v0, 1),
+                sweep.targets[tile.rows], sweep.params, coefficients, *numbers, values_stride,
+                dx.stride(0), coefficients.stride(0), FULL=full,
+                ROUND=sweep.rounded and x.dtype != dx.dtype,
             )  # fmt: skip
             return
-        za = z if tile.za is None else tile.za
-        adv, adv_stride = _adv(call, tile)
+        xr, xa = tile.x[1], tile.x[-1]
         launch(
-            "gradient_two", _grid(m, w), z, zr, za, adv, dx, _bias(call, 0, tile.v0),
-            _bias(call, 1, tile.v0), targets, call.params, coefficients, _flags(call, tile), m, w,
-            tile.v0, z.stride(0), zr.stride(0), za.stride(0), adv_stride, dx.stride(0),
-            coefficients.stride(0), **constants,
+            "gradient_two", _grid(m, w), x, xr, xa, values, dx, *_biases(sweep, tile.v0, 3),
+            sweep.targets[tile.rows], sweep.params, coefficients, *numbers, xr.stride(0),
+            xa.stride(0), values_stride, dx.stride(0), coefficients.stride(0), FULL=full,
         )  # fmt: skip
 
 

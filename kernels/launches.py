@@ -11,10 +11,10 @@ To add a kernel
    prints the row to add: what was never compiled ahead of time is never launched.
 
 Rows are precious: tests/kernels/test_aot.py compiles each row for each of four architectures, at
-0.1 to 1 s each (1 to 6 s for a kernel with products), and all rows together have 300 CPU seconds
-(82 rows take 200). So let a flag be a run-time argument unless it changes the inner
-loop; serve a rare combination of flags with a row that computes more than was asked; and mark
-integers that may be 1 `do_not_specialize`, and sizes that may pass 2^31 `: tl.int64`.
+0.1 to 1 s each, and all rows together have 300 CPU seconds. So let a flag be a run-time argument
+unless it changes the inner loop; serve a rare combination of flags with a row that computes more
+than was asked; and mark integers that may be 1 `do_not_specialize`, and sizes that may pass 2^31
+`: tl.int64`.
 
 Importing this file imports neither triton nor the kernels.
 """
@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,12 +58,9 @@ class Launch:
     name: str  # what `launch` is given; rows of one kernel share it
     kernel: str  # "module:function" below this folder
     signature: str
-    tile: str  # "entry dtype" of tiles.TABLE, dtype group included: "fused_head b16"
+    tile: str  # "entry dtype" of tiles.TABLE, dtype group included: "fold_one b16"
     constants: dict[str, Any] = field(default_factory=dict)
-    # What compiled code must show; checked ahead of time.
-    dot: str = ""  # "tensor": its products run on tensor cores; "exact": none may (fp32 products)
-    wide: bool = False  # reads and writes its tiles 16 bytes at a time
-    archs: tuple[str, ...] = tiles.GPU_ARCHS
+    wide: bool = False  # reads and writes its tiles 16 bytes at a time; checked ahead of time
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -98,28 +96,6 @@ ROWS: tuple[Launch, ...] = (
         )
     ),
     *(Launch(*row, wide=row[0] != "raise_rows") for row in head_rows.ROWS),
-    # products and statistics in one kernel; fp16 and two models have what the sweep asks for
-    *(
-        Launch("fused_one", "fused_kernels:fused_one",
-               f"*{t}:16 *{t}:16 *fp32:16 *i64 *fp32:16 *fp32:16 *fp32 i32 i32 i32:16 i32 i64:16 "
-               "i64:16 i32:16 i64 i64 i32", tile, {"FULL": full},
-               dot="exact" if t == "fp32" else "tensor", wide=True)
-        for t, full, tile in (
-            ("bf16", False, "fused_one b16"), ("bf16", True, "fused_full b16"),
-            ("fp16", True, "fused_full b16"),
-            ("fp32", False, "fused_one b32"), ("fp32", True, "fused_one b32"),
-        )
-    ),
-    *(
-        Launch("fused_two", "fused_kernels:fused_two",
-               f"*{t}:16 *{t}:16 *fp32:16 *{t}:16 *{t}:16 *fp32:16 *i64 *fp32:16 *fp32:16 *fp32 "
-               "i32 i32 i32:16 i32:16 i32 i32 i64:16 i64:16 i64:16 i64:16 i32:16 i64 i64 i64 i32",
-               tile, {"SHARED": shared}, dot="exact" if t == "fp32" else "tensor", wide=True)
-        for t, shared, tile in (
-            ("bf16", True, "fused_two b16"), ("bf16", False, "fused_apart b16"),
-            ("fp32", False, "fused_apart b32"),
-        )
-    ),
 )
 # fmt: on
 
@@ -132,6 +108,8 @@ def by_name(rows: Sequence[Launch]) -> dict[str, tuple[Launch, ...]]:
 
 
 LAUNCHES: dict[str, tuple[Launch, ...]] = by_name(ROWS)
+# Name -> launches in this process, timed ones included; a replayed CUDA graph adds none.
+COUNTS: Counter[str] = Counter()
 
 
 class UnknownLaunch(LookupError):
@@ -194,12 +172,6 @@ def device_of(args: Sequence[Any]) -> torch.device:
     raise TypeError("a launch needs at least one tensor: its device says where to run")
 
 
-def tile_of(name: str, args: Sequence[Any], constants: dict[str, Any]) -> tiles.Tile:
-    """The tile that `launch` with the same arguments uses, to size a workspace by."""
-    row = find(name, args, constants)
-    return choose(row, tiles.arch_of(device_of(args)), args, None)
-
-
 def launch(
     name: str, grid: Grid, *args: Any, must: dict[str, int] | None = None, **constants: Any
 ) -> None:
@@ -232,6 +204,7 @@ def run(row: Launch, tile: tiles.Tile, grid: Grid, args: Sequence[Any]) -> None:
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with here:
         kernel_of(row.kernel)[size](*args, **meta, **options(tile))
+    COUNTS[row.name] += 1
 
 
 # What PREFKERN_AUTOTUNE found in this process: (row, arch, shapes) -> tile.

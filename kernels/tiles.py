@@ -10,32 +10,24 @@ arch    sm_80, sm_90, sm_100, gfx942, interpreter; `nvidia` stands for the first
         the first four
 blocks  powers of two; `-` for none. warps and stages are Triton's num_warps and num_stages
 
-Several lines with one name, dtype and arch are candidates: the first is used, PREFKERN_AUTOTUNE=1
-times them all. No line has been timed yet: the sizes are those that compile without a register
-spill and within shared memory (tests/kernels/test_aot.py, benchmarks/results/triton_resources.csv).
+Several lines with one name, dtype and arch are candidates: the first is used (of the folds, the
+first whose chunk a call allows), PREFKERN_AUTOTUNE=1 times them all. No line has been timed yet:
+the sizes are those that compile without a register spill and within shared memory
+(tests/kernels/test_aot.py, benchmarks/results/triton_resources.csv).
 
 Importing this file imports neither triton nor the kernels.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 GPU_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 ARCHS = (*GPU_ARCHS, "interpreter")
-DTYPE_GROUPS = {
-    torch.bfloat16: "b16",
-    torch.float16: "b16",
-    torch.float32: "b32",
-    torch.float64: "b64",
-}
 # Bytes of shared memory one block may use: CUDA C++ Programming Guide, table "Technical
 # Specifications per Compute Capability" (163 KiB on 8.0, 227 KiB on 9.0 and 10.0, opt-in);
 # CDNA 3 ISA guide, 64 KiB of LDS per workgroup.
@@ -47,31 +39,6 @@ REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
 # small blocks where a test's shapes must cross several and large ones where they need not. Of
 # several candidates it takes the cheapest by that rule (interpreted_cost).
 TABLE = """
-fused_one     b16    sm_80        BLOCK_M=128 BLOCK_V=128 BLOCK_D=64   warps=8 stages=3
-fused_one     b16    sm_90        BLOCK_M=128 BLOCK_V=256 BLOCK_D=64   warps=8 stages=4
-fused_one     b16    sm_100       BLOCK_M=128 BLOCK_V=256 BLOCK_D=64   warps=8 stages=4
-fused_one     b16    gfx942       BLOCK_M=128 BLOCK_V=128 BLOCK_D=32   warps=8 stages=2
-fused_full    b16    sm_80        BLOCK_M=128 BLOCK_V=64  BLOCK_D=64   warps=8 stages=3
-fused_full    b16    sm_90        BLOCK_M=128 BLOCK_V=128 BLOCK_D=64   warps=8 stages=3
-fused_full    b16    sm_100       BLOCK_M=128 BLOCK_V=128 BLOCK_D=64   warps=8 stages=3
-fused_full    b16    gfx942       BLOCK_M=128 BLOCK_V=128 BLOCK_D=32   warps=8 stages=2
-fused_two     b16    sm_80        BLOCK_M=64  BLOCK_V=128 BLOCK_D=64   warps=8 stages=3
-fused_two     b16    sm_90        BLOCK_M=128 BLOCK_V=64  BLOCK_D=64   warps=8 stages=3
-fused_two     b16    sm_100       BLOCK_M=128 BLOCK_V=128 BLOCK_D=64   warps=8 stages=3
-fused_two     b16    gfx942       BLOCK_M=128 BLOCK_V=64  BLOCK_D=32   warps=8 stages=2
-fused_apart   b16    sm_80        BLOCK_M=64  BLOCK_V=128 BLOCK_D=64   warps=8 stages=3
-fused_apart   b16    sm_90        BLOCK_M=128 BLOCK_V=64  BLOCK_D=64   warps=8 stages=3
-fused_apart   b16    sm_100       BLOCK_M=128 BLOCK_V=128 BLOCK_D=64   warps=8 stages=3
-fused_apart   b16    gfx942       BLOCK_M=128 BLOCK_V=64  BLOCK_D=32   warps=8 stages=2
-fused_one     b32    sm_80        BLOCK_M=128 BLOCK_V=64  BLOCK_D=16   warps=8 stages=3
-fused_one     b32    sm_90        BLOCK_M=128 BLOCK_V=64  BLOCK_D=16   warps=8 stages=3
-fused_one     b32    sm_100       BLOCK_M=128 BLOCK_V=64  BLOCK_D=16   warps=8 stages=3
-fused_one     b32    gfx942       BLOCK_M=64  BLOCK_V=64  BLOCK_D=32   warps=8 stages=2
-fused_apart   b32    gpu          BLOCK_M=64  BLOCK_V=64  BLOCK_D=32   warps=8 stages=2
-fused_one     any    interpreter  BLOCK_M=16  BLOCK_V=32  BLOCK_D=16   warps=1 stages=1
-fused_full    any    interpreter  BLOCK_M=16  BLOCK_V=32  BLOCK_D=16   warps=1 stages=1
-fused_two     any    interpreter  BLOCK_M=16  BLOCK_V=32  BLOCK_D=16   warps=1 stages=1
-fused_apart   any    interpreter  BLOCK_M=16  BLOCK_V=32  BLOCK_D=16   warps=1 stages=1
 list_rank     any    gpu          BLOCK=32                             warps=8 stages=1
 list_rank     any    interpreter  BLOCK=16                             warps=1 stages=1
 list_shares   any    sm_80        BLOCK=32                             warps=8 stages=1
@@ -86,6 +53,8 @@ fold_one      b32    sm_80        BLOCK_M=1   BLOCK_V=4096             warps=8 s
 fold_one      b32    sm_90        BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
 fold_one      b32    sm_100       BLOCK_M=1   BLOCK_V=2048             warps=8 stages=1
 fold_one      b32    gfx942       BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
+fold_one      b16    gpu          BLOCK_M=1   BLOCK_V=1024             warps=4 stages=1
+fold_one      b32    gpu          BLOCK_M=1   BLOCK_V=1024             warps=4 stages=1
 fold_one      b64    gpu          BLOCK_M=1   BLOCK_V=1024             warps=8 stages=1
 fold_one      any    interpreter  BLOCK_M=256 BLOCK_V=64               warps=1 stages=1
 fold_one      any    interpreter  BLOCK_M=32  BLOCK_V=128              warps=1 stages=1
@@ -215,38 +184,3 @@ def arch_of(device: torch.device) -> str:
             f"kernels/tiles.py has block sizes for {', '.join(GPU_ARCHS)}, and this GPU is {name}."
         )
     return arch
-
-
-# Which scheme of the head ops serves a forward: "tiles" (a library product of each tile, then one
-# fold) or "fused" (kernels/fused.py). A rule is (op, arch, dtype group, largest D, file below
-# benchmarks/results that shows the fused scheme faster there). No run has shown it: no rule.
-FUSED_RULES: tuple[tuple[str, str, str, int, str], ...] = ()
-_scheme: contextvars.ContextVar[str] = contextvars.ContextVar("prefkern_scheme", default="auto")
-
-
-@contextlib.contextmanager
-def use_scheme(name: str) -> Iterator[None]:
-    """Within the block, head ops of the Triton backend use `name`: tiles, fused or auto (the
-    rules). An op call that the fused scheme cannot serve is then a ValueError with the reasons.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    if name not in ("auto", "tiles", "fused"):
-        raise ValueError(f"the scheme must be 'auto', 'tiles' or 'fused', got {name!r}.")
-    token = _scheme.set(name)
-    try:
-        yield
-    finally:
-        _scheme.reset(token)
-
-
-def scheme(op: str, hidden: torch.Tensor) -> str:
-    """fused: asked for by use_scheme; faster: a rule prefers fused where it can serve; tiles."""
-    asked = _scheme.get()
-    if asked != "auto":
-        return asked
-    here = (op, arch_of(hidden.device), DTYPE_GROUPS[hidden.dtype])
-    depth = hidden.shape[1]
-    found = any(rule[:3] == here and depth <= rule[3] for rule in FUSED_RULES)
-    return "faster" if found else "tiles"

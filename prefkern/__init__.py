@@ -9,11 +9,11 @@ from .head import Head
 from .losses import LOSSES
 from .objective.preference_loss import PreferenceLoss, loss_from_stats, preference_loss
 from .ops.error_sum import ErrorSums, error_sum
-from .ops.linear_divergence import linear_divergence
-from .ops.linear_logps import linear_logps
+from .ops.linear_stats import linear_divergence, linear_logps
 from .ops.list_rank import list_rank
 from .ops.logits_logps import logits_logps, selective_log_softmax
 from .ops.segment_sum import segment_sum
+from .shard import Shard
 from .stats import SeqStats, TokenStats
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "Head",
     "PreferenceLoss",
     "SeqStats",
+    "Shard",
     "TokenStats",
     "__version__",
     "error_sum",

@@ -19,9 +19,8 @@ def check_tensor(name: str, value: object) -> Tensor:
         )
     if type(value).__name__ == "DTensor":
         raise ValueError(
-            f"{name} must be a plain tensor, got a DTensor; unshard it first with "
-            f"{name}.full_tensor() (inside the wrapped model's forward, so that gradients stay "
-            "in sync)."
+            f"{name} must be a plain tensor, got a DTensor; pass its local part (.to_local()), and "
+            "compute inside the wrapped model's forward."
         )
     return value
 
@@ -60,8 +59,10 @@ def check_head(
     bias: Tensor | None,
     *,
     prefix: str = "",
+    part: bool = False,
 ) -> None:
-    """Shapes and devices of one model's head: hidden [..., D], weight [V, D], targets [...]."""
+    """Shapes and devices of one model's head: hidden [..., D], weight [V, D], targets [...]. A
+    `part` of a vocabulary may be empty."""
     head = f"{prefix}head: weight"
     check_float(f"{prefix}hidden", hidden)
     check_float(head, weight)
@@ -88,7 +89,7 @@ def check_head(
             f"{shape_text(hidden)}, "
             f"got {shape_text(targets)}; pass the shifted labels, one per hidden row."
         )
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
+    if weight.shape[1] == 0 or (weight.shape[0] == 0 and not part):
         raise ValueError(f"{head} must not be empty, got {shape_text(weight)}.")
     check_same_device(head, weight, f"{prefix}hidden", hidden)
     check_same_device("targets", targets, f"{prefix}hidden", hidden)

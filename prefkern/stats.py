@@ -38,6 +38,9 @@ class TokenStats(NamedTuple):
     bkl: Tensor | None = None  # KL(r || p) over {top k of r} plus one rest bucket
     mix: Tensor | None = None  # log softmax((1-b) z + b z_ref)_y
     ev: Tensor | None = None  # sum_v p_v A_v
+    xent: Tensor | None = None  # sum_k q_k log p_k over a sparse teacher q
+    # with tail_mass: share of the vocabulary's chunks that the backward computes; no gradient
+    active: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> TokenStats:
         """The record of fn(field) for every field that is there."""
@@ -70,6 +73,7 @@ class SeqStats(NamedTuple):
     top1: Tensor | None = None
     zmean: Tensor | None = None
     ref_lse: Tensor | None = None
+    xent: Tensor | None = None
 
     def require(self, name: str) -> Tensor:
         """The field `name` [S]; raises ValueError when it was not computed."""
@@ -119,11 +123,19 @@ class Stat(NamedTuple):
         return f"{self.name}:{int(self.param) if self.name == 'bkl' else repr(self.param)}"
 
 
-ONE_MODEL_STATS = ("logp", "lse", "zy", "ent", "col", "top1", "zmean")
+ONE_MODEL_STATS = ("logp", "lse", "zy", "ent", "col", "top1", "zmean", "xent")
 TWO_MODEL_STATS = (
     "ref_logp", "ref_lse", "fkl", "rkl", "jsd", "alpha", "renyi", "tv", "bkl", "mix", "ev",
 )  # fmt: skip
 NO_GRADIENT = frozenset({"top1", "zmean", "ref_logp", "ref_lse"})
+# Statistics whose logit gradient is made of the policy's own probabilities: in 16 bits it may
+# read rounded logits, whose error then stays that of one rounding. All others are differences of
+# two distributions or hold a log-probability, and read fp32 products.
+OWN_PROBABILITY = frozenset({"logp", "lse", "zy", "col", "xent"})
+# Statistics whose logit gradient over a set of columns is bounded in L1 by the masses P and R of p
+# and r there, per unit of upstream gradient: logp, lse P; zy 0; xent P times the teacher's mass;
+# fkl P + R. So a backward may skip columns of small mass (`tail_mass`).
+TAIL_STATS = frozenset({"logp", "lse", "zy", "xent", "fkl"})
 # Statistics whose logit gradient is a fixed row times one number, formed in the forward when the
 # head is frozen (jsd, tv need a second sweep for that row and are recomputed instead).
 FROZEN_STATS = frozenset({"logp", "lse", "zy", "ent", "fkl", "rkl"}) | NO_GRADIENT

@@ -121,8 +121,8 @@ def run_oracle(inputs: Inputs, stats, upstream, option: Options = PLAIN) -> orac
         zr, _ = oracles.head_logits(
             inputs.ref_hidden, inputs.ref_weight, inputs.ref_bias, **option.numbers()
         )
-        # bkl's top-k is defined on reference logits rounded to the working dtype
-        rank_by = torch.from_numpy(zr).to(inputs.hidden.dtype).double().numpy()
+        # bkl's top-k is of the reference's logits in the fold dtype
+        rank_by = torch.from_numpy(zr).to(stat_dtype(inputs.hidden.dtype)).double().numpy()
     return oracles.head_stats(
         inputs.hidden,
         inputs.weight,

@@ -29,7 +29,7 @@ struct TileRow {
   const T* z = nullptr;
   const T* zr = nullptr;
   const T* za = nullptr;
-  const T* adv = nullptr;              // A of this tile, contiguous, or null
+  const T* adv = nullptr;              // given A of this tile, contiguous, or null
   int64_t stride = 0, ref_stride = 0;  // of z; of zr and za
   int64_t blocks = 0;
   int64_t start = 0;  // vocabulary index of the first entry
@@ -58,9 +58,15 @@ inline int64_t first_equal(const T* z, int64_t stride, int64_t blocks, T value) 
   return -1;
 }
 
+// Sums of e^x over one tile row, relative to the running maxima.
+template <class T>
+struct TileSums {
+  T pol, ref;
+};
+
 // Sums of e^x, with entropy also e^x x, with collision also e^(2x).
 template <class T, bool entropy, bool collision>
-PK_HOT void fold_one(RowSums& s, const TileRow<T>& t) {
+PK_HOT TileSums<T> fold_one(RowSums& s, const TileRow<T>& t) {
   const Vec<T> m = splat(T(safe_max(s.pol.max))), low = splat(min_x<T>());
   Vec<T> sum{}, sum_x{}, sum_sq{};
   for (int64_t k = 0; k < t.blocks; ++k) {
@@ -70,14 +76,16 @@ PK_HOT void fold_one(RowSums& s, const TileRow<T>& t) {
     if constexpr (entropy) sum_x = fma(e, x, sum_x);
     if constexpr (collision) sum_sq = fma(e, e, sum_sq);
   }
-  s.pol.sum += sum_lanes(sum);
-  if constexpr (entropy) s.pol_x += sum_lanes(sum_x);
-  if constexpr (collision) s.pol_sq += sum_lanes(sum_sq);
+  const TileSums<T> here{sum_lanes(sum), T(0)};
+  s.pol.sum += here.pol;
+  if constexpr (entropy) s.x += sum_lanes(sum_x);
+  if constexpr (collision) s.sq += sum_lanes(sum_sq);
+  return here;
 }
 
 // Both models: also sums of e^xr (xr - x) and e^x (x - xr).
 template <class T, bool single, bool forward_kl, bool reverse_kl>
-PK_HOT void fold_two(RowSums& s, const TileRow<T>& t) {
+PK_HOT TileSums<T> fold_two(RowSums& s, const TileRow<T>& t) {
   const Vec<T> m = splat(T(safe_max(s.pol.max))), mr = splat(T(safe_max(s.ref.max)));
   const Vec<T> low = splat(min_x<T>()), zero{};
   Vec<T> sum{}, sum_x{}, sum_sq{}, sum_r{}, cross_r{}, cross_p{};
@@ -95,14 +103,16 @@ PK_HOT void fold_two(RowSums& s, const TileRow<T>& t) {
     if constexpr (forward_kl) cross_r += er == zero ? zero : er * d;
     if constexpr (reverse_kl) cross_p -= e == zero ? zero : e * d;
   }
-  s.pol.sum += sum_lanes(sum);
-  s.ref.sum += sum_lanes(sum_r);
+  const TileSums<T> here{sum_lanes(sum), sum_lanes(sum_r)};
+  s.pol.sum += here.pol;
+  s.ref.sum += here.ref;
   if constexpr (single) {
-    s.pol_x += sum_lanes(sum_x);
-    s.pol_sq += sum_lanes(sum_sq);
+    s.x += sum_lanes(sum_x);
+    s.sq += sum_lanes(sum_sq);
   }
   if constexpr (forward_kl) s.ref_cross += sum_lanes(cross_r);
   if constexpr (reverse_kl) s.pol_cross += sum_lanes(cross_p);
+  return here;
 }
 
 // z + a (z_ref - z); -inf where either is -inf and has weight. Equal logits give z itself.
@@ -133,15 +143,7 @@ inline void fold_blend(OnlineLse& s, const RowSums& r, const TileRow<T>& t, doub
     return blend<T>(load(t.z + k * t.stride) - m, load(t.zr + k * t.ref_stride) - mr, T(a));
   });
 }
-// Of z + b (z_ref - z).
-template <class T>
-inline void fold_plain_blend(OnlineLse& s, const TileRow<T>& t, double b) {
-  fold_lse<T>(s, t.blocks, [&](int64_t k) {
-    return blend<T>(load(t.z + k * t.stride), load(t.zr + k * t.ref_stride), T(b));
-  });
-}
-
-// The normalisers of the logits that a 16-bit backward reads.
+// A normaliser alone: of the logits that a 16-bit backward reads.
 template <class T>
 PK_HOT void fold_normaliser(OnlineLse& s, const T* z, int64_t stride, int64_t blocks) {
   lse_raise(s, row_max(z, stride, blocks));
@@ -149,12 +151,6 @@ PK_HOT void fold_normaliser(OnlineLse& s, const T* z, int64_t stride, int64_t bl
   Vec<T> sum{};
   for (int64_t k = 0; k < blocks; ++k) sum += exp_bounded(max(low, load(z + k * stride) - m));
   s.sum += sum_lanes(sum);
-}
-template <class T>
-inline void fold_normalisers(RowSums& s, const TileRow<T>& t) {
-  fold_normaliser(s.pol_rounded, t.z, t.stride, t.blocks);
-  if (t.zr != nullptr) fold_normaliser(s.ref_rounded, t.zr, t.ref_stride, t.blocks);
-  if (t.za != nullptr) fold_normaliser(s.aux_rounded, t.za, t.ref_stride, t.blocks);
 }
 
 template <class T>
@@ -209,50 +205,50 @@ PK_INLINE RowTop<T> row_tops(const TileRow<T>& t) {
 // First sweep: raises the maxima, then runs the passes the plan needs. The tile is in L1 or L2,
 // where a pass costs about a tenth of a nanosecond per logit.
 template <class T>
-inline void fold_first(RowSums& s, const StatPlan& plan, const TileRow<T>& t,
-                       const RowTop<T>& top) {
-  if (plan.has(kTop1) && top.pol > s.pol.max)
+inline TileSums<T> fold_first(RowSums& s, const StatPlan& plan, const TileRow<T>& t,
+                              const RowTop<T>& top) {
+  if (plan.has(Stat::top1) && top.pol > s.pol.max)
     s.top = t.start + first_equal(t.z, t.stride, t.blocks, top.pol);
   if (top.pol > s.pol.max || top.ref > s.ref.max || top.aux > s.aux.max) {
     raise_maxima(s, plan, top.pol, top.ref, top.aux, t.za != nullptr);
   }
-  const bool entropy = plan.has(kEnt), collision = plan.has(kCol);
+  const bool entropy = plan.has(Stat::ent), collision = plan.has(Stat::col);
+  TileSums<T> here;
   if (t.zr == nullptr) {
     if (entropy && collision)
-      fold_one<T, true, true>(s, t);
+      here = fold_one<T, true, true>(s, t);
     else if (entropy)
-      fold_one<T, true, false>(s, t);
+      here = fold_one<T, true, false>(s, t);
     else if (collision)
-      fold_one<T, false, true>(s, t);
+      here = fold_one<T, false, true>(s, t);
     else
-      fold_one<T, false, false>(s, t);
+      here = fold_one<T, false, false>(s, t);
   } else {
-    const bool f = plan.has(kFkl), r = plan.has(kRkl);
+    const bool f = plan.has(Stat::fkl), r = plan.has(Stat::rkl);
     if (entropy || collision || r)
-      fold_two<T, true, true, true>(s, t);
+      here = fold_two<T, true, true, true>(s, t);
     else if (f)
-      fold_two<T, false, true, false>(s, t);
+      here = fold_two<T, false, true, false>(s, t);
     else
-      fold_two<T, false, false, false>(s, t);
-    if (plan.has(kAlpha)) fold_blend(s.blend[0], s, t, plan.param[kAlpha]);
-    if (plan.has(kRenyi)) fold_blend(s.blend[1], s, t, plan.param[kRenyi]);
-    if (plan.has(kMix)) fold_blend(s.blend[2], s, t, plan.param[kMix]);
+      here = fold_two<T, false, false, false>(s, t);
+    if (plan.has(Stat::alpha)) fold_blend(s.blend[kAlphaBlend], s, t, plan.of(Stat::alpha));
+    if (plan.has(Stat::renyi)) fold_blend(s.blend[kRenyiBlend], s, t, plan.of(Stat::renyi));
+    if (plan.has(Stat::mix)) fold_blend(s.blend[kMixBlend], s, t, plan.of(Stat::mix));
   }
-  if (plan.has(kZmean)) fold_mean(s, t);
+  if (plan.has(Stat::zmean)) fold_mean(s, t);
   if (t.za != nullptr || t.adv != nullptr) fold_advantage(s, t);
+  return here;
 }
 
-// Non-zero advantages of one row as (index, value) pairs.
-template <class T>
-inline void fold_sparse(RowSums& s, const TileRow<T>& t, const int64_t* index, const void* values,
-                        Dtype type, int64_t first, int64_t k) {
+// Calls f(z, value) for the sparse values [first, first + k) of a row that lie in its tile.
+template <class T, class F>
+inline void each_sparse(const TileRow<T>& t, const int64_t* index, const void* values, Dtype type,
+                        int64_t first, int64_t k, const F& f) {
   constexpr int L = Lanes<T>::L;
-  const double m = safe_max(s.pol.max);
   for (int64_t j = first; j < first + k; ++j) {
     const int64_t v = index[j] - t.start;
     if (v < 0 || v >= t.blocks * L) continue;
-    s.adv += weighted(pk_exp(double(t.z[v / L * t.stride + v % L]) - m),
-                      element<double>(values, type, j));
+    f(double(t.z[v / L * t.stride + v % L]), element<double>(values, type, j));
   }
 }
 

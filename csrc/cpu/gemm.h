@@ -131,12 +131,13 @@ PK_HOT void product_store(const typename C::W* a, int64_t a_stride, const typena
   }
 }
 
-// Adds (or, with `fresh`, writes) the product to plain rows: row i at rows[i] + column. Columns at
-// and beyond `width` do not exist.
+// Adds the product to plain rows, row i at rows[i] + column; with `fresh` writes it, with `start`
+// plus that row. Columns at and beyond `width` do not exist.
 template <class C, int NR, bool transposed>
 PK_HOT void product_add(const typename C::W* a, int64_t a_stride, const typename C::W* b,
                         int64_t b_stride, int64_t depth, typename C::T* const* rows, int count,
-                        int64_t column, int64_t width, bool fresh) {
+                        int64_t column, int64_t width, bool fresh,
+                        const typename C::T* start = nullptr) {
   using T = typename C::T;
   constexpr int L = C::L;
   if (!fresh) {  // the rows come from L3 or memory: ask for them before the product needs them
@@ -152,7 +153,8 @@ PK_HOT void product_add(const typename C::W* a, int64_t a_stride, const typename
 #pragma GCC unroll 3
       for (int j = 0; j < NR; ++j) {
         T* p = rows[i] + column + j * L;
-        store(p, fresh ? acc[i][j] : load(p) + acc[i][j]);
+        const T* before = fresh ? start == nullptr ? nullptr : start + column + j * L : p;
+        store(p, before == nullptr ? acc[i][j] : load(before) + acc[i][j]);
       }
     }
     return;
@@ -166,7 +168,9 @@ PK_HOT void product_add(const typename C::W* a, int64_t a_stride, const typename
   for (int i = 0; i < count; ++i) {
     T* p = rows[i] + column;
     const int64_t n = width - column < NR * L ? width - column : NR * L;
-    for (int64_t j = 0; j < n; ++j) p[j] = fresh ? spill[i][j] : p[j] + spill[i][j];
+    const T* before = fresh ? start == nullptr ? nullptr : start + column : p;
+    for (int64_t j = 0; j < n; ++j)
+      p[j] = before == nullptr ? spill[i][j] : before[j] + spill[i][j];
   }
 }
 
@@ -199,10 +203,10 @@ void logits_tile(const typename C::W* h, int64_t h_stride, const typename C::W* 
 // d][v words][L].
 template <class C>
 void add_rows(const typename C::W* dz, int64_t dz_stride, const typename C::W* w, int64_t w_stride,
-              int64_t depth, typename C::T* const* rows, int count, int64_t width, bool fresh) {
+              int64_t depth, typename C::T* const* rows, int count, int64_t width) {
   for_blocks((width + C::L - 1) / C::L, [&](int64_t db, auto nr) {
     product_add<C, nr.value, false>(dz, dz_stride, w + db * w_stride, w_stride, depth, rows, count,
-                                    db * C::L, width, fresh);
+                                    db * C::L, width, false);
   });
 }
 

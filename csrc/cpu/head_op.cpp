@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "cpu/arithmetic.h"
+#include "numerics/finish.h"
 
 namespace prefkern {
 
@@ -21,135 +23,219 @@ Pool torch_pool() {
   return pool;
 }
 
-Tensor empty_stats(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  const bool wide = like.scalar_type() == ScalarType::Double;
-  return torch::stable::new_empty(like, sizes, wide ? ScalarType::Double : ScalarType::Float);
-}
-
 void check_done(bool done) {
-  STD_TORCH_CHECK(done,
-                  "prefkern could not get working memory (16 MiB or less); free some memory.");
-}
-
-void check_same_dtype(const Tensor& t, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name,
-                  " must have the dtype of hidden; cast it first.");
-}
-
-Head make_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bias, int64_t vocab,
-               double scale, std::optional<double> softcap, double temperature,
-               const char* prefix) {
-  const std::string p = prefix;
-  Head head;
-  head.depth = hidden.dim() == 2 ? hidden.size(1) : -1;
-  check_shape(hidden, (p + "hidden").c_str(), {-1, -1});
-  check_shape(weight, (p + "weight").c_str(), {vocab, head.depth});
-  head.hidden = hidden.const_data_ptr();
-  head.weight = weight.const_data_ptr();
-  head.hidden_type = check_float(hidden, (p + "hidden").c_str());
-  head.weight_type = check_float(weight, (p + "weight").c_str());
-  if (bias.has_value()) {
-    check_shape(*bias, (p + "bias").c_str(), {vocab});
-    head.bias = bias->const_data_ptr();
-    head.bias_type = check_float(*bias, (p + "bias").c_str());
-  }
-  STD_TORCH_CHECK(temperature > 0.0 && (!softcap.has_value() || *softcap > 0.0), p,
-                  "temperature and softcap must be > 0.");
-  head.scale = scale;
-  head.softcap = softcap.value_or(0.0);
-  head.temperature = temperature;
-  return head;
+  STD_TORCH_CHECK(done, "prefkern could not get working memory; free some.");
 }
 
 namespace {
 
-void fill(HeadCall& call, const Tensor& hidden, const Tensor& targets, const std::string& stats,
-          int models) {
-  call.rows = hidden.size(0);
-  check_targets(targets, call.rows, call.vocab, call.ignore);
-  call.targets = static_cast<const int64_t*>(targets.const_data_ptr());
-  call.plan = parse_plan(stats);
-  call.saved_rows = models == 1 ? 1 : int(kSavedRows);
-  call.pool = torch_pool();
-  call.frozen_count = 0;
-  StatKind by_slot[kStatCount] = {};
-  for (int k = 0; k < kStatCount; ++k) {
-    if (call.plan.slot[k] >= 0) by_slot[call.plan.slot[k]] = StatKind(k);
+ScalarType scalar(Dtype type) {
+  switch (type) {
+    case Dtype::f32:
+      return ScalarType::Float;
+    case Dtype::f64:
+      return ScalarType::Double;
+    case Dtype::bf16:
+      return ScalarType::BFloat16;
+    case Dtype::f16:
+      break;
   }
-  for (int i = 0; i < call.plan.count; ++i) {
-    if (has_gradient(by_slot[i])) call.frozen_kind[call.frozen_count++] = by_slot[i];
+  return ScalarType::Half;
+}
+
+Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  Tensor t = torch::stable::new_empty(like, sizes, type);
+  const int64_t bytes = t.numel() * (type == ScalarType::Double ? 8 : 4);
+  if (bytes > 0) std::memset(t.mutable_data_ptr(), 0, size_t(bytes));
+  return t;
+}
+
+double* doubles(Tensor& t) {
+  return static_cast<double*>(t.mutable_data_ptr());
+}
+
+// Numbers per slot in the fold type.
+const void* rows_of(const Record& record, const Tensor& t, const char* name, int64_t rows) {
+  check_shape(t, name, {rows, record.call.slots});
+  STD_TORCH_CHECK(t.scalar_type() == (record.wide() ? ScalarType::Double : ScalarType::Float), name,
+                  " must be in the fold's dtype: float32, or float64 for float64 input.");
+  return t.const_data_ptr();
+}
+
+void take_cache(Record& record, const Tensor& cache) {
+  HeadCall& call = record.call;
+  check_shape(cache, "cache", {call.kept_models(), -1, call.vocab});
+  STD_TORCH_CHECK(cache.scalar_type() == scalar(call.cache_type()),
+                  "cache must have the dtype that the plan keeps products in.");
+  call.kept = cache.size(1);
+  call.cache = const_cast<void*>(cache.const_data_ptr());
+}
+
+void** gradient_of(Gradients& d, Input k) {
+  switch (k) {
+    case Input::hidden:
+      return &d.hidden;
+    case Input::weight:
+      return &d.weight;
+    case Input::bias:
+      return &d.bias;
+    case Input::low_in:
+      return &d.low_in;
+    case Input::low_out:
+      return &d.low_out;
+    default:
+      return &d.logits;
   }
+}
+
+// Slots that are not computed hold 0 in every field that a fold of such a call writes.
+void clear_rows(const HeadCall& call, double* sums, double* at) {
+  const FoldPlan plan = call.fold_plan();
+  const size_t bytes = size_t(call.slots) * sizeof(double);
+  for (int f = 0; f < kFields; ++f) {
+    if (plan.writes(Field(f))) std::memset(sums + f * call.slots, 0, bytes);
+  }
+  std::memset(at, 0, kAts * bytes);
+}
+
+int count_factors(const HeadCall& call) {
+  const StatPlan& s = call.stats;
+  return 1 + s.grows(Stat::ent) + s.grows(Stat::fkl) + s.grows(Stat::rkl);
 }
 
 }  // namespace
 
-Four run_forward(HeadCall& call, const Tensor& hidden, const Tensor& targets,
-                 const std::string& stats, int64_t cache_rows, bool frozen, int models) {
-  fill(call, hidden, targets, stats, models);
-  Tensor out = empty_stats(hidden, {call.plan.count, call.rows});
-  Tensor saved = empty_stats(hidden, {call.saved_rows, call.rows});
-  Tensor cache = models == 1 ? torch::stable::new_empty(hidden, {cache_rows, call.vocab})
-                             : torch::stable::new_empty(hidden, {2, cache_rows, call.vocab});
-  Tensor rows = frozen ? empty_stats(hidden, {call.frozen_count, call.rows, call.policy.depth})
-                       : empty_stats(hidden, {0});
-  call.out = out.mutable_data_ptr();
-  call.saved = saved.mutable_data_ptr();
-  call.cache = cache.mutable_data_ptr();
-  call.cache_rows = cache_rows;
-  if (frozen) {
-    for (int i = 0; i < call.frozen_count; ++i) {
-      const StatKind k = call.frozen_kind[i];
-      STD_TORCH_CHECK(
-          k == kLogp || k == kLse || k == kZy || k == kEnt || k == kFkl || k == kRkl,
-          "frozen rows exist for logp, lse, zy, ent, fkl and rkl only; pass frozen=False.");
-    }
-    call.frozen = call.frozen_count > 0 && rows.numel() > 0 ? rows.mutable_data_ptr() : nullptr;
-  }
-  check_done(kernels().head_forward(call));
-  return {out, saved, cache, rows};
+Folded run_fold(Record& record, int64_t kept) {
+  HeadCall& call = record.call;
+  STD_TORCH_CHECK(kept >= 0, "kept must be >= 0, got ", kept, ".");
+  const Tensor& like = record.like();
+  const int64_t m = call.slots;
+  Tensor sums = torch::stable::new_empty(like, {kFields, m}, ScalarType::Double);
+  Tensor at = torch::stable::new_empty(like, {kAts, m}, ScalarType::Double);
+  if (call.count < m) clear_rows(call, doubles(sums), doubles(at));
+  Tensor cache = torch::stable::new_empty(like, {call.kept_models(), kept, call.vocab},
+                                          scalar(call.cache_type()));
+  const ScalarType wide = record.wide() ? ScalarType::Double : ScalarType::Float;
+  Tensor factors = call.frozen ? zeros(like, {count_factors(call), m, record.depth()}, wide)
+                               : torch::stable::new_empty(like, {0}, wide);
+  const bool set = call.stats.has(Stat::bkl);
+  // A rank's top set merges with others'; of a whole vocabulary's, the last member says it all.
+  call.top_kept = record.plan.sharded ? call.top_size() : 1;  // forward() relies on it
+  Tensor top = set ? zeros(like, {2, call.top_kept, m}, ScalarType::Double)
+                   : torch::stable::new_empty(like, {0}, ScalarType::Double);
+  call.sums = doubles(sums), call.at = doubles(at), call.top = doubles(top);
+  Tensor chunks = call.tail ? zeros(like, {call.tail_models(), call.chunk_count(), m}, wide)
+                            : torch::stable::new_empty(like, {0}, wide);
+  call.chunks = chunks.mutable_data_ptr();
+  call.factors = factors.mutable_data_ptr();
+  call.cache = cache.mutable_data_ptr(), call.kept = kept;
+  call.pool = torch_pool();
+  if (call.count > 0) check_done(kernels().head_fold(call));
+  return {sums, at, cache, factors, top, chunks};
 }
 
-Three run_backward(HeadCall& call, const Kept& kept, const Tensor& hidden, const Tensor& weight,
-                   const OptTensor& bias, const Tensor& targets, const std::string& stats,
-                   bool need_hidden, bool need_weight, bool need_bias, int models) {
-  fill(call, hidden, targets, stats, models);
-  const int64_t n = call.rows;
-  check_shape(kept.d_out, "d_out", {call.plan.count, n});
-  check_shape(kept.out, "out", {call.plan.count, n});
-  check_shape(kept.saved, "saved", {call.saved_rows, n});
-  check_dense(kept.cache, "cache");
-  check_dense(kept.rows, "rows");
-  check_same_dtype(kept.cache, "cache", hidden);
-  for (const Tensor* t : {&kept.d_out, &kept.out, &kept.saved}) {
-    STD_TORCH_CHECK(t->scalar_type() == empty_stats(hidden, {0}).scalar_type(),
-                    "d_out, out and saved must have the dtype of the statistics.");
+Tensor run_fold_again(Record& record, const Tensor& norms, const Tensor& cache) {
+  HeadCall& call = record.call;
+  STD_TORCH_CHECK(call.two(), "the second sweep compares two models, and the record has one.");
+  call.norms = rows_of(record, norms, "norms", kNorms);
+  take_cache(record, cache);
+  Tensor second = zeros(record.like(), {kSeconds, call.slots}, ScalarType::Double);
+  call.second = doubles(second);
+  call.pool = torch_pool();
+  if (call.count > 0) check_done(kernels().head_fold_again(call));
+  return second;
+}
+
+Tensors run_unfold(Record& record, const Coefficients& coefficients, const Tensor& cache,
+                   const std::string& needed) {
+  HeadCall& call = record.call;
+  STD_TORCH_CHECK(!call.frozen, "a frozen head's gradient is made of what its fold kept.");
+  call.coefficients = coefficients;
+  take_cache(record, cache);
+  Tensors found;
+  each_word(needed, ',', [&](std::string_view word) {
+    const int k = find_name(kInputNames, word);
+    const bool own = k <= int(Input::low_out) || k == int(Input::logits);
+    STD_TORCH_CHECK(k < kInputs && own && record.has(Input(k)),
+                    "needed must name tensors of the policy in the record, got '",
+                    std::string(word), "'.");
+    found.push_back(torch::stable::empty_like(record[Input(k)]));
+    void* to = found.back().mutable_data_ptr();
+    void** place = gradient_of(call.d, Input(k));
+    STD_TORCH_CHECK(*place == nullptr, "needed names '", std::string(word), "' twice.");
+    *place = to;
+  });
+  call.pool = torch_pool();
+  if (!found.empty()) check_done(kernels().head_unfold(call));
+  return found;
+}
+
+Folded fold(const Tensors& tensors, const Numbers& numbers, const std::string& plan,
+            int64_t ignore_index, int64_t kept) {
+  Record record(tensors, numbers, plan, ignore_index);
+  return run_fold(record, kept);
+}
+Tensor fold_again(const Tensors& tensors, const Numbers& numbers, const std::string& plan,
+                  int64_t ignore_index, const Tensor& norms, const Tensor& cache) {
+  Record record(tensors, numbers, plan, ignore_index);
+  return run_fold_again(record, norms, cache);
+}
+Tensors unfold(const Tensors& tensors, const Numbers& numbers, const std::string& plan,
+               int64_t ignore_index, const Tensor& coefficients, const Tensor& cache,
+               const std::string& needed, const OptTensor& active, const OptTensor& spread) {
+  Record record(tensors, numbers, plan, ignore_index);
+  if (active.has_value()) record.pick(*active, spread);
+  Coefficients table;
+  table.data = rows_of(record, coefficients, "coefficients", kCoefs);
+  table.by_slot = 1;
+  for (int k = 0; k < kCoefs; ++k) {
+    if (!pulls(record.call.stats, Coef(k))) continue;
+    table.at[table.count] = k * record.call.slots;
+    table.kind[table.count++] = Coef(k);
   }
-  call.d_out = kept.d_out.const_data_ptr();
-  call.out = const_cast<void*>(kept.out.const_data_ptr());
-  call.saved = const_cast<void*>(kept.saved.const_data_ptr());
-  call.cache = const_cast<void*>(kept.cache.const_data_ptr());
-  call.cache_rows = kept.cache.dim() == models + 1 ? kept.cache.size(models - 1) : 0;
-  Tensor d_hidden =
-      need_hidden ? torch::stable::empty_like(hidden) : torch::stable::new_empty(hidden, {0});
-  const bool frozen = kept.rows.dim() == 3;
-  need_weight = need_weight && !frozen;
-  need_bias = need_bias && !frozen && bias.has_value();
-  Tensor d_weight =
-      need_weight ? torch::stable::empty_like(weight) : torch::stable::new_empty(weight, {0});
-  Tensor d_bias =
-      need_bias ? torch::stable::empty_like(*bias) : torch::stable::new_empty(hidden, {0});
-  call.d_hidden = need_hidden ? d_hidden.mutable_data_ptr() : nullptr;
-  call.d_weight = need_weight ? d_weight.mutable_data_ptr() : nullptr;
-  call.d_bias = need_bias ? d_bias.mutable_data_ptr() : nullptr;
-  if (frozen) {
-    check_shape(kept.rows, "rows", {call.frozen_count, n, call.policy.depth});
-    if (!need_hidden || n == 0 || call.policy.depth == 0) return {d_hidden, d_weight, d_bias};
-    // Statistics without a gradient leave no rows: any non-null address will do for an empty list.
-    call.frozen = const_cast<void*>(call.frozen_count > 0 ? kept.rows.const_data_ptr()
-                                                          : kept.out.const_data_ptr());
+  return run_unfold(record, table, cache, needed);
+}
+
+Results forward(const Tensors& tensors, const Numbers& numbers, const std::string& text,
+                int64_t ignore_index, int64_t kept) {
+  Record record(tensors, numbers, text, ignore_index);
+  HeadCall& call = record.call;
+  for (int64_t i = 0; i < call.count; ++i) {
+    const int64_t y = call.targets[call.token(call.live[i])];
+    STD_TORCH_CHECK(y >= 0 && y < call.vocab, "targets must lie in [0, ", call.vocab,
+                    ") or be the ignore_index ", ignore_index, ", got ", y, ".");
   }
-  if (need_hidden || need_weight || need_bias) check_done(kernels().head_backward(call));
-  return {d_hidden, d_weight, d_bias};
+  OptTensor top, second, rows, teacher;
+  if (call.stats.has(Stat::xent)) {
+    teacher = torch::stable::new_empty(record.like(), {call.tokens}, ScalarType::Double);
+    call.teacher = doubles(*teacher);
+  }
+  const auto [sums, at, cache, factors, all, chunks] = run_fold(record, kept);
+  if (call.stats.has(Stat::bkl)) top = torch::stable::view(all, {2, call.slots});
+  if (record.has(Input::rows)) rows = record[Input::rows];
+  if (needs_second_sweep(call.stats)) {
+    second = run_fold_again(record, norms(sums, top, record.wide()), cache);
+  }
+  const auto [out, saved] = finish(sums, at, second, top, record.like(), rows, teacher,
+                                   ignore_index, call.vocab, text, call.rounds(), record.wide());
+  return {out, saved, cache, factors, chunks};
+}
+
+Tensors backward(const Tensors& tensors, const Numbers& numbers, const std::string& plan,
+                 int64_t ignore_index, const Tensor& d_out, const Tensor& out, const Tensor& saved,
+                 const Tensor& cache, const std::string& needed) {
+  Record record(tensors, numbers, plan, ignore_index);
+  const auto [data, coefficients] = pull_close(record, ignore_index, d_out, out, saved);
+  return run_unfold(record, coefficients, cache, needed);
+}
+
+Tensor bench_epilogue(const Tensor& like, int64_t rows, int64_t cols, int64_t repeats) {
+  STD_TORCH_CHECK(rows > 0 && cols > 0 && repeats > 0, "rows, cols and repeats must be > 0.");
+  const EpilogueTimes t = kernels().bench_epilogue(rows, cols, repeats);
+  Tensor result = torch::stable::new_empty(like, {4}, ScalarType::Double);
+  double* p = doubles(result);
+  p[0] = t.forward, p[1] = t.forward_entropy, p[2] = t.backward, p[3] = t.backward_entropy;
+  return result;
 }
 
 }  // namespace prefkern

@@ -5,7 +5,7 @@
 
 #include "dispatch.h"
 #include "list_options.h"
-#include "numerics/stats.h"
+#include "numerics/online.h"
 
 namespace prefkern {
 
@@ -15,56 +15,112 @@ struct Pool {
   void (*run)(int threads, void (*fn)(void*, int), void* arg) = nullptr;
 };
 
-struct Head {
-  const void* hidden = nullptr;  // [N, depth]
-  const void* weight = nullptr;  // [V, depth]
-  const void* bias = nullptr;    // [V] or null
-  Dtype hidden_type = Dtype::f32, weight_type = Dtype::f32, bias_type = Dtype::f32;
-  int64_t depth = 0;
+// One model of a call: hidden states and head, or logits that exist already.
+struct Model {
+  const void *hidden = nullptr, *weight = nullptr;   // [N, depth], [V, depth]
+  const void* bias = nullptr;                        // [V] or null
+  const void *low_in = nullptr, *low_out = nullptr;  // [N, rank], [V, rank]
+  const void* logits = nullptr;                      // [N, V] instead of all of them
+  // Hidden states, low_in and logits have the call's working type.
+  Dtype weight_type = Dtype::f32, bias_type = Dtype::f32, low_type = Dtype::f32;
+  int64_t depth = 0, rank = 0;
   double scale = 1.0, softcap = 0.0, temperature = 1.0;  // softcap 0: none
 };
 
-struct HeadCall {
-  int64_t rows = 0, vocab = 0;
-  const int64_t* targets = nullptr;  // [N]
-  int64_t ignore = -100;
-  Head policy, ref, aux;
-  bool has_ref = false, has_aux = false;
-  const void* values = nullptr;  // [V], or [N, values_k] with values_index
-  Dtype values_type = Dtype::f32;
-  const int64_t* values_index = nullptr;
-  int64_t values_k = 0;
-  StatPlan plan;
-  void* out = nullptr;    // [n, N] float (double for an fp64 hidden)
-  void* saved = nullptr;  // [saved_rows, N]
-  int saved_rows = 1;
-  void* cache = nullptr;  // [models, cache_rows, V] in hidden's dtype
-  int64_t cache_rows = 0;
-  void* frozen = nullptr;  // [frozen_count, N, D] float (double)
-  int frozen_count = 0;
-  StatKind frozen_kind[kStatCount] = {};
-  // backward only; a null gradient is not needed
-  const void* d_out = nullptr;
-  void* d_hidden = nullptr;
-  void* d_weight = nullptr;
-  void* d_bias = nullptr;
-  Pool pool;
+// Where a gradient of the policy goes; a null one is not needed. In the dtype of what it belongs
+// to.
+struct Gradients {
+  void *hidden = nullptr, *weight = nullptr, *bias = nullptr;  // [N, depth], [V, depth], [V]
+  void *low_in = nullptr, *low_out = nullptr;                  // [N, rank], [V, rank]
+  void* logits = nullptr;                                      // [N, V]
 };
 
-struct LogitsCall {
-  int64_t rows = 0, vocab = 0;
-  const void* logits = nullptr;      // [N, V]
-  const void* ref_logits = nullptr;  // [N, V] or null
-  Dtype type = Dtype::f32, ref_type = Dtype::f32;
-  const int64_t* targets = nullptr;
-  int64_t ignore = -100;
-  double temperature = 1.0;
-  StatPlan plan;
-  void* out = nullptr;    // [n, N]
-  void* saved = nullptr;  // [kSavedRows, N]
-  const void* d_out = nullptr;
-  void* d_logits = nullptr;  // [N, V] in the logits' dtype
+// Coefficients of the logit gradient, float (double): those that the plan pulls with, number i of a
+// slot at data[slot * by_slot + at[i]].
+struct Coefficients {
+  const void* data = nullptr;
+  int count = 0;
+  Coef kind[kCoefs];
+  int64_t at[kCoefs] = {}, by_slot = 0;
+};
+
+// One call of a head op (prefkern/backends/contract.py), forward or backward. Numbers per row lie
+// as prefkern/backends/tables.py says, in slots: one for every token, or for every row that was
+// named.
+struct HeadCall {
+  Dtype working = Dtype::f32;
+  bool exact = false;   // the backward reads products in the fold type
+  bool frozen = false;  // the forward keeps sums of head rows
+  bool tail = false;    // the first sweep writes `chunks`, the backward may skip units
+  Model model[3];       // policy, reference, third head
+  int models = 1;
+  int64_t tokens = 0, vocab = 0;
+  int64_t slots = 0;                 // M
+  const int64_t* targets = nullptr;  // [N]
+  const int64_t* rows = nullptr;     // [M] tokens of the slots, rising; null: slot i is token i
+  const int64_t* live = nullptr;     // [count] slots that are computed, rising
+  int64_t count = 0;
+  const void* values = nullptr;  // [V], or where sparse [N, values_k] at values_index
+  Dtype values_type = Dtype::f32;
+  bool sparse = false;
+  const int64_t* values_index = nullptr;
+  int64_t values_k = 0;
+  StatPlan stats;
+  void* cache = nullptr;  // [kept_models, kept, V] products of the first `kept` computed rows
+  int64_t kept = 0;
+  // the first sweep writes these
+  double *sums = nullptr, *at = nullptr;  // [FIELDS, M], [AT, M]
+  double* top = nullptr;                  // [2, top_kept, M]: last members of bkl's top set
+  int64_t top_kept = 0;
+  double* teacher = nullptr;  // [N] or null: sum_k q_k of xent's teacher
+  void* factors = nullptr;    // [factors, M, depth + rank] float (double)
+  void* chunks = nullptr;     // [tail_models, C, M] float (double): log-sum-exp
+  // the second reads and writes
+  const void* norms = nullptr;  // [NORMS, M] float (double)
+  double* second = nullptr;     // [SECOND, M]
+  // the backward reads and writes
+  Coefficients coefficients;
+  Gradients d;
+  // Of a chunk c, the computed rows whose units the backward computes: picked[picked_at[c]] to
+  // before picked[picked_at[c + 1]], rising; null: every row of every chunk.
+  const int64_t *picked = nullptr, *picked_at = nullptr;
+  const void* spread = nullptr;  // [C, depth + rank + 1] float (double) or null: added to the rows
+                                 // of a chunk in d.weight, d.low_out and d.bias
   Pool pool;
+
+  bool given() const { return model[0].logits != nullptr; }
+  bool two() const { return models > 1; }
+  bool third() const { return models > 2 && stats.has(Stat::ev); }
+  FoldPlan fold_plan() const {
+    FoldPlan plan;
+    plan.stats = stats, plan.two = two(), plan.third = third(), plan.rounded = rounds();
+    return plan;
+  }
+  // The backward reads products rounded to the working type.
+  bool rounds() const { return dtype_bytes(working) == 2 && !given() && !exact && !frozen; }
+  // The backward reads the reference's logits.
+  bool reads_reference() const {
+    return two() && (prefkern::reads_reference(stats) || (third() && stats.grows(Stat::ev)));
+  }
+  // Models whose products are kept: those that are read again.
+  int kept_models() const {
+    const bool again = two() && needs_second_sweep(stats) && keeps_products();
+    return reads_reference() || again ? 2 : 1;
+  }
+  int64_t chunk_count() const { return (vocab + kChunk - 1) / kChunk; }
+  // Models whose chunk masses the choice of units reads.
+  int tail_models() const { return stats.grows(Stat::fkl) ? 2 : 1; }
+  // Size of bkl's top set, 0 without it.
+  int64_t top_size() const {
+    const double k = stats.has(Stat::bkl) ? stats.of(Stat::bkl) : 0.0;
+    return k < double(vocab) ? int64_t(k) : vocab;
+  }
+  // Products in the cache are those of the first sweep, bit for bit.
+  bool keeps_products() const { return dtype_bytes(working) != 2 || exact; }
+  Dtype cache_type() const {
+    return keeps_products() && dtype_bytes(working) != 8 ? Dtype::f32 : working;
+  }
+  int64_t token(int64_t slot) const { return rows == nullptr ? slot : rows[slot]; }
 };
 
 struct ListCall {
@@ -105,10 +161,9 @@ struct EpilogueTimes {
 struct Kernels {
   const char* name;
   // False when working memory could not be had.
-  bool (*head_forward)(const HeadCall&);
-  bool (*head_backward)(const HeadCall&);
-  bool (*logits_forward)(const LogitsCall&);
-  bool (*logits_backward)(const LogitsCall&);
+  bool (*head_fold)(const HeadCall&);
+  bool (*head_fold_again)(const HeadCall&);
+  bool (*head_unfold)(const HeadCall&);
   bool (*list_rank)(const ListCall&);
   bool (*error_forward)(const ErrorCall&);
   bool (*error_backward)(const ErrorCall&);

@@ -5,45 +5,28 @@
 #include <ctime>
 
 #include "cpu/error_rows.h"
-#include "cpu/head_backward.h"
-#include "cpu/head_forward.h"
+#include "cpu/head_fold.h"
+#include "cpu/head_unfold.h"
 #include "cpu/list_rows.h"
-#include "cpu/logits_rows.h"
 
 namespace prefkern {
 namespace PK_ISA {
 
 template <template <class> class Driver>
 bool run_head(const HeadCall& call) {
-  switch (call.policy.hidden_type) {
+  switch (call.working) {
     case Dtype::f64:
       return Driver<Plain<double>>(call).run();
 #if defined(__AVX512BF16__)
     case Dtype::bf16:
+      // Given logits need no product, and sums of head rows whose difference is a gradient need
+      // factors of more than 8 bits.
+      if (call.given() || (call.frozen && call.exact)) return Driver<Plain<float>>(call).run();
       return Driver<Bf16>(call).run();
 #endif
     default:
       return Driver<Plain<float>>(call).run();
   }
-}
-inline bool head_forward(const HeadCall& call) {
-  return run_head<HeadForward>(call);
-}
-inline bool head_backward(const HeadCall& call) {
-  if (call.frozen == nullptr) return run_head<HeadBackward>(call);
-  if (call.policy.hidden_type == Dtype::f64)
-    frozen_backward<double>(call);
-  else
-    frozen_backward<float>(call);
-  return true;
-}
-inline bool logits_forward(const LogitsCall& call) {
-  return call.type == Dtype::f64 ? LogitsRows<double>(call).forward()
-                                 : LogitsRows<float>(call).forward();
-}
-inline bool logits_backward(const LogitsCall& call) {
-  return call.type == Dtype::f64 ? LogitsRows<double>(call).backward()
-                                 : LogitsRows<float>(call).backward();
 }
 
 inline double seconds() {
@@ -72,8 +55,8 @@ inline EpilogueTimes bench_epilogue(int64_t rows, int64_t cols, int64_t repeats)
     z[i] = float(state >> 8) * 0x1p-21f - 4.0f;
   }
   StatPlan plain, entropy;
-  plain.slot[kLogp] = entropy.slot[kLogp] = 0;
-  entropy.slot[kEnt] = 1;
+  plain.slot[int(Stat::logp)] = entropy.slot[int(Stat::logp)] = 0;
+  entropy.slot[int(Stat::ent)] = 1;
   const int64_t blocks = cols / L;
   const auto row = [&](const float* p, int64_t r) {
     return TileRow<float>{p + r * L, nullptr, nullptr, nullptr, stride, 0, blocks, 0};
@@ -102,20 +85,22 @@ inline EpilogueTimes bench_epilogue(int64_t rows, int64_t cols, int64_t repeats)
     });
   };
   const auto grad = [&](double ent) {
-    GradCoef c;
-    c.a0 = -0.1, c.ent = ent;
-    const GradRow<float> g{c, Split<float>(10.0), Split<float>(0.0), Split<float>(0.0)};
+    GradRow<float> g{&plain, {}};
+    g.c[int(Coef::lse)] = 10.0f, g.c[int(Coef::a0)] = -0.1f, g.c[int(Coef::ent)] = float(ent);
+    const Model model;
     return best([&] {
-      for (int64_t r = 0; r < rows; ++r) grad_row(g, row(z, r), work + r * L, line, -1, 0.0, 1.0);
+      for (int64_t r = 0; r < rows; ++r) {
+        grad_row(g, row(z, r), work + r * L, line, model, [](const auto&) {});
+      }
     });
   };
   return {fold(plain), fold(entropy), grad(0.0), grad(0.05)};
 }
 
 extern const Kernels table;
-const Kernels table = {PK_NAME,         &head_forward,    &head_backward,
-                       &logits_forward, &logits_backward, &list_rank,
-                       &error_forward,  &error_backward,  &bench_epilogue};
+const Kernels table = {
+    PK_NAME,    &run_head<HeadFold>, &run_head<HeadFoldAgain>, &run_head<HeadUnfold>,
+    &list_rank, &error_forward,      &error_backward,          &bench_epilogue};
 
 }  // namespace PK_ISA
 }  // namespace prefkern

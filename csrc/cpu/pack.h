@@ -8,30 +8,39 @@ namespace PK_ISA {
 
 constexpr int64_t kPackChunk = 256;  // words of a row converted at a time
 
-// dst[0 .. round_up(words(n), L)) = the words of src[start .. start + n), zero beyond.
+// A matrix of operands: stored as `type`, multiplied as numbers of type `working`.
+struct Operand {
+  const void* data;
+  Dtype type, working;
+};
+
+// dst[0 .. round_up(words(n), L)) = the words of elements [start, start + n), zero beyond.
 template <class C>
-PK_INLINE void read_words(typename C::W* dst, const void* src, Dtype type, int64_t start,
-                          int64_t n) {
+PK_INLINE void read_words(typename C::W* dst, const Operand& src, int64_t start, int64_t n) {
   const int64_t padded = round_up(words<C>(n), C::L);
   if constexpr (C::pair == 2) {
     uint16_t* d = reinterpret_cast<uint16_t*>(dst);
-    read_bf16(d, src, type, start, n);
+    read_bf16(d, src.data, src.type, start, n);
     std::memset(d + n, 0, size_t(2 * padded - n) * 2);
   } else {
-    read_row(dst, src, type, start, n);
+    read_row(dst, src.data, src.type, start, n);
     for (int64_t i = n; i < padded; ++i) dst[i] = 0;
+    if (dtype_bytes(src.working) == 2 && src.type != src.working) {
+      for (int64_t i = 0; i < padded; i += C::L)
+        store(dst + i, round_to(load(dst + i), src.working));
+    }
   }
 }
 
 // One row as the left factor: columns become the summed axis of h w^T.
 template <class C>
-void pack_left(typename C::W* dst, int64_t stride, int64_t slot, const void* src, Dtype type,
-               int64_t start, int64_t n) {
+void pack_left(typename C::W* dst, int64_t stride, int64_t slot, const Operand& src, int64_t start,
+               int64_t n) {
   constexpr int L = C::L;
   typename C::W line[kPackChunk];
   for (int64_t at = 0; at < n; at += kPackChunk * C::pair) {
     const int64_t m = n - at < kPackChunk * C::pair ? n - at : kPackChunk * C::pair;
-    read_words<C>(line, src, type, start + at, m);
+    read_words<C>(line, src, start + at, m);
     typename C::W* d = dst + at / C::pair / L * stride + slot * L;
     for (int64_t k = 0; k < words<C>(m); k += L, d += stride) store(d, load(line + k));
   }
@@ -44,19 +53,22 @@ void zero_left(typename C::W* dst, int64_t stride, int64_t slot, int64_t n) {
   }
 }
 
-// C::pair neighbouring rows (a, b) with the rows as the summed axis; null rows are zeros.
+// `count` (at most C::pair) rows of `width` elements with the rows as the summed axis; missing ones
+// are zeros.
 template <class C>
-void pack_right(typename C::W* dst, int64_t stride, int64_t slot, const void* src, Dtype type,
+void pack_right(typename C::W* dst, int64_t stride, int64_t slot, const Operand& src,
                 const int64_t* row, int count, int64_t width) {
   constexpr int L = C::L;
   if constexpr (C::pair == 1) {
-    pack_left<C>(dst, stride, slot, src, type, row[0] * width, width);
+    pack_left<C>(dst, stride, slot, src, row[0] * width, width);
   } else {
     uint16_t line[2][kPackChunk];
     for (int64_t at = 0; at < width; at += kPackChunk) {
       const int64_t m = width - at < kPackChunk ? width - at : kPackChunk;
       std::memset(line, 0, sizeof line);
-      for (int i = 0; i < count; ++i) read_bf16(line[i], src, type, row[i] * width + at, m);
+      for (int i = 0; i < count; ++i) {
+        read_bf16(line[i], src.data, src.type, row[i] * width + at, m);
+      }
       uint32_t pairs[kPackChunk];
       for (int64_t k = 0; k < kPackChunk; ++k) pairs[k] = uint32_t(line[1][k]) << 16 | line[0][k];
       typename C::W* d = dst + at / L * stride + slot * L;
@@ -126,7 +138,7 @@ PK_INLINE void transpose(const W* src, int64_t src_stride, W* dst) {
 // Vocabulary block [v, v + L) of a weight tile as the right factor of h w^T: [words of depth][L].
 // Entries at and beyond `vocab` are zeros.
 template <class C>
-void pack_weight_block(typename C::W* dst, const void* weight, Dtype type, int64_t v, int64_t vocab,
+void pack_weight_block(typename C::W* dst, const Operand& weight, int64_t v, int64_t vocab,
                        int64_t depth) {
   constexpr int L = C::L;
   constexpr int64_t chunk = kPackChunk;
@@ -136,7 +148,7 @@ void pack_weight_block(typename C::W* dst, const void* weight, Dtype type, int64
     const int64_t w = words<C>(m);
     for (int i = 0; i < L; ++i) {
       if (v + i < vocab) {
-        read_words<C>(lines + i * chunk, weight, type, (v + i) * depth + at, m);
+        read_words<C>(lines + i * chunk, weight, (v + i) * depth + at, m);
       } else {
         std::memset(lines + i * chunk, 0, size_t(round_up(w, L)) * sizeof(*lines));
       }

@@ -1,112 +1,51 @@
-// What the forward and the backward over a head share: working memory, tile sizes, threads, rows,
-// and the logits of one row group.
+// Sizes of work, tile rows in and out of plain memory, and the packed tiles of one model.
 #pragma once
 
-#include <cstdlib>
-
-#include "cpu/grad.h"
-#include "cpu/kernels.h"
 #include "cpu/pack.h"
+#include "cpu/work.h"
 
 namespace prefkern {
 namespace PK_ISA {
 
-// One allocation per call, laid out by running the same function twice: first to count, then to
-// place.
-struct Arena {
-  char* base = nullptr;
-  size_t used = 0;
-  template <class N>
-  N* take(int64_t n) {
-    used = (used + 63) / 64 * 64;
-    N* p = base == nullptr ? nullptr : reinterpret_cast<N*>(base + used);
-    used += size_t(n) * sizeof(N);
-    return p;
-  }
-};
-struct Memory {
-  void* p = nullptr;
-  template <class Layout>
-  bool place(const Layout& layout) {
-    Arena count;
-    layout(count);
-    if (posix_memalign(&p, 64, count.used + 64) != 0) {
-      p = nullptr;
-      return false;
-    }
-    Arena arena{static_cast<char*>(p)};
-    layout(arena);
-    return true;
-  }
-  Memory() = default;
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  ~Memory() { std::free(p); }
-};
-
-// body(unit, thread) for every unit, handed out one by one. A unit's result must not depend on the
-// thread that runs it, which makes results independent of the number of threads.
-template <class Body>
-void parallel(const Pool& pool, int64_t units, const Body& body) {
-  struct Job {
-    const Body* body;
-    int64_t units;
-    int64_t next;
-  } job{&body, units, 0};
-  const int threads = int(units < pool.threads ? units : pool.threads);
-  if (threads <= 1) {
-    for (int64_t i = 0; i < units; ++i) body(i, 0);
-    return;
-  }
-  pool.run(
-      threads,
-      [](void* arg, int thread) {
-        Job& j = *static_cast<Job*>(arg);
-        for (;;) {
-          const int64_t i = __atomic_fetch_add(&j.next, 1, __ATOMIC_RELAXED);
-          if (i >= j.units) return;
-          (*j.body)(i, thread);
-        }
-      },
-      &job);
-}
-
 // Rows of a unit of work. Two register groups on AVX-512: the weight tile is streamed once for
 // both.
 constexpr int64_t kUnitRows = 16;
-// Packed weight tile. 96 columns are a multiple of every register width and of a bf16 pair block.
-// The products do not care between 96 and 768 columns (114-116 of 118 GFLOP/s at D = 512, streaming
-// from L2 or L3 alike); the epilogue likes long rows, whose fixed cost is about 15 ns.
-constexpr int64_t kTileUnit = 96, kTileMax = 768, kTileBytes = 1536 << 10;
+// Packed weight tile: a power of two of columns, so that no tile straddles two chunks. The products
+// do not care between 96 and 768 columns (114-116 of 118 GFLOP/s at D = 512, streaming from L2 or
+// L3 alike); the epilogue likes long rows, whose fixed cost is about 15 ns.
+constexpr int64_t kTileMin = 64, kTileMax = 1024, kTileBytes = 2 << 20;
+static_assert(kChunk % kTileMax == 0);
 // Everything but rows, gradients and the cache stays below 16 MiB.
 constexpr int64_t kWorkBytes = 15 << 20;
 
+// Vocabulary entries of a tile whose columns are `words` deep; `tiles` of them are packed at a
+// time.
 template <class C>
-int64_t tile_columns(int64_t depth, int64_t vocab, int64_t tiles, int64_t bytes) {
-  const int64_t per_column = round_up(words<C>(depth), C::L) * int64_t(sizeof(typename C::W));
-  int64_t v = bytes / per_column / kTileUnit * kTileUnit;
-  v = v < kTileUnit ? kTileUnit : v > kTileMax ? kTileMax : v;
+int64_t tile_columns(int64_t words, int64_t vocab, int64_t tiles) {
+  const int64_t per_column = round_up(words, C::L) * int64_t(sizeof(typename C::W));
+  int64_t v = kTileMax;
+  while (v > kTileMin && v * per_column > kTileBytes) v /= 2;
   while (v > 32 && tiles * v * per_column > kWorkBytes * 3 / 4) v /= 2;
   const int64_t all = round_up(vocab, 32);
   v = v < all ? v : all;
   return round_up(v, 2 * C::L < 32 ? 32 : 2 * C::L);
 }
 
-// The next scored rows from `at` on; returns how many were found and moves `at` past them.
-inline int64_t next_rows(const int64_t* targets, int64_t n, int64_t ignore, int64_t& at,
-                         int64_t* rows, int64_t most) {
-  int64_t count = 0;
-  for (; at < n && count < most; ++at) {
-    if (targets[at] != ignore) rows[count++] = at;
-  }
-  return count;
+// One tile of the vocabulary: entries [v0, v0 + width), in blocks of L.
+struct Span {
+  int64_t v0, width, blocks;
+};
+template <int L>
+Span span_at(int64_t v0, int64_t columns, int64_t vocab) {
+  const int64_t width = vocab - v0 < columns ? vocab - v0 : columns;
+  return {v0, width, (width + L - 1) / L};
 }
 
 // z = softcap tanh(scale (x + bias) / softcap) / temperature over one tile row; -inf beyond
 // `width`.
 template <class T>
 inline void shape_row(T* z, int64_t stride, int64_t blocks, int64_t width, const T* bias,
-                      const Head& head) {
+                      const Model& head) {
   constexpr int L = Lanes<T>::L;
   const bool cap = head.softcap != 0.0;
   const T factor = T(cap ? head.scale / head.softcap : head.scale / head.temperature);
@@ -123,8 +62,8 @@ inline void shape_row(T* z, int64_t stride, int64_t blocks, int64_t width, const
   for (int64_t v = width; v < blocks * L; ++v) z[v / L * stride + v % L] = T(-pk_inf());
 }
 
-// What a backward reads is the product rounded to hidden's dtype, kept or recomputed, then shaped:
-// a cap applied to rounded logits keeps its slope, a rounded cap would lose it.
+// Products are rounded before they are shaped: a cap applied to rounded logits keeps its slope, a
+// rounded cap would lose it.
 template <class T>
 inline void round_row(T* dst, int64_t dst_stride, const T* x, int64_t stride, int64_t blocks,
                       Dtype type) {
@@ -189,40 +128,95 @@ inline void plain_to_tile(T* z, int64_t stride, int64_t blocks, const void* src,
   for (v = width; v < blocks * L; ++v) z[v / L * stride + v % L] = T(-pk_inf());
 }
 
-// One model's weight tile and bias tile, and per-thread hidden rows and logits.
+// Rows [2 L u, 2 L u + 2 L) of a tile of the head as the right factor of products along the
+// vocabulary.
+template <class C>
+void pack_head(typename C::W* to, int64_t stride, const Operand& head, int64_t depth, int64_t u,
+               const Span& s) {
+  const int64_t last = 2 * C::L * (u + 1), end = last < s.width ? last : s.width;
+  for (int64_t v = 2 * C::L * u; v < end; v += C::pair) {
+    const int64_t row[2] = {s.v0 + v, s.v0 + v + 1};
+    pack_right<C>(to, stride, v / C::pair, head, row, end - v < C::pair ? 1 : C::pair, depth);
+  }
+}
+
+// Words of one packed row of a model: the hidden state and, from the next whole vector on, its
+// low-rank terms.
+template <class C>
+int64_t low_word(const Model& m) {
+  return round_up(words<C>(m.depth), C::L);
+}
+template <class C>
+int64_t row_words(const Model& m) {
+  return m.rank == 0 ? words<C>(m.depth) : low_word<C>(m) + words<C>(m.rank);
+}
+
+// One model's tiles of weight (low-rank factors below it, as extra depth) and bias.
 template <class C>
 struct ModelTile {
-  const Head* head = nullptr;
-  typename C::W* weight = nullptr;  // [v blocks][words of depth][L]
-  typename C::T* bias = nullptr;    // [columns]
+  using T = typename C::T;
+  using W = typename C::W;
+  const Model* model = nullptr;
+  Dtype working = Dtype::f32;
+  W* weight = nullptr;  // [v blocks][words of a row][L]
+  T* bias = nullptr;    // [columns]
   int64_t weight_stride = 0;
-  bool own_weight = true;  // false: shares the policy's packed tile
+  bool own_weight = true;  // false: reads the policy's packed tile
 
-  void layout(Arena& a, int64_t columns, bool with_weight) {
-    weight_stride = words<C>(head->depth) * C::L;
-    if (with_weight) weight = a.take<typename C::W>(columns / C::L * weight_stride);
-    bias = a.take<typename C::T>(columns);
+  // Whether the policy's tile, or its first words, is this model's too.
+  void share(const Model& p) {
+    const Model& m = *model;
+    const bool same_low = m.low_out == p.low_out && m.low_type == p.low_type && m.rank == p.rank;
+    own_weight = m.weight != p.weight || m.weight_type != p.weight_type || m.depth != p.depth ||
+                 !(m.rank == 0 || same_low);
+  }
+  void layout(Arena& a, int64_t columns, const ModelTile* policy) {
+    if (policy != nullptr && !own_weight) {
+      weight = policy->weight, weight_stride = policy->weight_stride;
+    } else {
+      weight_stride = row_words<C>(*model) * C::L;
+      if (own_weight) weight = a.take<W>(columns / C::L * weight_stride);
+    }
+    bias = a.take<T>(columns);
   }
   void pack_block(int64_t block, int64_t v0, int64_t vocab, bool with_weight) const {
     constexpr int L = C::L;
     const int64_t v = v0 + block * L;
     if (own_weight && with_weight) {
-      pack_weight_block<C>(weight + block * weight_stride, head->weight, head->weight_type, v,
-                           vocab, head->depth);
+      W* to = weight + block * weight_stride;
+      pack_weight_block<C>(to, {model->weight, model->weight_type, working}, v, vocab,
+                           model->depth);
+      if (model->rank > 0) {
+        const int64_t end = words<C>(model->depth), low = low_word<C>(*model);
+        std::memset(to + end * L, 0, size_t((low - end) * L) * sizeof(W));
+        pack_weight_block<C>(to + low * L, {model->low_out, model->low_type, working}, v, vocab,
+                             model->rank);
+      }
     }
-    for (int64_t i = v; head->bias != nullptr && i < v + L; ++i) {
-      bias[i - v0] =
-          i < vocab ? element<typename C::T>(head->bias, head->bias_type, i) : typename C::T(0);
+    for (int64_t i = v; model->bias != nullptr && i < v + L; ++i) {
+      bias[i - v0] = i < vocab ? element<T>(model->bias, model->bias_type, i) : T(0);
     }
   }
-  // Logits of packed rows, unshaped. Only the blocks that exist are computed.
-  void logits(const typename C::W* hidden, int64_t hidden_stride, int64_t groups, int64_t blocks,
-              typename C::T* z, int64_t z_stride) const {
-    logits_tile<C>(hidden, hidden_stride, weight, weight_stride, words<C>(head->depth), groups,
-                   blocks, z, z_stride);
+  // One computed row as the left factor.
+  void pack_row(W* to, int64_t stride, int64_t slot, int64_t token) const {
+    const Model& m = *model;
+    pack_left<C>(to, stride, slot, {m.hidden, working, working}, token * m.depth, m.depth);
+    if (m.rank > 0) {
+      pack_left<C>(to + low_word<C>(m) / C::L * stride, stride, slot, {m.low_in, working, working},
+                   token * m.rank, m.rank);
+    }
   }
-  void shape(typename C::T* z, int64_t stride, int64_t blocks, int64_t width) const {
-    shape_row(z, stride, blocks, width, head->bias != nullptr ? bias : nullptr, *head);
+  void zero_row(W* to, int64_t stride, int64_t slot) const {
+    zero_left<C>(to, stride, slot, row_words<C>(*model) * C::pair);
+  }
+  // Products of packed rows. Only the blocks that exist are computed.
+  void multiply(const W* rows, int64_t stride, int64_t groups, int64_t blocks, T* z,
+                int64_t z_stride) const {
+    logits_tile<C>(rows, stride, weight, weight_stride, row_words<C>(*model), groups, blocks, z,
+                   z_stride);
+  }
+  void shape(T* z, int64_t stride, const Span& s) const {
+    shape_row(z, stride, s.blocks, s.width, model->bias != nullptr ? bias : nullptr, *model);
   }
 };
 

@@ -5,8 +5,8 @@
 //   struct Scale {
 //     struct Args { const float* x; float* y; int64_t n; };  // raw pointers and numbers, by value
 //     using Threads = Block<256>;
-//     static constexpr int kMinBlocks = 4;                   // blocks per multiprocessor to aim
-//     for PK_DEVICE static void run(Threads& b, const Args& a) {
+//     static constexpr int kMinBlocks = 4;                   // to aim for, per multiprocessor
+//     PK_DEVICE static void run(Threads& b, const Args& a) {
 //       PK_SHARED(float, total, 8);                          // shared memory: get, put, edit
 //       typename Threads::template Local<float> v;           // one value per thread: v[t]
 //       b.each([&](int t) { v[t] = a.x[b.index() * 256 + t]; });
@@ -35,6 +35,7 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
+#include <cmath>
 #define PK_DEVICE __device__ __forceinline__
 #define PK_UNROLL _Pragma("unroll")
 // Storage without a constructor, which __shared__ variables cannot have.
@@ -61,6 +62,13 @@ struct Add {
 };
 // The larger number; a NaN only where both are.
 struct Larger {
+  PK_DEVICE float operator()(float a, float b) const {
+#if defined(__CUDACC__)
+    return ::fmaxf(a, b);
+#else
+    return __builtin_fmaxf(a, b);
+#endif
+  }
   template <class T>
   PK_DEVICE T operator()(T a, T b) const {
     return a > b || b != b ? a : b;

@@ -140,20 +140,6 @@ PK_DEVICE float round_to(float x, Dtype type) {
 PK_DEVICE int64_t bytes_of(Dtype type) {
   return type == Dtype::f32 ? 4 : 2;
 }
-PK_DEVICE float load_as_float(const void* p, Dtype type, int64_t i) {
-  switch (type) {
-    case Dtype::f32:
-      return static_cast<const float*>(p)[i];
-    case Dtype::bf16:
-      return to_float(static_cast<const Bf16*>(p)[i]);
-    case Dtype::f16:
-      return to_float(static_cast<const F16*>(p)[i]);
-    case Dtype::f64:
-      return float(static_cast<const double*>(p)[i]);
-  }
-  return 0.0f;
-}
-
 // 16 bytes of elements: one load or store.
 template <class E>
 struct Packet {

@@ -8,15 +8,20 @@ namespace {
 template <bool TWO>
 void fold(Dtype tile, bool small, const FoldArgs& a, const Stream& stream) {
   const auto shapes = [&] { return tile_shapes(a); };
-  by_element(tile, [&](auto e) {
+  const auto start = [&](auto e) {
     using E = decltype(e);
-    if (small) {
-      launch<Fold<E, TWO, true>>(TWO ? "fold_two_small" : "fold_one_small", a.m * a.blocks, a,
-                                 stream, shapes);
-    } else {
-      launch<Fold<E, TWO, false>>(TWO ? "fold_two" : "fold_one", a.m * a.blocks, a, stream, shapes);
-    }
-  });
+    launch<Fold<E, TWO, false>>(TWO ? "fold_two" : "fold_one", a.m * a.blocks, a, stream, shapes);
+  };
+  const auto start_small = [&](auto e) {
+    using E = decltype(e);
+    launch<Fold<E, TWO, true>>(TWO ? "fold_two_small" : "fold_one_small", a.m * a.blocks, a, stream,
+                               shapes);
+  };
+  if (small && tile == Dtype::f32) return start_small(float());
+  if constexpr (!TWO) {
+    if (small && tile == Dtype::bf16) return start_small(Bf16());
+  }
+  by_element(tile, start);
 }
 
 }  // namespace

@@ -14,43 +14,31 @@
 
 namespace prefkern {
 
-// What a chunk's sums are called in prefkern/backends/tiled/epilogue.py.
-enum class Field {
-  // clang-format off
-  max, sum, x, sq, z_sum, z_count, top, round_max, round_sum,
-  ref_max, ref_sum, ref_cross, pol_cross, ref_round_max, ref_round_sum, alpha_max, alpha_sum,
-  renyi_max, renyi_sum, mix_max, mix_sum, plain_max, plain_sum, adv, aux_max, aux_sum,
-  aux_round_max, aux_round_sum
-  // clang-format on
-};
-
 // Maxima that x is relative to; those of a log-sum-exp beside it; the rest are sums.
 PK_HD constexpr bool is_model_max(Field f) {
   return f == Field::max || f == Field::ref_max || f == Field::aux_max;
 }
 PK_HD constexpr bool is_other_max(Field f) {
-  return f == Field::round_max || f == Field::ref_round_max || f == Field::aux_round_max ||
-         f == Field::alpha_max || f == Field::renyi_max || f == Field::mix_max ||
-         f == Field::plain_max;
+  return f == Field::round_max || f == Field::alpha_max || f == Field::renyi_max ||
+         f == Field::mix_max;
 }
 
-// The fields of one kernel in the order in which they are written.
+// The fields that one kernel writes.
 template <Field... F>
 struct Fields {
   static constexpr int kCount = sizeof...(F);
-  static_assert(kCount <= 32);
-  // Bit k: field k is a maximum; is the column of one.
-  static constexpr unsigned bits(bool maxima) {
-    unsigned set = 0;
-    int k = 0;
-    ((set |= unsigned(maxima ? is_model_max(F) || is_other_max(F) : F == Field::top) << k++), ...);
-    return set;
-  }
-  static constexpr unsigned kMaxima = bits(true), kColumns = bits(false);
+  static_assert(kCount <= kWarp);
+  // body(field, its place among these)
   template <class Body>
   PK_DEVICE static void each(const Body& body) {
     int k = 0;
     (body(std::integral_constant<Field, F>(), k++), ...);
+  }
+  // Thread k's field; no array of the device is indexed.
+  PK_DEVICE static Field at(int k) {
+    Field found = Field::max;
+    each([&](auto f, int i) { found = i == k ? f.value : found; });
+    return found;
   }
 };
 template <bool TWO, bool SMALL>
@@ -59,59 +47,35 @@ template <>
 struct FieldsOf<false, true> : Fields<Field::max, Field::sum> {};
 template <>
 struct FieldsOf<false, false>
-    : Fields<Field::max, Field::sum, Field::x, Field::sq, Field::z_sum, Field::z_count, Field::top,
-             Field::round_max, Field::round_sum> {};
+    : Fields<Field::max, Field::sum, Field::round_max, Field::round_sum, Field::x, Field::sq,
+             Field::z_sum, Field::z_count, Field::top, Field::adv> {};
 template <>
-struct FieldsOf<true, true> : Fields<Field::max, Field::sum, Field::ref_max, Field::ref_sum,
-                                     Field::ref_cross, Field::pol_cross, Field::round_max,
-                                     Field::round_sum, Field::ref_round_max, Field::ref_round_sum> {
-};
+struct FieldsOf<true, true>
+    : Fields<Field::max, Field::sum, Field::round_max, Field::round_sum, Field::ref_max,
+             Field::ref_sum, Field::ref_cross, Field::pol_cross> {};
 template <>
 struct FieldsOf<true, false>
-    : Fields<Field::max, Field::sum, Field::ref_max, Field::ref_sum, Field::ref_cross,
-             Field::pol_cross, Field::round_max, Field::round_sum, Field::ref_round_max,
-             Field::ref_round_sum, Field::x, Field::sq, Field::z_sum, Field::z_count, Field::top,
-             Field::alpha_max, Field::alpha_sum, Field::renyi_max, Field::renyi_sum, Field::mix_max,
-             Field::mix_sum, Field::plain_max, Field::plain_sum, Field::adv, Field::aux_max,
-             Field::aux_sum, Field::aux_round_max, Field::aux_round_sum> {};
-
-using Sums = RowSumsOf<float>;
+    : Fields<Field::max, Field::sum, Field::round_max, Field::round_sum, Field::ref_max,
+             Field::ref_sum, Field::ref_cross, Field::pol_cross, Field::x, Field::sq, Field::z_sum,
+             Field::z_count, Field::top, Field::alpha_max, Field::alpha_sum, Field::renyi_max,
+             Field::renyi_sum, Field::mix_max, Field::mix_sum, Field::adv, Field::aux_max,
+             Field::aux_sum> {};
 
 // A thread's sums, and the column of its first largest logit as a number of the field's type.
-struct ThreadSums : Sums {
+struct ThreadSums : RowSumsOf<float> {
   float column = 0.0f;
 };
 
-template <Field F, class S>
-PK_DEVICE auto& number(S& s) {
-  if constexpr (F == Field::max) return s.pol.max;
-  if constexpr (F == Field::sum) return s.pol.sum;
-  if constexpr (F == Field::x) return s.pol_x;
-  if constexpr (F == Field::sq) return s.pol_sq;
-  if constexpr (F == Field::z_sum) return s.z_sum;
-  if constexpr (F == Field::z_count) return s.z_count;
-  if constexpr (F == Field::top) return s.column;
-  if constexpr (F == Field::round_max) return s.pol_rounded.max;
-  if constexpr (F == Field::round_sum) return s.pol_rounded.sum;
-  if constexpr (F == Field::ref_max) return s.ref.max;
-  if constexpr (F == Field::ref_sum) return s.ref.sum;
-  if constexpr (F == Field::ref_cross) return s.ref_cross;
-  if constexpr (F == Field::pol_cross) return s.pol_cross;
-  if constexpr (F == Field::ref_round_max) return s.ref_rounded.max;
-  if constexpr (F == Field::ref_round_sum) return s.ref_rounded.sum;
-  if constexpr (F == Field::alpha_max) return s.blend[0].max;
-  if constexpr (F == Field::alpha_sum) return s.blend[0].sum;
-  if constexpr (F == Field::renyi_max) return s.blend[1].max;
-  if constexpr (F == Field::renyi_sum) return s.blend[1].sum;
-  if constexpr (F == Field::mix_max) return s.blend[2].max;
-  if constexpr (F == Field::mix_sum) return s.blend[2].sum;
-  if constexpr (F == Field::plain_max) return s.mix_plain.max;
-  if constexpr (F == Field::plain_sum) return s.mix_plain.sum;
-  if constexpr (F == Field::adv) return s.adv;
-  if constexpr (F == Field::aux_max) return s.aux.max;
-  if constexpr (F == Field::aux_sum) return s.aux.sum;
-  if constexpr (F == Field::aux_round_max) return s.aux_rounded.max;
-  if constexpr (F == Field::aux_round_sum) return s.aux_rounded.sum;
+// The number of a field that is known when compiled.
+template <Field F>
+PK_DEVICE float& number(ThreadSums& s) {
+  if constexpr (F == Field::top) {
+    return s.column;
+  } else {
+    float* found = nullptr;
+    each_field<float>(s, [&](Field f, float& x) { found = f == F ? &x : found; });
+    return *found;
+  }
 }
 struct Smaller {
   PK_DEVICE float operator()(float a, float b) const { return a < b ? a : b; }
@@ -151,7 +115,9 @@ struct Fold {
   // 10 blocks) to 24 KiB (two) on their way per multiprocessor.
   static constexpr int kMinBlocks = !TWO ? (SMALL ? 10 : 7) : SMALL ? 6 : 4;
   static constexpr int kAhead = TWO && (!SMALL || sizeof(E) == 2) ? 1 : 2;
-  static constexpr int kModels = !TWO ? 1 : SMALL ? 2 : 3;
+  // A third head and given values come with fp32 products: rounded ones would not do for ev.
+  static constexpr bool kValues = !SMALL && sizeof(E) == 4;
+  static constexpr int kModels = !TWO ? 1 : kValues ? 3 : 2;
   static constexpr int N = Packet<E>::kN;
   using Reader = RowReader<E, kModels>;
   using List = FieldsOf<TWO, SMALL>;
@@ -159,9 +125,9 @@ struct Fold {
   // The parameters of the blends in the form that raise_maxima takes.
   PK_DEVICE static StatPlan plan_of(const Args& a) {
     StatPlan plan;
-    plan.param[kAlpha] = a.alpha;
-    plan.param[kRenyi] = a.renyi;
-    plan.param[kMix] = a.mix;
+    plan.param[int(Stat::alpha)] = a.alpha;
+    plan.param[int(Stat::renyi)] = a.renyi;
+    plan.param[int(Stat::mix)] = a.mix;
     return plan;
   }
 
@@ -172,10 +138,10 @@ struct Fold {
   PK_DEVICE static void add(ThreadSums& s, const Args& a, const Reader& row,
                             const Packets<E, kModels>& in, int i, int64_t r) {
     float z[N], zr[N] = {}, za[N] = {};
-    const bool third = !SMALL && TWO && a.model[2].x != nullptr;
+    const bool third = TWO && kValues && a.model[2].x != nullptr;
     read_logits(row, in.of[0], i, a.model[0], a.v0, Dtype::f32, z);
     if constexpr (TWO) read_logits(row, in.of[1], i, a.model[1], a.v0, Dtype::f32, zr);
-    if constexpr (TWO && !SMALL) {
+    if constexpr (TWO && kValues) {
       if (third) read_logits(row, in.of[2], i, a.model[2], a.v0, Dtype::f32, za);
     }
     const float top = largest<E>(z);
@@ -201,8 +167,8 @@ struct Fold {
       const float e = exp_fast(x[j]);
       s.pol.sum += e;
       if constexpr (!SMALL) {
-        s.pol_x += weighted(e, x[j]);
-        s.pol_sq += e * e;
+        s.x += weighted(e, x[j]);
+        s.sq += e * e;
         const bool finite = z[j] > -float(pk_inf());
         s.z_sum += finite ? z[j] : 0.0f;
         s.z_count += finite ? 1.0f : 0.0f;
@@ -213,52 +179,45 @@ struct Fold {
         s.ref.sum += er;
         s.ref_cross += weighted(er, d);
         s.pol_cross -= weighted(e, d);
-        if constexpr (!SMALL) {
+        if constexpr (kValues) {
           if (third) {
             const float xa = za[j] - ma;
             s.aux.sum += exp_fast(xa);
             s.adv += weighted(e, xa - xr[j]);
-          } else if (a.adv != nullptr) {
-            const int c = row.column(i) + j;
-            s.adv += row.inside(c) ? weighted(e, a.adv[r * a.adv_stride + c]) : 0.0f;
           }
+        }
+      }
+    }
+    if constexpr (kValues) {
+      if (a.adv != nullptr) {
+        const float* adv = a.adv + r * a.adv_stride;
+        PK_UNROLL
+        for (int j = 0; j < N; ++j) {
+          s.adv += weighted(exp_fast(x[j]), value_at(row, adv, row.column(i) + j));
         }
       }
     }
     if constexpr (TWO && !SMALL) {
-      if (a.has_alpha) add_blend(s.blend[0], x, xr, a.alpha);
-      if (a.has_renyi) add_blend(s.blend[1], x, xr, a.renyi);
-      if (a.has_mix) add_blend(s.blend[2], x, xr, a.mix);
+      if (a.has_alpha) add_blend(s.blend[kAlphaBlend], x, xr, a.alpha);
+      if (a.has_renyi) add_blend(s.blend[kRenyiBlend], x, xr, a.renyi);
+      if (a.has_mix) add_blend(s.blend[kMixBlend], x, xr, a.mix);
     }
-    if constexpr (TWO || !SMALL) {
-      const Dtype type = a.rounds ? a.working : Dtype::f32;
-      if (a.rounds) {
-        read_logits(row, in.of[0], i, a.model[0], a.v0, type, z);
-        add_logits(s.pol_rounded, z);
-        if constexpr (TWO) {
-          read_logits(row, in.of[1], i, a.model[1], a.v0, type, zr);
-          add_logits(s.ref_rounded, zr);
-        }
-        if constexpr (TWO && !SMALL) {
-          if (third) {
-            read_logits(row, in.of[2], i, a.model[2], a.v0, type, za);
-            add_logits(s.aux_rounded, za);
-          }
-        }
-      }
-      if constexpr (TWO && !SMALL) {
-        if (a.has_mix) add_blend(s.mix_plain, z, zr, a.mix);
-      }
+    if constexpr ((TWO || !SMALL) && sizeof(E) == 4) {
+      if (a.working != Dtype::f32) add_rounded(s, a, row, in, i, r);
     }
+  }
+
+  // The policy's products as a backward reads them: their normaliser, and where they are kept.
+  PK_DEVICE static void add_rounded(ThreadSums& s, const Args& a, const Reader& row,
+                                    const Packets<E, kModels>& in, int i, int64_t r) {
+    float z[N];
+    read_logits(row, in.of[0], i, a.model[0], a.v0, a.working, z);
+    add_logits(s.rounded, z);
+    if (a.keep == nullptr) return;
     PK_UNROLL
-    for (int k = 0; k < (TWO ? 2 : 1); ++k) {
-      if (a.keep[k] == nullptr) continue;
-      float raw[N];
-      PK_UNROLL
-      for (int j = 0; j < N; ++j) raw[j] = in.of[k].at(j);
-      char* dst = static_cast<char*>(a.keep[k]) + r * a.keep_stride[k] * bytes_of(a.working);
-      write_columns(row, i, dst, a.working, raw);
-    }
+    for (int j = 0; j < N; ++j) z[j] = in.of[0].at(j);
+    char* dst = static_cast<char*>(a.keep) + r * a.keep_stride * bytes_of(a.working);
+    write_columns(row, i, dst, a.working, z);
   }
 
   PK_DEVICE static void run(Threads& b, const Args& a) {
@@ -285,14 +244,14 @@ struct Fold {
     b.each([&](int t) {
       fill(a, fields, t, block, 1, -float(pk_inf()), 0.0f);
       if (t >= List::kCount) return;
-      const bool max = List::kMaxima >> t & 1;
-      const bool min = List::kColumns >> t & 1;
+      const Field f = List::at(t);
+      const bool max = is_model_max(f) || is_other_max(f), min = f == Field::top;
       double v = parts.get(t * Threads::kWarps);
       for (int w = 1; w < Threads::kWarps; ++w) {
         const double p = parts.get(t * Threads::kWarps + w);
         v = max ? Larger()(v, p) : min ? (p < v ? p : v) : v + p;
       }
-      fields[t * a.field_stride] = float(v);
+      fields[int(f) * a.field_stride] = float(v);
     });
   }
 
@@ -301,16 +260,17 @@ struct Fold {
                              float maximum, float other) {
     const int64_t left = a.chunks - block * a.span, count = left < a.span ? left : a.span;
     if (t >= List::kCount) return;
-    const float value = List::kMaxima >> t & 1 ? maximum : other;
+    const Field f = List::at(t);
+    const float value = is_model_max(f) || is_other_max(f) ? maximum : other;
     for (int64_t c = first; c < count; ++c) {
-      fields[t * a.field_stride + c * a.chunk_stride] = value;
+      fields[int(f) * a.field_stride + c * a.chunk_stride] = value;
     }
   }
 
   // Every thread's sums moved to the block's maxima, and each field reduced over the lanes of a
   // warp: parts[field][warp].
-  template <class Parts, class Sums>
-  PK_DEVICE static void agree(const Threads& b, const Args& a, const Parts& parts, Sums& sums) {
+  template <class Parts, class All>
+  PK_DEVICE static void agree(const Threads& b, const Args& a, const Parts& parts, All& sums) {
     constexpr int W = Threads::kWarps;
     const auto reduce = [&](auto f, int k, const auto& op) {
       typename Threads::template Local<float> v;
@@ -347,7 +307,6 @@ struct Fold {
     b.each([&](int t) {
       List::each([&](auto f, int k) {
         if constexpr (is_other_max(f.value)) {
-          // The sum beside its maximum is the next field in every list.
           lse_raise(pair_of<f.value>(sums[t]), block_max(k));
         }
       });
@@ -362,14 +321,11 @@ struct Fold {
     b.sync();
   }
   template <Field F>
-  PK_DEVICE static OnlineLseOf<float>& pair_of(Sums& s) {
-    if constexpr (F == Field::round_max) return s.pol_rounded;
-    if constexpr (F == Field::ref_round_max) return s.ref_rounded;
-    if constexpr (F == Field::aux_round_max) return s.aux_rounded;
-    if constexpr (F == Field::alpha_max) return s.blend[0];
-    if constexpr (F == Field::renyi_max) return s.blend[1];
-    if constexpr (F == Field::mix_max) return s.blend[2];
-    if constexpr (F == Field::plain_max) return s.mix_plain;
+  PK_DEVICE static OnlineLseOf<float>& pair_of(ThreadSums& s) {
+    if constexpr (F == Field::round_max) return s.rounded;
+    if constexpr (F == Field::alpha_max) return s.blend[kAlphaBlend];
+    if constexpr (F == Field::renyi_max) return s.blend[kRenyiBlend];
+    if constexpr (F == Field::mix_max) return s.blend[kMixBlend];
   }
 
   PK_DEVICE static void at_target(const Args& a, const Reader& row, int64_t r, int64_t column) {
@@ -378,8 +334,9 @@ struct Fold {
     PK_UNROLL
     for (int k = 0; k < (TWO ? 2 : 1); ++k) {
       const Model& m = a.model[k];
-      const float bias = m.bias == nullptr ? 0.0f : load_as_float(m.bias, m.bias_type, a.v0 + c);
-      a.at_target[k * a.at_stride + r] = shape_logit(to_float(row.row[k][c]), bias, m);
+      const float bias = m.bias == nullptr ? 0.0f : m.bias[a.v0 + c];
+      const float u = before_cap(to_float(row.row[k][c]), bias, m);
+      a.at[(k == 0 ? int(At::zy) : int(At::ref_zy)) * a.at_stride + r] = double(capped(u, m));
     }
   }
 };

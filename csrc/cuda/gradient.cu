@@ -8,16 +8,21 @@ namespace {
 template <bool TWO>
 void gradient(Dtype tile, bool small, const GradientArgs& a, const Stream& stream) {
   const auto shapes = [&] { return tile_shapes(a); };
-  by_element(tile, [&](auto e) {
+  const auto start = [&](auto e) {
     using E = decltype(e);
-    if (small) {
-      launch<Gradient<E, TWO, true>>(TWO ? "gradient_two_small" : "gradient_one_small",
-                                     a.m * a.blocks, a, stream, shapes);
-    } else {
-      launch<Gradient<E, TWO, false>>(TWO ? "gradient_two" : "gradient_one", a.m * a.blocks, a,
-                                      stream, shapes);
-    }
-  });
+    launch<Gradient<E, TWO, false>>(TWO ? "gradient_two" : "gradient_one", a.m * a.blocks, a,
+                                    stream, shapes);
+  };
+  const auto start_small = [&](auto e) {
+    using E = decltype(e);
+    launch<Gradient<E, TWO, true>>(TWO ? "gradient_two_small" : "gradient_one_small",
+                                   a.m * a.blocks, a, stream, shapes);
+  };
+  if (small && tile == Dtype::f32) return start_small(float());
+  if constexpr (!TWO) {
+    if (small && tile == Dtype::bf16) return start_small(Bf16());
+  }
+  by_element(tile, start);
 }
 
 }  // namespace

@@ -7,131 +7,143 @@
 
 namespace prefkern {
 
-// Row constants, in the order of COEFFICIENTS.
-enum Coefficient : int {
-  kGLse,
-  kGLseLow,
-  kGE,
-  kGA0,
-  kGEnt,
-  kGEntValue,
-  kGCol,
-  kGColValue,
-  kGRefLse,
-  kGRefLseLow,
-  kGFkl,
-  kGRkl,
-  kGRklValue,
-  kGEv,
-  kGEvValue,
-  kGAuxLse,
-  kGAlpha,
-  kGRenyi,
-  kGRenyiShift,
-  kGMix,
-  kGMixLse,
-  kGMixLseLow,
-  kGJsd,
-  kGJsdKl,
-  kGTv,
-  kGTvMean,
-  kGBkl,
-  kGBklRatio,
-  kGTopValue,
-  kGTopIndex,
-  kCoefficients
-};
-
 template <class E, bool TWO, bool SMALL>
 struct Gradient {
   using Args = GradientArgs;
   using Threads = Block<128>;
-  static constexpr int kMinBlocks = !TWO ? 10 : SMALL ? 8 : 4;
+  static constexpr int kMinBlocks = TWO ? (SMALL ? 8 : 4) : SMALL || sizeof(E) == 4 ? 10 : 8;
   static constexpr int kAhead = TWO && (!SMALL || sizeof(E) == 2) ? 1 : 2;
-  static constexpr int kModels = !TWO ? 1 : SMALL ? 2 : 3;
+  // Of two models, a third head and given values come with fp32 products alone.
+  static constexpr bool kValues = !SMALL && (!TWO || sizeof(E) == 4);
+  static constexpr int kModels = !TWO ? 1 : kValues ? 3 : 2;
   static constexpr int N = Packet<E>::kN;
   using Reader = RowReader<E, kModels>;
 
   // What a class reads of its row's constants.
+  PK_HD static constexpr bool reads(Coef k) {
+    switch (k) {
+      case Coef::lse:
+      case Coef::lse_low:
+      case Coef::e:
+      case Coef::a0:
+        return true;
+      case Coef::ent:
+      case Coef::ent_value:
+      case Coef::col:
+      case Coef::col_value:
+      case Coef::teach:
+      case Coef::ev:
+      case Coef::ev_value:
+        return !SMALL;
+      case Coef::ref_lse:
+      case Coef::ref_lse_low:
+      case Coef::fkl:
+      case Coef::rkl:
+      case Coef::rkl_value:
+        return TWO;
+      default:
+        return TWO && !SMALL;
+    }
+  }
   struct Row {
-    float lse, low, ref_lse, ref_low, aux_lse, mix_lse, mix_low;
-    GradCoefOf<float> g;
-    float top_value, top_index;
+    float c[kCoefs];  // indexed by constants only
+    PK_DEVICE float operator()(Coef k) const { return c[int(k)]; }
   };
   PK_DEVICE static Row load_row(const Args& a, int64_t r) {
-    const auto c = [&](Coefficient k) { return a.coefficients[k * a.coefficient_stride + r]; };
     Row w = {};
-    w.lse = c(kGLse), w.low = c(kGLseLow), w.g.e = c(kGE), w.g.a0 = c(kGA0);
-    if constexpr (!SMALL) {
-      w.g.ent = c(kGEnt), w.g.ent_value = c(kGEntValue);
-      w.g.col = c(kGCol), w.g.col_value = c(kGColValue);
-    }
-    if constexpr (TWO) {
-      w.ref_lse = c(kGRefLse), w.ref_low = c(kGRefLseLow), w.g.fkl = c(kGFkl);
-    }
-    if constexpr (TWO) {
-      w.g.rkl = c(kGRkl), w.g.rkl_value = c(kGRklValue);
-    }
-    if constexpr (TWO && !SMALL) {
-      w.g.ev = c(kGEv), w.g.ev_value = c(kGEvValue), w.aux_lse = c(kGAuxLse);
-      w.g.alpha = c(kGAlpha), w.g.alpha_a = a.alpha;
-      w.g.renyi = c(kGRenyi), w.g.renyi_a = a.renyi, w.g.renyi_shift = c(kGRenyiShift);
-      w.g.mix = c(kGMix), w.g.mix_b = a.mix, w.mix_lse = c(kGMixLse), w.mix_low = c(kGMixLseLow);
-      w.g.jsd = c(kGJsd), w.g.jsd_b = a.jsd, w.g.jsd_kl = c(kGJsdKl);
-      w.g.tv = c(kGTv), w.g.tv_mean = c(kGTvMean);
-      w.g.bkl = c(kGBkl), w.g.bkl_ratio = c(kGBklRatio);
-      w.top_value = c(kGTopValue), w.top_index = c(kGTopIndex);
+    PK_UNROLL
+    for (int k = 0; k < kCoefs; ++k) {
+      if (reads(Coef(k))) w.c[k] = a.coefficients[k * a.coefficient_stride + r];
     }
     return w;
   }
+  PK_DEVICE static StatPlan plan_of(const Args& a) {
+    StatPlan plan;
+    plan.param[int(Stat::alpha)] = a.alpha;
+    plan.param[int(Stat::renyi)] = a.renyi;
+    plan.param[int(Stat::mix)] = a.mix;
+    plan.param[int(Stat::jsd)] = a.jsd;
+    return plan;
+  }
 
-  PK_DEVICE static void write(const Row& w, const Args& a, const Reader& row,
+  PK_DEVICE static void write(const Row& g, const Args& a, const Reader& row,
                               const Packets<E, kModels>& in, int i, int64_t r, int y) {
-    float z[N], zr[N] = {}, za[N] = {}, d[N];
-    const bool third = !SMALL && TWO && a.model[2].x != nullptr;
-    read_logits(row, in.of[0], i, a.model[0], a.v0, a.working, z);
-    if constexpr (TWO) read_logits(row, in.of[1], i, a.model[1], a.v0, a.working, zr);
-    if constexpr (TWO && !SMALL) {
-      if (third) read_logits(row, in.of[2], i, a.model[2], a.v0, a.working, za);
-    }
+    float z[N], d[N];
+    const Dtype type = !TWO && a.rounds ? a.dx_type : Dtype::f32;
+    read_logits(row, in.of[0], i, a.model[0], a.v0, type, z);
     const int c = row.column(i);
-    PK_UNROLL
-    for (int j = 0; j < N; ++j) {
-      const float lp = (z[j] - w.lse) - w.low;
-      if constexpr (!TWO) {
-        const float p = exp_fast(lp);
-        float inner = w.g.a0;
+    if constexpr (!TWO) {
+      PK_UNROLL
+      for (int j = 0; j < N; ++j) {
+        const float lp = (z[j] - g(Coef::lse)) - g(Coef::lse_low), p = exp_fast(lp);
+        float inner = g(Coef::a0);
         if constexpr (!SMALL) {
-          inner += w.g.ent * (lp + w.g.ent_value) + w.g.col * (p - w.g.col_value);
+          inner += g(Coef::ent) * (lp + g(Coef::ent_value));
+          inner += g(Coef::col) * (p - g(Coef::col_value));
         }
         d[j] = weighted(p, inner);
-      } else {
-        const float lr = (zr[j] - w.ref_lse) - w.ref_low;
-        if constexpr (SMALL) {
+      }
+      if constexpr (!SMALL) {
+        if (a.adv != nullptr) {
+          const float* values = a.adv + r * a.adv_stride;
+          PK_UNROLL
+          for (int j = 0; j < N; ++j) {
+            const float p = exp_fast((z[j] - g(Coef::lse)) - g(Coef::lse_low));
+            const float adv = value_at(row, values, c + j);
+            d[j] += g(Coef::teach) * adv;
+            d[j] += weighted(p, g(Coef::ev) * (adv - g(Coef::ev_value)));
+          }
+        }
+      }
+    } else {
+      float zr[N], ur[N];
+      read_before_cap(row, in.of[1], i, a.model[1], a.v0, Dtype::f32, ur);
+      PK_UNROLL
+      for (int j = 0; j < N; ++j) zr[j] = ur[j];
+      cap_logits(row, i, a.model[1], zr);
+      if constexpr (SMALL) {
+        PK_UNROLL
+        for (int j = 0; j < N; ++j) {
+          const float lp = (z[j] - g(Coef::lse)) - g(Coef::lse_low);
+          const float lr = (zr[j] - g(Coef::ref_lse)) - g(Coef::ref_lse_low);
           const float p = exp_fast(lp), q = exp_fast(lr);
-          float inner = w.g.a0;
-          if (w.g.rkl != 0.0f) inner += w.g.rkl * ((lp - lr) - w.g.rkl_value);
-          d[j] = weighted(p, inner) + w.g.fkl * (p - q);
-        } else {
+          float inner = g(Coef::a0);
+          if (g(Coef::rkl) != 0.0f) inner += g(Coef::rkl) * ((lp - lr) - g(Coef::rkl_value));
+          d[j] = weighted(p, inner) + g(Coef::fkl) * (p - q);
+        }
+      } else {
+        float za[N] = {};
+        const bool third = kValues && a.model[2].x != nullptr;
+        if constexpr (kValues) {
+          if (third) read_logits(row, in.of[2], i, a.model[2], a.v0, Dtype::f32, za);
+        }
+        const float* values = a.adv + r * a.adv_stride;
+        PK_UNROLL
+        for (int j = 0; j < N; ++j) {
+          const float lp = (z[j] - g(Coef::lse)) - g(Coef::lse_low);
+          const float lr = (zr[j] - g(Coef::ref_lse)) - g(Coef::ref_lse_low);
           float adv = 0.0f;
-          if (w.g.ev != 0.0f) {
-            adv = third               ? (za[j] - w.aux_lse) - lr
-                  : row.inside(c + j) ? a.adv[r * a.adv_stride + c + j]
-                                      : 0.0f;
+          if (kValues && g(Coef::ev) != 0.0f) {
+            adv = third ? ((za[j] - g(Coef::aux_lse)) - g(Coef::aux_lse_low)) - lr
+                        : value_at(row, values, c + j);
           }
           bool top = false;
-          if (w.g.bkl != 0.0f) {
-            top = in_top_set(zr[j], a.v0 + c + j, w.top_value, w.top_index);
+          if (g(Coef::bkl) != 0.0f) {
+            top = in_top_set(ur[j], a.v0 + c + j, g(Coef::top_value), g(Coef::top_index));
           }
-          // The blend of normalised logits: its log-normaliser taken from both models' beforehand.
-          const float zm = (z[j] - w.mix_lse) - w.mix_low, zrm = (zr[j] - w.mix_lse) - w.mix_low;
-          d[j] = logit_gradient(w.g, zm, zrm, lp, lr, adv, false, top);
+          d[j] = logit_gradient(plan_of(a), g, lp, lr, adv, false, top);
+        }
+        if constexpr (kValues) {
+          if (g(Coef::teach) != 0.0f) {
+            PK_UNROLL
+            for (int j = 0; j < N; ++j) d[j] += g(Coef::teach) * value_at(row, values, c + j);
+          }
         }
       }
     }
     if (y >= c && y < c + N) {
       PK_UNROLL
-      for (int j = 0; j < N; ++j) d[j] += y == c + j ? w.g.e : 0.0f;
+      for (int j = 0; j < N; ++j) d[j] += y == c + j ? g(Coef::e) : 0.0f;
     }
     if (a.slope != 0.0f) {
       PK_UNROLL

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/elements.cuh"
+#include "cuda/launched.h"
 #include "cuda/sweep.h"
 
 #if defined(__CUDACC__)
@@ -49,6 +50,7 @@ void launch(const char* name, int64_t groups, const typename K::Args& args, cons
   (void)stream;
   emulate<K>(blocks * kGroups, args);
 #endif
+  Launched::get().add(name);
 }
 
 inline std::string tile_shapes(const TileArgs& a) {

@@ -4,37 +4,37 @@
 #if defined(PREFKERN_EMULATED)
 #include "cuda/block.h"
 #endif
+#include "cuda/launched.h"
 #include "cuda/list_ops.h"
-#include "cuda/sweep_ops.h"
+#include "cuda/row_ops.h"
+#include "cuda/tile_ops.h"
 
 STABLE_TORCH_LIBRARY(prefkern_cuda, m) {
   m.def(
-      "fold(Tensor z, Tensor? zr, Tensor? za, Tensor? adv, Tensor? bias, Tensor? ref_bias, "
-      "Tensor targets, Tensor(a!) fields, Tensor(b!) at_target, Tensor(c!)? keep, "
-      "Tensor(d!)? ref_keep, int v0, int chunk, bool small, bool rounds, int working, str stats, "
+      "fold(Tensor x, Tensor? xr, Tensor? xa, Tensor? adv, Tensor? bias, Tensor? ref_bias, "
+      "Tensor? aux_bias, Tensor targets, Tensor(a!) fields, Tensor(b!) at, Tensor(c!)? keep, "
+      "int v0, int chunk, int ignore, bool small, int rounds_to, str plan, float[] numbers) -> ()");
+  m.def(
+      "fold_again(Tensor x, Tensor xr, Tensor? bias, Tensor? ref_bias, Tensor targets, "
+      "Tensor norms, Tensor(a!) fields, int v0, int chunk, int ignore, str plan, "
       "float[] numbers) -> ()");
   m.def(
-      "fold_second(Tensor z, Tensor zr, Tensor? bias, Tensor? ref_bias, Tensor targets, "
-      "Tensor norms, Tensor(a!) fields, int v0, int chunk, int working, str stats, "
-      "float[] numbers) -> ()");
-  m.def(
-      "seen(Tensor zr, Tensor? ref_bias, Tensor(a!) out, int v0, int working, float[] numbers) "
-      "-> ()");
-  m.def(
-      "factors(Tensor z, Tensor? zr, Tensor? bias, Tensor? ref_bias, Tensor targets, "
-      "Tensor maxima, Tensor(a!)? mass, Tensor(b!)? log, Tensor(c!)? ref, Tensor(d!)? cross, "
-      "int v0, float[] numbers) -> ()");
+      "factor(Tensor x, Tensor? xr, Tensor? bias, Tensor? ref_bias, Tensor targets, "
+      "Tensor maxima, Tensor(a!) out, int v0, int ignore, int which, float[] numbers) -> ()");
   m.def("raise_rows(Tensor(a!) totals, Tensor shift, bool log, bool ref, bool cross) -> ()");
   m.def(
-      "gradient(Tensor z, Tensor? zr, Tensor? za, Tensor? adv, Tensor? bias, Tensor? ref_bias, "
-      "Tensor targets, Tensor coefficients, Tensor(a!) dx, int v0, bool small, "
-      "float[] numbers) -> ()");
+      "gradient(Tensor x, Tensor? xr, Tensor? xa, Tensor? adv, Tensor? bias, Tensor? ref_bias, "
+      "Tensor? aux_bias, Tensor targets, Tensor coefficients, Tensor(a!) dx, int v0, int ignore, "
+      "bool small, bool rounds, float[] numbers) -> ()");
+  m.def("merge(Tensor fields, Tensor starts, str plan, bool rounded) -> Tensor");
+  m.def("norms(Tensor sums, Tensor? top, bool wide) -> Tensor");
   m.def(
-      "logits_fwd(Tensor logits, Tensor targets, Tensor? ref_logits, Tensor? top, "
-      "float temperature, int ignore_index, str stats) -> (Tensor, Tensor)");
+      "finish(Tensor sums, Tensor at, Tensor? second, Tensor? top, Tensor targets, Tensor? rows, "
+      "Tensor? teacher, int ignore_index, int vocabulary, str plan, bool rounded, bool wide) "
+      "-> (Tensor, Tensor)");
   m.def(
-      "logits_bwd(Tensor d_out, Tensor logits, Tensor targets, Tensor? ref_logits, Tensor out, "
-      "Tensor saved, float temperature, int ignore_index, str stats) -> Tensor");
+      "pull(Tensor d_out, Tensor out, Tensor saved, Tensor targets, Tensor? rows, "
+      "int ignore_index, float slope, str plan) -> Tensor");
   m.def(
       "list_rank_fwd(Tensor scores, Tensor labels, Tensor cu_groups, Tensor? topk, str family, "
       "str options) -> (Tensor, Tensor)");
@@ -42,27 +42,33 @@ STABLE_TORCH_LIBRARY(prefkern_cuda, m) {
   m.def(
       "segment_sum_bwd(Tensor d_out, Tensor values, Tensor? weights, Tensor cu_seqlens, "
       "bool need_values, bool need_weights) -> (Tensor, Tensor)");
+  m.def("launches(str kernel) -> int");
 #if defined(PREFKERN_EMULATED)
   m.def("reverse_threads(bool on) -> ()");
 #endif
 }
 
-#if defined(PREFKERN_EMULATED)
 STABLE_TORCH_LIBRARY_IMPL(prefkern_cuda, CompositeExplicitAutograd, m) {
+  m.impl("launches", TORCH_BOX(&prefkern::launches_of));
+#if defined(PREFKERN_EMULATED)
   m.impl("reverse_threads", TORCH_BOX(&prefkern::reverse_threads));
+#endif
 }
+
+#if defined(PREFKERN_EMULATED)
 STABLE_TORCH_LIBRARY_IMPL(prefkern_cuda, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(prefkern_cuda, CUDA, m) {
 #endif
   m.impl("fold", TORCH_BOX(&prefkern::tile_fold));
-  m.impl("fold_second", TORCH_BOX(&prefkern::tile_second));
-  m.impl("seen", TORCH_BOX(&prefkern::tile_seen));
-  m.impl("factors", TORCH_BOX(&prefkern::tile_factors));
+  m.impl("fold_again", TORCH_BOX(&prefkern::tile_fold_again));
+  m.impl("factor", TORCH_BOX(&prefkern::tile_factor));
   m.impl("raise_rows", TORCH_BOX(&prefkern::tile_raise_rows));
   m.impl("gradient", TORCH_BOX(&prefkern::tile_gradient));
-  m.impl("logits_fwd", TORCH_BOX(&prefkern::logits_fwd));
-  m.impl("logits_bwd", TORCH_BOX(&prefkern::logits_bwd));
+  m.impl("merge", TORCH_BOX(&prefkern::cuda_merge));
+  m.impl("norms", TORCH_BOX(&prefkern::cuda_norms));
+  m.impl("finish", TORCH_BOX(&prefkern::cuda_finish));
+  m.impl("pull", TORCH_BOX(&prefkern::cuda_pull));
   m.impl("list_rank_fwd", TORCH_BOX(&prefkern::cuda_list_rank));
   m.impl("segment_sum_fwd", TORCH_BOX(&prefkern::cuda_segment_sum));
   m.impl("segment_sum_bwd", TORCH_BOX(&prefkern::cuda_segment_slopes));

@@ -6,10 +6,12 @@
 
 namespace prefkern {
 
-// z = top tanh(factor (x + bias)), or factor (x + bias) without a cap. In this order and without
-// contraction: the top set of bkl compares logits for equality.
-PK_DEVICE float shape_logit(float x, float bias, const Model& m) {
-  const float u = mul_exact(m.factor, add_exact(x, bias));
+// u = factor (x + bias), in this order and without contraction: the top set of bkl compares it for
+// equality. z = top tanh(u), or u without a cap.
+PK_DEVICE float before_cap(float x, float bias, const Model& m) {
+  return mul_exact(m.factor, add_exact(x, bias));
+}
+PK_DEVICE float capped(float u, const Model& m) {
   return m.top == 0.0f ? u : mul_exact(m.top, tanh_full(u));
 }
 
@@ -78,33 +80,58 @@ PK_DEVICE void stream(const RowReader<E, MODELS>& row, int t, const Use& use) {
   }
 }
 
-// The logits of one packet; entries outside the row's part become -inf. `type`: products are first
-// rounded to this dtype (fp32: as they are).
+// u of one packet; `type`: products are first rounded to this dtype (fp32: as they are).
+template <class E, int MODELS>
+PK_DEVICE void read_before_cap(const RowReader<E, MODELS>& row, const Packet<E>& v, int i,
+                               const Model& m, int64_t v0, Dtype type, float (&u)[Packet<E>::kN]) {
+  constexpr int N = Packet<E>::kN;
+  PK_UNROLL
+  for (int j = 0; j < N; ++j) u[j] = v.at(j);
+  if constexpr (sizeof(E) == 4) {
+    if (type != Dtype::f32) {
+      PK_UNROLL
+      for (int j = 0; j < N; ++j) u[j] = round_to(u[j], type);
+    }
+  }
+  if (m.bias != nullptr) {
+    const int c = row.column(i);
+    PK_UNROLL
+    for (int j = 0; j < N; ++j) {
+      u[j] = add_exact(u[j], row.inside(c + j) ? m.bias[v0 + c + j] : 0.0f);
+    }
+  }
+  PK_UNROLL
+  for (int j = 0; j < N; ++j) u[j] = mul_exact(m.factor, u[j]);
+}
+
+// The logits of u; entries outside the row's part become -inf.
+template <class E, int MODELS>
+PK_DEVICE void cap_logits(const RowReader<E, MODELS>& row, int i, const Model& m,
+                          float (&z)[Packet<E>::kN]) {
+  constexpr int N = Packet<E>::kN;
+  if (m.top != 0.0f) {
+    PK_UNROLL
+    for (int j = 0; j < N; ++j) z[j] = mul_exact(m.top, tanh_full(z[j]));
+  }
+  if (!row.whole(i)) {
+    PK_UNROLL
+    for (int j = 0; j < N; ++j) {
+      if (!row.inside(row.column(i) + j)) z[j] = -float(pk_inf());
+    }
+  }
+}
+
 template <class E, int MODELS>
 PK_DEVICE void read_logits(const RowReader<E, MODELS>& row, const Packet<E>& v, int i,
                            const Model& m, int64_t v0, Dtype type, float (&z)[Packet<E>::kN]) {
-  constexpr int N = Packet<E>::kN;
-  const int c = row.column(i);
-  const bool whole = row.whole(i);
-  if (m.bias != nullptr) {
-    PK_UNROLL
-    for (int j = 0; j < N; ++j) {
-      const float b = row.inside(c + j) ? load_as_float(m.bias, m.bias_type, v0 + c + j) : 0.0f;
-      z[j] = shape_logit(round_to(v.at(j), type), b, m);
-    }
-  } else if (m.top != 0.0f) {
-    PK_UNROLL
-    for (int j = 0; j < N; ++j) z[j] = shape_logit(round_to(v.at(j), type), 0.0f, m);
-  } else {
-    PK_UNROLL
-    for (int j = 0; j < N; ++j) z[j] = mul_exact(m.factor, round_to(v.at(j), type));
-  }
-  if (!whole) {
-    PK_UNROLL
-    for (int j = 0; j < N; ++j) {
-      if (!row.inside(c + j)) z[j] = -float(pk_inf());
-    }
-  }
+  read_before_cap(row, v, i, m, v0, type, z);
+  cap_logits(row, i, m, z);
+}
+
+// A given value, 0 outside the row's part.
+template <class E, int MODELS>
+PK_DEVICE float value_at(const RowReader<E, MODELS>& row, const float* values, int c) {
+  return row.inside(c) ? values[c] : 0.0f;
 }
 
 // Writes one number per column of packet i into `dst`, a row of `type`.

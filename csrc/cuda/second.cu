@@ -7,21 +7,15 @@ namespace prefkern {
 
 void fold_second(Dtype tile, const SecondArgs& a, const Stream& stream) {
   by_element(tile, [&](auto e) {
-    launch<Second<decltype(e)>>("fold_second", a.m * a.blocks, a, stream,
-                                [&] { return tile_shapes(a); });
-  });
-}
-
-void seen_logits(Dtype tile, const SeenArgs& a, const Stream& stream) {
-  by_element(tile, [&](auto e) {
-    launch<Seen<decltype(e)>>("seen_logits", a.m, a, stream, [&] { return tile_shapes(a); });
+    launch<SecondSweep<decltype(e)>>("fold_second", a.m * a.blocks, a, stream,
+                                     [&] { return tile_shapes(a); });
   });
 }
 
 void frozen_factors(Dtype tile, const FactorArgs& a, const Stream& stream) {
   by_element(tile, [&](auto e) {
-    launch<Factors<decltype(e)>>("frozen_factors", a.m * a.blocks, a, stream,
-                                 [&] { return tile_shapes(a); });
+    launch<FrozenFactor<decltype(e)>>("frozen_factors", a.m * a.blocks, a, stream,
+                                      [&] { return tile_shapes(a); });
   });
 }
 

@@ -1,8 +1,8 @@
-// Running sums of one row over the vocabulary, all relative to running maxima.
+// Running sums of one row over the vocabulary, all relative to running maxima, and how they merge.
 //
 // With m the maximum so far, a sum of e^(z-m) moves to a new maximum m' by the factor e^(m-m'), and
 // a sum that also carries (z-m) picks up (m-m') times the plain sum. Every rule below is one of
-// these two.
+// these two. The names are those of prefkern/backends/tables.py.
 #pragma once
 
 #include "numerics/stats.h"
@@ -50,33 +50,95 @@ PK_HD double lse_value(const OnlineLse& a) {
   return safe_max(a.max) + pk_log(a.sum);
 }
 
-// Everything one sweep over the vocabulary gathers for one row. x = z - max of its own model.
+enum Blend : int { kAlphaBlend, kRenyiBlend, kMixBlend, kBlends };
+
+// Everything the first sweep over the vocabulary gathers for one row. x = z - max of its own model.
 template <class S>
 struct RowSumsOf {
   using Number = S;
-  OnlineLseOf<S> pol, ref, aux;
-  OnlineLseOf<S> blend[3];   // of x + a (xr - x): alpha, renyi, mix
-  S pol_x = 0;               // sum e^x x
-  S pol_sq = 0;              // sum e^(2x)
-  S ref_cross = 0;           // sum e^xr (xr - x)
-  S pol_cross = 0;           // sum e^x (x - xr)
-  S adv = 0;                 // sum e^x A, or sum e^x (xa - xr) with a third head
-  S z_sum = 0, z_count = 0;  // finite logits
-  S zy = 0, ref_zy = 0;
-  int64_t top = 0;  // lowest index of the largest logit
-  // The same normalisers over logits rounded to a 16-bit working dtype, which is what the backward
-  // reads: with the exact ones, the gradient of a token with p = 0.99 would be lost in the 2^-9 |z|
-  // by which its probability is off.
-  OnlineLseOf<S> pol_rounded, ref_rounded, aux_rounded;
-  OnlineLseOf<S> mix_plain;  // of z + b (z_ref - z), from the logits the backward reads
-  // Second sweep, from normalised probabilities.
-  S kl_ref = 0, kl_pol = 0;  // KL(r || mix), KL(p || mix)
-  S tv = 0, tv_mean = 0;     // sum |p-r|, sum p sign(p-r)
-  S top_kl = 0, rest_ref = 0, rest_pol = 0;
-  S top_value = 0;
-  int64_t top_index = -1;
+  OnlineLseOf<S> pol, ref, aux, rounded;
+  OnlineLseOf<S> blend[kBlends];   // of x + a (xr - x)
+  S x = 0, sq = 0;                 // sum e^x x, sum e^(2x)
+  S ref_cross = 0, pol_cross = 0;  // sum e^xr (xr - x), sum e^x (x - xr)
+  S adv = 0;                       // sum e^x A, or sum e^x (xa - xr) with a third head
+  S z_sum = 0, z_count = 0;        // finite logits
+  int64_t top = 0;                 // lowest column of the largest logit
 };
 using RowSums = RowSumsOf<double>;
+
+// Calls f(field, number) for every number of the sums but `top`; merged and stored in this order.
+template <class S, class F>
+PK_HD void each_field(RowSumsOf<S>& s, const F& f) {
+  f(Field::max, s.pol.max);
+  f(Field::sum, s.pol.sum);
+  f(Field::round_max, s.rounded.max);
+  f(Field::round_sum, s.rounded.sum);
+  f(Field::ref_max, s.ref.max);
+  f(Field::ref_sum, s.ref.sum);
+  f(Field::ref_cross, s.ref_cross);
+  f(Field::pol_cross, s.pol_cross);
+  f(Field::x, s.x);
+  f(Field::sq, s.sq);
+  f(Field::z_sum, s.z_sum);
+  f(Field::z_count, s.z_count);
+  f(Field::alpha_max, s.blend[kAlphaBlend].max);
+  f(Field::alpha_sum, s.blend[kAlphaBlend].sum);
+  f(Field::renyi_max, s.blend[kRenyiBlend].max);
+  f(Field::renyi_sum, s.blend[kRenyiBlend].sum);
+  f(Field::mix_max, s.blend[kMixBlend].max);
+  f(Field::mix_sum, s.blend[kMixBlend].sum);
+  f(Field::adv, s.adv);
+  f(Field::aux_max, s.aux.max);
+  f(Field::aux_sum, s.aux.sum);
+}
+
+// Whether a fold of such a call writes a field; fields it does not write may hold anything.
+struct FoldPlan {
+  StatPlan stats;
+  bool two = false, third = false;  // a reference, a third head
+  bool rounded = false;             // round_max and round_sum are there
+  PK_HD bool writes(Field f) const {
+    switch (f) {
+      case Field::max:
+      case Field::sum:
+        return true;
+      case Field::round_max:
+      case Field::round_sum:
+        return rounded;
+      case Field::ref_max:
+      case Field::ref_sum:
+        return two;
+      case Field::ref_cross:
+        return stats.has(Stat::fkl);
+      case Field::pol_cross:
+        return stats.has(Stat::rkl);
+      case Field::x:
+        return stats.has(Stat::ent);
+      case Field::sq:
+        return stats.has(Stat::col);
+      case Field::z_sum:
+      case Field::z_count:
+        return stats.has(Stat::zmean);
+      case Field::top:
+        return stats.has(Stat::top1);
+      case Field::alpha_max:
+      case Field::alpha_sum:
+        return stats.has(Stat::alpha);
+      case Field::renyi_max:
+      case Field::renyi_sum:
+        return stats.has(Stat::renyi);
+      case Field::mix_max:
+      case Field::mix_sum:
+        return stats.has(Stat::mix);
+      case Field::adv:
+        return stats.has(Stat::ev);
+      case Field::aux_max:
+      case Field::aux_sum:
+        return third;
+    }
+    return false;
+  }
+};
 
 // Moves the row to larger maxima. `third` says that adv is relative to aux and ref as well.
 template <class S>
@@ -91,14 +153,14 @@ PK_HD void raise_maxima(RowSumsOf<S>& s, const StatPlan& plan, typename RowSumsO
   const S dr = s.ref.sum == S(0) ? S(0) : safe_max(s.ref.max) - safe_max(ref);
   const S da = s.aux.sum == S(0) ? S(0) : safe_max(s.aux.max) - safe_max(aux);
   const S fp = raise_factor(s.pol.max, pol), fr = raise_factor(s.ref.max, ref);
-  s.pol_x = fp * (s.pol_x + dp * s.pol.sum);
-  s.pol_sq *= fp * fp;
+  s.x = fp * (s.x + dp * s.pol.sum);
+  s.sq *= fp * fp;
   s.pol_cross = fp * (s.pol_cross + (dp - dr) * s.pol.sum);
   s.ref_cross = fr * (s.ref_cross + (dr - dp) * s.ref.sum);
   s.adv = third ? fp * (s.adv + (da - dr) * s.pol.sum) : fp * s.adv;
-  s.blend[0].max += dp + S(plan.param[kAlpha]) * (dr - dp);
-  s.blend[1].max += dp + S(plan.param[kRenyi]) * (dr - dp);
-  s.blend[2].max += dp + S(plan.param[kMix]) * (dr - dp);
+  s.blend[kAlphaBlend].max += dp + S(plan.of(Stat::alpha)) * (dr - dp);
+  s.blend[kRenyiBlend].max += dp + S(plan.of(Stat::renyi)) * (dr - dp);
+  s.blend[kMixBlend].max += dp + S(plan.of(Stat::mix)) * (dr - dp);
   lse_raise(s.pol, pol);
   lse_raise(s.ref, ref);
   lse_raise(s.aux, aux);
@@ -114,21 +176,35 @@ PK_HD void merge_sums(RowSumsOf<S>& a, RowSumsOf<S>& b, const StatPlan& plan, bo
   a.pol.sum += b.pol.sum;
   a.ref.sum += b.ref.sum;
   a.aux.sum += b.aux.sum;
-  for (int i = 0; i < 3; ++i) lse_merge(a.blend[i], b.blend[i]);
-  a.pol_x += b.pol_x;
-  a.pol_sq += b.pol_sq;
+  for (int i = 0; i < kBlends; ++i) lse_merge(a.blend[i], b.blend[i]);
+  a.x += b.x;
+  a.sq += b.sq;
   a.ref_cross += b.ref_cross;
   a.pol_cross += b.pol_cross;
   a.adv += b.adv;
   a.z_sum += b.z_sum;
   a.z_count += b.z_count;
-  // A row has one target: the side that has not met it holds 0.
-  a.zy += b.zy;
-  a.ref_zy += b.ref_zy;
-  lse_merge(a.pol_rounded, b.pol_rounded);
-  lse_merge(a.ref_rounded, b.ref_rounded);
-  lse_merge(a.aux_rounded, b.aux_rounded);
-  lse_merge(a.mix_plain, b.mix_plain);
+  lse_merge(a.rounded, b.rounded);
+}
+
+// The sums of one row over `ranges` pieces of the vocabulary: at(field, i) is what piece i wrote,
+// start(i) its first column (top counts from there).
+template <class At, class Start>
+PK_HD RowSums merge_row(const FoldPlan& plan, int64_t ranges, const At& at, const Start& start) {
+  RowSums all;
+  for (int64_t i = 0; i < ranges; ++i) {
+    RowSums one;
+    each_field(one, [&](Field f, double& x) {
+      if (plan.writes(f)) x = at(f, i);
+    });
+    if (plan.writes(Field::top)) one.top = int64_t(start(i)) + int64_t(at(Field::top, i));
+    if (i == 0) {
+      all = one;
+    } else {
+      merge_sums(all, one, plan.stats, plan.third);
+    }
+  }
+  return all;
 }
 
 }  // namespace prefkern

@@ -2,61 +2,38 @@
 #pragma once
 
 #include "numerics/scalar.h"
+#include "numerics/tables.h"
 
 namespace prefkern {
 
-enum StatKind : int {
-  kLogp,
-  kLse,
-  kZy,
-  kEnt,
-  kCol,
-  kTop1,
-  kZmean,  // one model
-  kRefLogp,
-  kRefLse,
-  kFkl,
-  kRkl,
-  kJsd,
-  kAlpha,
-  kRenyi,
-  kTv,
-  kBkl,
-  kMix,
-  kEv,  // two models
-  kStatCount
-};
-
-// slot[kind] is the row of `out` that holds a statistic, -1 where it was not asked for.
+// slot[stat] is the row of `out` that holds a statistic, -1 where it was not asked for; `moves`
+// says that a gradient may come back for it.
 struct StatPlan {
   int count = 0;
-  int slot[kStatCount] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
-  double param[kStatCount] = {};
-  PK_HD bool has(StatKind k) const { return slot[k] >= 0; }
+  int slot[kStats];
+  bool moves[kStats] = {};
+  double param[kStats] = {};
+  PK_HD StatPlan() {
+    for (int& s : slot) s = -1;
+  }
+  PK_HD bool has(Stat k) const { return slot[int(k)] >= 0; }
+  PK_HD bool grows(Stat k) const { return moves[int(k)]; }
+  PK_HD double of(Stat k) const { return param[int(k)]; }
 };
 
 // Statistics whose value needs both normalisers before the sweep, hence a second one.
 PK_HD bool needs_second_sweep(const StatPlan& p) {
-  return p.has(kJsd) || p.has(kTv) || p.has(kBkl);
+  return p.has(Stat::jsd) || p.has(Stat::tv) || p.has(Stat::bkl);
 }
 
-PK_HD bool has_gradient(StatKind k) {
-  return k != kTop1 && k != kZmean && k != kRefLogp && k != kRefLse;
+// Statistics whose logit gradient holds the reference's probabilities.
+PK_HD bool reads_reference(const StatPlan& p) {
+  return p.grows(Stat::fkl) || p.grows(Stat::rkl) || p.grows(Stat::jsd) || p.grows(Stat::alpha) ||
+         p.grows(Stat::renyi) || p.grows(Stat::tv) || p.grows(Stat::bkl) || p.grows(Stat::mix);
 }
 
-// Rows of `saved` that the forward hands to the backward. One-model calls keep kSavedLse alone.
-enum SavedRow : int {
-  kSavedLse,
-  kSavedRefLse,
-  kSavedAuxLse,
-  kSavedKlMix,     // KL(policy || b r + (1-b) p)
-  kSavedTvMean,    // sum_v p_v sign(p_v - r_v)
-  kSavedRestRef,   // reference mass outside the top set
-  kSavedRestPol,   // policy mass outside the top set
-  kSavedTopValue,  // smallest reference logit of the top set, rounded to the working dtype
-  kSavedTopIndex,  // and its index: ties beyond it are outside. Exact in fp32 up to V = 2^24
-  kSavedMixLse,    // log-normaliser of (1-b) z + b z_ref
-  kSavedRows
-};
+PK_HD bool has_gradient(Stat k) {
+  return k != Stat::top1 && k != Stat::zmean && k != Stat::ref_logp && k != Stat::ref_lse;
+}
 
 }  // namespace prefkern

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextvars
 import importlib
 import logging
+import sys
 from types import ModuleType
 
 from .. import env
@@ -53,7 +54,8 @@ def backend_names() -> tuple[str, ...]:
 def load_backend(name: str) -> ModuleType:
     """The module of a backend, imported on first use. Importing never fails for a missing part:
     a backend that cannot run says so in `unsupported`."""
-    return importlib.import_module(_ROWS[_check_name(name)][0])
+    path = _ROWS[_check_name(name)][0]
+    return sys.modules.get(path) or importlib.import_module(path)
 
 
 def unsupported(name: str, problem: Problem) -> list[str]:

@@ -1,8 +1,7 @@
-"""The native CPU backend: loads the compiled op library and adapts it to the backend functions.
+"""The native CPU backend: loads the compiled op library and hands it the record of a call.
 
-Shapes: N tokens, V vocabulary, D hidden size, n statistics. The kernels run on torch's own thread
-pool and give the same bits for any number of threads. Products, folds and gradients are C++
-(csrc/cpu); nothing here touches a logit.
+The kernels (csrc/cpu) run on torch's own thread pool and give the same bits for any number of
+threads. Shapes: M computed rows or tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,13 +9,16 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import env
-from .contract import Problem
+from .contract import Folded, Gradients, HeadCall, Problem, Tail
+from .native import NativeArithmetic
 
+COMPACTS = FOLDS_WIDE = True
 LIBRARY = Path(__file__).parents[1].joinpath("_ops_cpu.so")
 OPS = ("linear_logps", "linear_divergence", "logits_logps", "list_rank", "segment_sum", "error_sum")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -40,6 +42,7 @@ def _build_reason() -> str:
     return reason or "build it with: pip install --no-build-isolation ."
 
 
+@functools.cache
 def isa() -> str:
     """Instruction set of the kernels in use: baseline, avx2, avx512 or avx512bf16.
 
@@ -75,158 +78,65 @@ def unsupported(problem: Problem) -> list[str]:
     return reasons
 
 
-def linear_logps_fwd(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    targets: Tensor,  # [N]
-    bias: Tensor | None,  # [V]
-    scale: float,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    stats: tuple[str, ...],
-    cache_rows: int,
-    frozen: bool,
-    num_scored: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out [n, N], saved [1, N], cache [cache_rows, V], rows [n', N, D] or [0])."""
-    # num_scored is for devices where counting costs a synchronisation; here the rows are counted.
-    return torch.ops.prefkern_native.linear_logps_fwd(
-        hidden, weight, targets, bias, scale, softcap, temperature, ignore_index, ",".join(stats),
-        cache_rows, frozen,
+def _ops() -> Any:
+    return torch.ops.prefkern_native
+
+
+arithmetic = NativeArithmetic(_ops)
+
+
+def fold(call: HeadCall, kept: int) -> Folded:
+    """The first sweep over the vocabulary."""
+    sums, at, cache, factors, top, chunks = _ops().fold(*_record(call), kept)
+    return Folded(
+        sums, at, cache, factors, call.rounds, top if call.plan.has("bkl") else None,
+        chunks if call.plan.tail > 0.0 else None,
     )  # fmt: skip
 
 
-def linear_logps_bwd(
-    d_out: Tensor,  # [n, N]
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
+def fold_again(call: HeadCall, norms: Tensor, cache: Tensor) -> Tensor:
+    """The second sweep: [SECOND, M] float64."""
+    return _ops().fold_again(*_record(call), norms, cache)
+
+
+def unfold(
+    call: HeadCall,
+    coefficients: Tensor,
+    cache: Tensor,
+    needed: frozenset[str],
+    tail: Tail | None = None,
+) -> Gradients:
+    """Coefficients [COEFFICIENTS, M] -> gradients of the fields of `Gradients` named."""
+    names = sorted(needed)
+    units = (None, None) if tail is None else tail
+    found = _ops().unfold(*_record(call), coefficients, cache, ",".join(names), *units)
+    return Gradients(**dict(zip(names, found, strict=True)))
+
+
+def forward(
+    tensors: list[Tensor], numbers: list[float], plan: str, ignore_index: int, kept: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """fold to finish in one op: (out [n, N], saved, cache, factors, chunks)."""
+    return _ops().forward(tensors, numbers, plan, ignore_index, kept)
+
+
+def backward(
+    tensors: list[Tensor],
+    numbers: list[float],
+    plan: str,
+    ignore_index: int,
+    d_out: Tensor,
     out: Tensor,
     saved: Tensor,
     cache: Tensor,
-    rows: Tensor,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    stats: tuple[str, ...],
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    num_scored: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_hidden [N, D], d_weight [V, D], d_bias [V]); [0] where not needed."""
-    return torch.ops.prefkern_native.linear_logps_bwd(
-        d_out, hidden, weight, targets, bias, out, saved, cache, rows, scale, softcap, temperature,
-        ignore_index, ",".join(stats), need_hidden, need_weight, need_bias,
-    )  # fmt: skip
+    needed: str,
+) -> list[Tensor]:
+    """pull and unfold in one op: the gradients that `needed` names."""
+    return _ops().backward(tensors, numbers, plan, ignore_index, d_out, out, saved, cache, needed)
 
 
-def linear_divergence_fwd(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    targets: Tensor,  # [N]
-    ref_hidden: Tensor,  # [N, Dr]
-    ref_weight: Tensor,  # [V, Dr]
-    bias: Tensor | None,  # [V]
-    ref_bias: Tensor | None,  # [V]
-    aux_hidden: Tensor | None,  # [N, Da]
-    aux_weight: Tensor | None,  # [V, Da]
-    values: Tensor | None,  # [V], or [N, k] with values_index
-    values_index: Tensor | None,  # [N, k]
-    scale: float,
-    ref_scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-    temperature: float,
-    ref_temperature: float,
-    ignore_index: int,
-    stats: tuple[str, ...],
-    cache_rows: int,
-    frozen: bool,
-    num_scored: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out [n, N], saved [10, N], cache [2, cache_rows, V], rows [n', N, D] or [0])."""
-    return torch.ops.prefkern_native.linear_divergence_fwd(
-        hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias, aux_hidden,
-        aux_weight, values,
-        values_index, scale, ref_scale, softcap, ref_softcap, temperature, ref_temperature,
-        ignore_index,
-        ",".join(stats), cache_rows, frozen,
-    )  # fmt: skip
-
-
-def linear_divergence_bwd(
-    d_out: Tensor,  # [n, N]
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    bias: Tensor | None,
-    ref_bias: Tensor | None,
-    aux_hidden: Tensor | None,
-    aux_weight: Tensor | None,
-    values: Tensor | None,
-    values_index: Tensor | None,
-    out: Tensor,
-    saved: Tensor,
-    cache: Tensor,
-    rows: Tensor,
-    scale: float,
-    ref_scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-    temperature: float,
-    ref_temperature: float,
-    ignore_index: int,
-    stats: tuple[str, ...],
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    num_scored: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_hidden, d_weight, d_bias) of the policy; [0] where not needed."""
-    return torch.ops.prefkern_native.linear_divergence_bwd(
-        d_out, hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias, aux_hidden,
-        aux_weight,
-        values, values_index, out, saved, cache, rows, scale, ref_scale, softcap, ref_softcap,
-        temperature, ref_temperature, ignore_index, ",".join(stats), need_hidden, need_weight,
-        need_bias,
-    )  # fmt: skip
-
-
-def logits_logps_fwd(
-    logits: Tensor,  # [N, V]
-    targets: Tensor,  # [N]
-    ref_logits: Tensor | None,  # [N, V]
-    temperature: float,
-    ignore_index: int,
-    stats: tuple[str, ...],
-) -> tuple[Tensor, Tensor]:
-    """(out [n, N], saved [10, N])."""
-    return torch.ops.prefkern_native.logits_logps_fwd(
-        logits, targets, ref_logits, temperature, ignore_index, ",".join(stats)
-    )
-
-
-def logits_logps_bwd(
-    d_out: Tensor,  # [n, N]
-    logits: Tensor,
-    targets: Tensor,
-    ref_logits: Tensor | None,
-    out: Tensor,
-    saved: Tensor,
-    temperature: float,
-    ignore_index: int,
-    stats: tuple[str, ...],
-) -> Tensor:
-    """d_logits [N, V] in the logits' dtype."""
-    return torch.ops.prefkern_native.logits_logps_bwd(
-        d_out, logits, targets, ref_logits, out, saved, temperature, ignore_index, ",".join(stats)
-    )
+def _record(call: HeadCall) -> tuple[list[Tensor], list[float], str, int]:
+    return (*call.pack(), call.plan.text, call.ignore_index)
 
 
 def list_rank_fwd(

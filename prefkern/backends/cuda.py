@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from .. import env
-from .contract import Problem
-from .tiled import ops as sweep_ops
-from .tiled.epilogue import FACTORS, PARAMS, Call, LogitOptions, Tile
-from .tiled.heads import make_call, parse
-from .tiled.logits import top_set
+from . import tables, tiled
+from .contract import Arithmetic, Problem
+from .native import NativeArithmetic
+from .tiled.epilogue import Sweep, Tile
 
 LIBRARY = Path(__file__).parents[1].joinpath("_ops_cuda.so")
 RAN_ON = Path(__file__).parents[1].joinpath("cuda_ran_on.json")
@@ -28,18 +27,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Codes of csrc/dispatch.h.
 CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 # op -> the kernels it may launch, by the names of csrc/cuda/*.cu
-_ONE = ("fold_one_small", "fold_one", "gradient_one_small", "gradient_one")
+ROWS = ("merge_rows", "finish_rows", "pull_rows")
+_ONE = ("fold_one_small", "fold_one", "gradient_one_small", "gradient_one", *ROWS)
 _TWO = (
-    "fold_two_small", "fold_two", "fold_second", "seen_logits", "gradient_two_small",
+    "fold_two_small",
+    "fold_two",
+    "fold_second",
+    "norm_rows",
+    "gradient_two_small",
     "gradient_two",
-)  # fmt: skip
+)
 _FROZEN = ("frozen_factors", "raise_rows")
 KERNELS: dict[str, tuple[str, ...]] = {
     "linear_logps": (*_ONE, *_FROZEN),
-    "linear_divergence": (*_TWO, *_FROZEN),
-    "logits_logps": (
-        *_ONE, *_TWO, "finish_logits", "finish_logits_second", "logits_coefficients",
-    ),
+    "linear_divergence": (*_ONE, *_TWO, *_FROZEN),
+    "logits_logps": (*_ONE, *_TWO),
     "list_rank": (
         "list_pairs", "list_pairs_f64", "list_stages", "list_stages_f64", "list_softmax",
         "list_softmax_f64",
@@ -56,8 +58,9 @@ SUM_DTYPES = {
 
 
 @functools.cache
-def load_error() -> str | None:
-    """Loads the library once; the reason in words when that is not possible."""
+def load_error(index: int | None = None) -> str | None:
+    """Loads the library once; the reason in words when it cannot be, or has no code for the GPU of
+    this index (None: the current one)."""
     if reason := missing():
         return reason
     if torch.version.cuda is None:
@@ -66,13 +69,26 @@ def load_error() -> str | None:
         return "torch sees no GPU (no driver, or one that is too old for this torch)"
     if reason := older(torch.version.cuda, _record().get("cuda_toolkit")):
         return reason
-    if reason := unserved(torch.cuda.get_device_capability(), _record().get("cuda_archs", [])):
+    capability = torch.cuda.get_device_capability(index)
+    if reason := unserved(capability, _record().get("cuda_archs", [])):
         return reason
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
         return f"the compiled library {LIBRARY} does not load: {error}"
     return None
+
+
+def usable_on(device: torch.device) -> bool:
+    """Whether the library serves tensors of a device; no variable switches it off."""
+    if device.type != "cuda" or switched_off():
+        return False
+    return load_error(device.index) is None
+
+
+def switched_off() -> str | None:
+    """The variable that does."""
+    return next((n for n in ("PREFKERN_NO_CUDA", "PREFKERN_NO_EXT") if env.flag(n)), None)
 
 
 def missing() -> str | None:
@@ -115,15 +131,14 @@ def unserved(capability: tuple[int, int], archs: list[str]) -> str | None:
 
 def unsupported(problem: Problem) -> list[str]:
     """Reasons why these kernels cannot serve `problem`; empty when they can."""
-    for name in ("PREFKERN_NO_CUDA", "PREFKERN_NO_EXT"):
-        if env.flag(name):
-            return [f"{name} is set"]
+    if name := switched_off():
+        return [f"{name} is set"]
     if reason := missing():
         return [reason]
     reasons = unfit(problem)
     if problem.device != "cuda":
         reasons.append(f"it runs on cuda tensors, got {problem.device}")
-    elif error := load_error():
+    elif error := load_error(problem.index):
         reasons.append(error)
     return reasons
 
@@ -147,123 +162,81 @@ def held_back(problem: Problem) -> list[str]:
     return [f"no recorded run on a GPU of its kernels {', '.join(never)} ({RAN_ON.name})"]
 
 
+def seen_kernels() -> dict[str, int]:
+    """Kernel -> launches in this process; a replayed CUDA graph adds none. All 0 where the library
+    is not loaded."""
+    names = ran_on()
+    if not hasattr(torch.ops.prefkern_cuda, "launches"):
+        return dict.fromkeys(names, 0)
+    return {name: torch.ops.prefkern_cuda.launches(name) for name in names}
+
+
 @functools.cache
 def ran_on() -> dict[str, dict[str, str] | None]:
     """Kernel -> the GPU and commit that a recorded run had, None where there is none."""
     return json.loads(RAN_ON.read_text())
 
 
-def _code(call: Call) -> int:
-    return CODES[call.working]
-
-
-def _stats(call: Call) -> str:
-    return ",".join(str(s) for s in call.stats)
-
-
-def _numbers(call: Call) -> list[float]:
-    """PARAMS from the options themselves: reading call.params would wait for the device."""
-    ref = call.ref or call.policy
-    numbers = {
-        "factor": call.policy.factor(), "top": call.policy.top(), "slope": call.policy.slope(),
-        "ref_factor": ref.factor(), "ref_top": ref.top(),
-        **{name: call.param(name) for name in ("alpha", "renyi", "mix", "jsd")},
-    }  # fmt: skip
-    return [numbers[name] for name in PARAMS]
-
-
-def _biases(call: Call) -> tuple[Tensor | None, Tensor | None]:
-    return call.policy.bias, None if call.ref is None else call.ref.bias
+def _biases(sweep: Sweep) -> list[Tensor | None]:
+    """Of policy, reference and third head."""
+    found = [option.bias for option in sweep.options]
+    return [*found, *[None] * (3 - len(found))]
 
 
 class Kernels:
-    """prefkern.backends.tiled.epilogue.Epilogue in CUDA C++; csrc/cuda/sweep_ops.h has the ops."""
+    """prefkern.backends.tiled.epilogue.Epilogue in CUDA C++; csrc/cuda/tile_ops.h has the ops."""
 
     # The driver's widest chunk: a block reads several anyway, and writes one.
     CHUNK = 4096
+    arithmetic: Arithmetic = NativeArithmetic(lambda: torch.ops.prefkern_cuda)
 
-    def chunk_columns(self, call: Call) -> int:
-        return self.CHUNK
+    def chunk_columns(self, sweep: Sweep) -> int:
+        return min(self.CHUNK, sweep.widest_chunk)
 
-    def fold(self, call: Call, tile: Tile, fields: Tensor, at_target: Tensor) -> None:
-        rounds = call.rounds and tile.z.dtype != call.working
-        keep = tile.keep if rounds else (None, None)
+    def fold(
+        self, sweep: Sweep, tile: Tile, fields: Tensor, at: Tensor, keep: Tensor | None
+    ) -> None:
+        x, xr, xa = (*tile.x, None, None)[:3]
+        code = CODES[sweep.call.working] if sweep.rounded else CODES[torch.float32]
         torch.ops.prefkern_cuda.fold(
-            tile.z, tile.zr, tile.za, tile.adv, *_biases(call), call.targets[tile.rows], fields,
-            at_target, *keep, tile.v0, self.chunk_columns(call), call.small, rounds, _code(call),
-            _stats(call), _numbers(call),
+            x, xr, xa, tile.adv, *_biases(sweep), sweep.targets[tile.rows], fields, at, keep,
+            tile.v0, self.chunk_columns(sweep), sweep.call.ignore_index, sweep.small_fold, code,
+            sweep.call.plan.text, sweep.numbers,
         )  # fmt: skip
 
-    def fold_second(self, call: Call, tile: Tile, norms: Tensor, fields: Tensor) -> None:
-        torch.ops.prefkern_cuda.fold_second(
-            tile.z, tile.zr, *_biases(call), call.targets[tile.rows], norms, fields, tile.v0,
-            self.chunk_columns(call), _code(call), _stats(call), _numbers(call),
+    def fold_again(self, sweep: Sweep, tile: Tile, norms: Tensor, fields: Tensor) -> None:
+        torch.ops.prefkern_cuda.fold_again(
+            *tile.x, *_biases(sweep)[:2], sweep.targets[tile.rows], norms, fields, tile.v0,
+            self.chunk_columns(sweep), sweep.call.ignore_index, sweep.call.plan.text,
+            sweep.numbers,
         )  # fmt: skip
 
-    def seen(self, call: Call, zr: Tensor, v0: int, out: Tensor) -> None:
-        torch.ops.prefkern_cuda.seen(zr, _biases(call)[1], out, v0, _code(call), _numbers(call))
-
-    def factor(self, call: Call, tile: Tile, maxima: Tensor, name: str, out: Tensor) -> None:
-        outs = [out if name == factor else None for factor in FACTORS]
-        torch.ops.prefkern_cuda.factors(
-            tile.z, tile.zr, *_biases(call), call.targets[tile.rows], maxima, *outs, tile.v0,
-            _numbers(call),
+    def factor(self, sweep: Sweep, tile: Tile, maxima: Tensor, name: str, out: Tensor) -> None:
+        x, xr = (*tile.x, None)[:2]
+        torch.ops.prefkern_cuda.factor(
+            x, xr, *_biases(sweep)[:2], sweep.targets[tile.rows], maxima, out, tile.v0,
+            sweep.call.ignore_index, tables.FACTORS.index(name), sweep.numbers,
         )  # fmt: skip
 
     def raise_rows(self, names: tuple[str, ...], totals: Tensor, shift: Tensor) -> None:
-        torch.ops.prefkern_cuda.raise_rows(totals, shift, *(name in names for name in FACTORS[1:]))
+        there = (name in names for name in tables.FACTORS[1:])
+        torch.ops.prefkern_cuda.raise_rows(totals, shift, *there)
 
-    def gradient(self, call: Call, tile: Tile, coefficients: Tensor, dx: Tensor) -> None:
+    def gradient(self, sweep: Sweep, tile: Tile, coefficients: Tensor, dx: Tensor) -> None:
+        x, xr, xa = (*tile.x, None, None)[:3]
         torch.ops.prefkern_cuda.gradient(
-            tile.z, tile.zr, tile.za, tile.adv, *_biases(call), call.targets[tile.rows],
-            coefficients, dx, tile.v0, call.small, _numbers(call),
+            x, xr, xa, tile.adv, *_biases(sweep), sweep.targets[tile.rows], coefficients, dx,
+            tile.v0, sweep.call.ignore_index, sweep.small_gradient, sweep.rounded,
+            sweep.numbers,
         )  # fmt: skip
 
 
+COMPACTS = FOLDS_WIDE = KEEPS_UNITS = False
 KERNEL_SET = Kernels()
-linear_logps_fwd = functools.partial(sweep_ops.linear_logps_fwd, KERNEL_SET)
-linear_logps_bwd = functools.partial(sweep_ops.linear_logps_bwd, KERNEL_SET)
-linear_divergence_fwd = functools.partial(sweep_ops.linear_divergence_fwd, KERNEL_SET)
-linear_divergence_bwd = functools.partial(sweep_ops.linear_divergence_bwd, KERNEL_SET)
-
-
-def logits_logps_fwd(
-    logits: Tensor,  # [N, V]
-    targets: Tensor,  # [N]
-    ref_logits: Tensor | None,  # [N, V]
-    temperature: float,
-    ignore_index: int,
-    stats: tuple[str, ...],
-) -> tuple[Tensor, Tensor]:
-    """(out [n, N], saved [10, N])."""
-    top = None
-    if ref_logits is not None and any(s.startswith("bkl") for s in stats):
-        options = [LogitOptions(1.0, None, temperature)] * 2
-        call = make_call(
-            parse(stats), options, "", logits.shape[1], logits.dtype, targets, given=True
-        )
-        tile = Tile(0, 0, logits, ref_logits)
-        top = torch.stack(top_set(KERNEL_SET, call, tile)).float()
-    return torch.ops.prefkern_cuda.logits_fwd(
-        logits, targets, ref_logits, top, temperature, ignore_index, ",".join(stats)
-    )
-
-
-def logits_logps_bwd(
-    d_out: Tensor,  # [n, N]
-    logits: Tensor,
-    targets: Tensor,
-    ref_logits: Tensor | None,
-    out: Tensor,
-    saved: Tensor,
-    temperature: float,
-    ignore_index: int,
-    stats: tuple[str, ...],
-) -> Tensor:
-    """d_logits [N, V] in the logits' dtype."""
-    return torch.ops.prefkern_cuda.logits_bwd(
-        d_out, logits, targets, ref_logits, out, saved, temperature, ignore_index, ",".join(stats)
-    )
+arithmetic = KERNEL_SET.arithmetic
+fold = functools.partial(tiled.fold, KERNEL_SET)
+fold_again = functools.partial(tiled.fold_again, KERNEL_SET)
+unfold = functools.partial(tiled.unfold, KERNEL_SET)
 
 
 def list_rank_fwd(

@@ -20,8 +20,7 @@ from .. import __version__, env
 from ..backends import choice, cpu
 from ..backends.contract import Problem
 from ..head import Head
-from ..ops.linear_divergence import linear_divergence
-from ..ops.linear_logps import linear_logps
+from ..ops.linear_stats import linear_divergence, linear_logps
 
 PACKAGE = Path(__file__).parents[1]
 NOT_INSTALLED = (

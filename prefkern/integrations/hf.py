@@ -24,6 +24,8 @@ Model = Any
 _MULTIPLIES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 # `logits_scaling` divides (granite, minicpm3, ...), except where the model multiplies by it.
 _MULTIPLIES_BY_LOGITS_SCALING = frozenset({"hyperclovax", "hyperclovax_vision_v2"})
+# It divides the hidden states there, not the logits.
+_DIVIDES_BEFORE_HEAD = frozenset({"minicpm3"})
 # Configs that carry a name which their modelling file never applies.
 _NOT_APPLIED = {"mpt": frozenset({"logit_scale"})}
 
@@ -38,8 +40,9 @@ def text_config(model: Model) -> Any:
     return causal_lm(model).config.get_text_config()
 
 
-def logit_options(config: Any) -> tuple[float, float | None]:
-    """(scale, softcap) that the family applies to its logits, read from the text config."""
+def logit_options(config: Any, *, at_head: bool = False) -> tuple[float, float | None]:
+    """(scale, softcap) that the family applies to its logits, read from the text config. at_head:
+    without what it applies to the hidden states before they reach the head."""
     skip = _NOT_APPLIED.get(config.model_type, frozenset())
     scale = 1.0
     for name in _MULTIPLIES:
@@ -47,7 +50,7 @@ def logit_options(config: Any) -> tuple[float, float | None]:
         if value is not None and name not in skip:
             scale *= float(value)
     divisor = getattr(config, "logits_scaling", None)
-    if divisor is not None:
+    if divisor is not None and not (at_head and config.model_type in _DIVIDES_BEFORE_HEAD):
         multiplies = config.model_type in _MULTIPLIES_BY_LOGITS_SCALING
         scale = scale * float(divisor) if multiplies else scale / float(divisor)
     softcap = getattr(config, "final_logit_softcapping", None)
@@ -68,17 +71,11 @@ def _output_layer(model: Model) -> tuple[str, Any]:
 
 
 def refuse_unsupported(model: Model) -> None:
-    """Raises ValueError, by name, for what would be ignored silently: adapters on the head, prompt
-    learning, encoder-decoder models, router losses."""
-    base, config = causal_lm(model), text_config(model)
+    """Raises ValueError, by name, for what would be ignored silently: quantised heads, prompt
+    learning, encoder-decoder models."""
+    base = causal_lm(model)
     name, layer = _output_layer(model)
     kind = f"{type(layer).__module__}.{type(layer).__name__}"
-    if type(layer).__module__.startswith("peft."):
-        how = "modules_to_save" if "Wrapper" in type(layer).__name__ else "an adapter"
-        raise ValueError(
-            f"{how} on the output embedding {name!r} ({kind}) is not supported: the fused head "
-            f"reads one plain weight and would ignore it; take {name!r} out of the PEFT config."
-        )
     for adapter, settings in getattr(model, "peft_config", {}).items():
         if getattr(settings, "is_prompt_learning", False):
             raise ValueError(
@@ -90,7 +87,10 @@ def refuse_unsupported(model: Model) -> None:
             raise ValueError(
                 f"adapter {adapter!r} targets parameters of the head {name!r}: not supported."
             )
-    weight = getattr(layer, "weight", None)
+    linear = layer
+    while hasattr(linear, "base_layer"):  # PEFT's
+        linear = linear.base_layer
+    weight = getattr(linear, "weight", None)
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
         found = "no weight" if weight is None else f"{weight.dtype} {list(weight.shape)}"
         raise ValueError(
@@ -99,11 +99,6 @@ def refuse_unsupported(model: Model) -> None:
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{type(base).__name__} is an encoder-decoder model; prefkern needs a decoder."
-        )
-    if getattr(config, "output_router_logits", False):
-        raise ValueError(
-            "output_router_logits=True asks for the router's auxiliary loss, which the trainer "
-            "does not add; set output_router_logits=False in the model's config."
         )
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..head import Head
-from ..ops.linear_divergence import linear_divergence
-from ..ops.linear_logps import linear_logps
+from ..ops.linear_stats import linear_divergence, linear_logps
 from ..stats import ONE_MODEL_STATS, TokenStats
 from .terms import Term
 
@@ -92,6 +91,7 @@ def token_statistics(
     ignore_index: int,
     num_scored: int | None,
     memory_budget: int | None,
+    tail_mass: float,
 ) -> TokenStats:
     """Asks the ops for what the losses read and, with `metrics`, for what is logged.
 
@@ -100,24 +100,26 @@ def token_statistics(
     keeps the policy's logits alone.
     """
     wanted = _loss_statistics(terms)
-    if metrics:
-        wanted |= dict.fromkeys(_logged(models))
+    logged = [s for s in _logged(models) if s not in wanted] if metrics else []
+    wanted |= dict.fromkeys(logged)
     own = tuple(s for s in wanted if s.partition(":")[0] in ONE_MODEL_STATS)
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "num_scored": num_scored,
         "memory_budget": memory_budget,
+        "tail_mass": tail_mass,
+        "no_grad_stats": logged,
     }
     if len(own) + ("ref_logp" in wanted) < len(wanted):
-        ref_hidden, ref_head = models.ref_hidden, models.ref_head
-        if ref_hidden is None:
-            # `ev` of given values reads no reference: a uniform one of width 1 stands in, 2 N V
-            # operations instead of 2 N V D.
-            ref_hidden = models.hidden.new_zeros(*targets.shape, 1)
-            ref_head = Head(models.head.weight.new_zeros(models.head.weight.shape[0], 1))
+        if models.ref_hidden is None:  # `ev` of given values reads no reference
+            return linear_logps(
+                models.hidden, models.head, targets, stats=tuple(wanted), values=models.values,
+                **options,
+            )  # fmt: skip
         return linear_divergence(
-            models.hidden, models.head, targets, ref_hidden, ref_head, stats=tuple(wanted),
-            aux_hidden=models.aux_hidden, aux_head=models.aux_head, values=models.values, **options,
+            models.hidden, models.head, targets, models.ref_hidden, models.ref_head,
+            stats=tuple(wanted), aux_hidden=models.aux_hidden, aux_head=models.aux_head,
+            values=models.values, **options,
         )  # fmt: skip
     foreign = [k for k in ("aux_hidden", "aux_head", "values") if getattr(models, k) is not None]
     if foreign:
@@ -134,6 +136,7 @@ def token_statistics(
         if models.ref_head is not None:
             checks.check_constant("ref_head", ref_head.weight)
         with torch.no_grad():
+            options |= {"tail_mass": 0.0, "no_grad_stats": ()}
             ref_logp = linear_logps(models.ref_hidden, ref_head, targets, **options).logp
     assert ref_logp is not None
     if ref_logp.numel() != targets.numel():
@@ -157,12 +160,9 @@ def _loss_statistics(terms: list[Term]) -> dict[str, None]:
 
 
 def _logged(models: Models) -> tuple[str, ...]:
-    """Statistics for the metrics: the entropy only where it adds no product."""
-    trains = torch.is_grad_enabled() and models.hidden.requires_grad
+    """Statistics for the metrics; the entropy is folded from fp32 logits, so not in 16 bits."""
     exact = models.hidden.dtype in (torch.float32, torch.float64)
-    if exact and (models.head.requires_grad or not trains):
-        return "top1", "zmean", "ent"
-    return "top1", "zmean"
+    return ("top1", "zmean", "ent") if exact else ("top1", "zmean")
 
 
 def _reads_reference_tokens(term: Term) -> bool:

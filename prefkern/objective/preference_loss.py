@@ -65,6 +65,7 @@ def preference_loss(
     ignore_index: int = -100,
     num_scored: int | None = None,
     memory_budget: int | None = None,
+    tail_mass: float = 0.0,
     backend: str = "auto",
     **loss_args: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -93,9 +94,9 @@ def preference_loss(
         num_items: Denominators "pairs", "groups", "sequences", "tokens" (of likelihood terms) and
             "scored_tokens" (of token means) that replace the batch's own counts (gradient
             accumulation, data parallelism). Default: the batch's counts.
-        metrics: Also compute what trainers log. Default True. Their extra statistics are top1 and
-            zmean, and the entropy where it adds no product (fp32 or fp64 policy with a trainable
-            head, or no gradient wanted).
+        metrics: Also compute what trainers log. Default True. Their extra statistics, without
+            gradient, are top1 and zmean, and in fp32 and fp64 the entropy; with `tail_mass` also
+            perf/active_share, the share of the vocabulary that the backward computes.
         likelihood_targets: Labels of the likelihood terms (ORPO's, `sft`) where those score more
             than `targets` does, such as the prompt too; equal to `targets` where that counts.
             Their tokens count as scored for num_scored and in the default denominator. Default
@@ -105,7 +106,7 @@ def preference_loss(
             hyper-parameters, before the loss; returns the arguments that the state gives, such as
             {"delta": state.mean} after `state = record.update(state, *rows, beta=beta)`. Default
             None: pass them yourself.
-        ignore_index, num_scored, memory_budget: As in `linear_logps`.
+        ignore_index, num_scored, memory_budget, tail_mass: As in `linear_logps`.
         backend: Serves every op of the call, those inside a loss included. Default "auto".
         **loss_args: The loss's own (beta, alpha, kl_baseline, aux_logp ...), checked against its
             signature.
@@ -135,7 +136,9 @@ def preference_loss(
         tokens = token_statistics(
             models, wide, terms, source, metrics=metrics,
             ignore_index=ignore_index, num_scored=num_scored, memory_budget=memory_budget,
+            tail_mass=tail_mass,
         )  # fmt: skip
+        active, tokens = tokens.active, tokens._replace(active=None)
         likelihood = None
         if likelihood_targets is not None:
             likelihood = segments.sequence_stats(
@@ -147,6 +150,8 @@ def preference_loss(
             user, item_weights, ref_seq_logp, likelihood,
         )  # fmt: skip
         total, found = _total(terms, objective, num_items, metrics, state_arguments)
+        if metrics and active is not None:
+            found["perf/active_share"] = active.double().sum() / objective.scored.sum().clamp(min=1)
     return total.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32), found
 
 

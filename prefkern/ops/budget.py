@@ -33,7 +33,7 @@ def rows_kept(
 ) -> int:
     """Rows [V] of the cache for the logits of as many of `rows` rows as fit the budget; 0 where no
     backward can follow or a checkpoint region would drop what is kept."""
-    if not torch.is_grad_enabled() or _in_checkpoint_region():
+    if v == 0 or not torch.is_grad_enabled() or _in_checkpoint_region():
         return 0
     if memory_budget is None:
         memory_budget = DEFAULT_BUDGET.get(device.type, _FALLBACK_BUDGET)

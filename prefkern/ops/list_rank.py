@@ -60,7 +60,7 @@ def list_rank(
     """
     cu_groups = check_lists(scores, relevance, cu_groups)
     text = list_options.pack(family, options)
-    chosen = shared.resolve("list_rank", scores.device.type, scores.dtype, None, "", backend, None)
+    chosen = shared.resolve("list_rank", scores.device, scores.dtype, None, "", backend, None)
     loss, _ = torch.ops.prefkern.list_rank_fwd(
         scores.contiguous(),
         relevance.to(scores.dtype).contiguous(),

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends.contract import SAVED_ROWS
+from ..backends.contract import HeadCall, Model
+from ..backends.plan import NO_PLAN, read_plan, write_plan
 from ..stats import ONE_MODEL_STATS, TWO_MODEL_STATS, TokenStats, parse_stats
 from . import shared
+from .head_op import head_op
 
 
 def logits_logps(
@@ -33,7 +35,7 @@ def logits_logps(
         temperature: Divisor of both logits, > 0. Default 1.
         ignore_index: Label of rows to leave out. Default -100.
         stats: Names as in `linear_logps`, with `ref_logits` also those of `linear_divergence`
-            except ev. Default ("logp",).
+            except ev and xent. Default ("logp",).
         backend: "auto" or a backend name.
 
     Returns:
@@ -54,7 +56,7 @@ def logits_logps(
         raise ValueError(f"logits must have at least one column, got {checks.shape_text(logits)}.")
     checks.check_same_device("targets", targets, "logits", logits)
     checks.check_logit_options(1.0, None, temperature)
-    allowed: tuple[str, ...] = ONE_MODEL_STATS
+    allowed = tuple(s for s in ONE_MODEL_STATS if s != "xent")
     if ref_logits is not None:
         allowed += tuple(s for s in TWO_MODEL_STATS if s != "ev")
         checks.check_float("ref_logits", ref_logits)
@@ -69,15 +71,20 @@ def logits_logps(
     n, v = targets.numel(), logits.shape[-1]
     names = ",".join(str(s) for s in parsed)
     chosen = shared.resolve(
-        "logits_logps", logits.device.type, logits.dtype, None, names, backend,
+        "logits_logps", logits.device, logits.dtype, None, names, backend,
         shared.shape_for_message(n, v, 0),
     )  # fmt: skip
-    out, _ = torch.ops.prefkern.logits_logps_fwd(
-        logits.reshape(n, v).contiguous(), targets.reshape(-1).long().contiguous(),
-        None if ref_logits is None else ref_logits.reshape(n, v).to(logits.dtype).contiguous(),
-        float(temperature), ignore_index, names, chosen,
-    )  # fmt: skip
-    return shared.to_token_stats(out, parsed, targets.shape)
+    policy = Model(logits=logits.reshape(n, v).contiguous(), temperature=float(temperature))
+    ref = None
+    if ref_logits is not None:
+        data = ref_logits.reshape(n, v).to(logits.dtype).contiguous()
+        ref = Model(logits=data, temperature=float(temperature))
+    flat = targets.reshape(-1).long().contiguous()
+    # rows are not gathered: that would copy the logits
+    call = HeadCall(policy, ref, None, flat, None, None, None, ignore_index, NO_PLAN)
+    plan = write_plan(parsed, frozenset(), call.present(), short=False)
+    out = head_op(call._replace(plan=read_plan(plan)), plan, 0, None, chosen)
+    return shared.to_token_stats(out, parsed, frozenset(), targets.shape)
 
 
 def selective_log_softmax(
@@ -135,85 +142,3 @@ def selective_log_softmax(
     if row_mask is not None:
         result = torch.where(row_mask[..., None], result, torch.zeros_like(result))
     return result.to(logits.dtype)
-
-
-@torch.library.custom_op("prefkern::logits_logps_fwd", mutates_args=())
-def _fwd(
-    logits: Tensor,
-    targets: Tensor,
-    ref_logits: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    stats: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(out [n, N], saved [10, N])."""
-    if targets.device.type == "cpu":
-        checks.check_target_range(targets, logits.shape[1], ignore_index)
-    return shared.run(
-        backend,
-        "logits_logps_fwd",
-        logits,
-        targets,
-        ref_logits,
-        temperature,
-        ignore_index,
-        tuple(stats.split(",")),
-    )
-
-
-@_fwd.register_fake
-def _(logits, targets, ref_logits, temperature, ignore_index, stats, backend):
-    acc = shared.stat_dtype(logits.dtype)
-    n = logits.shape[0]
-    out = logits.new_empty((len(stats.split(",")), n), dtype=acc)
-    return out, logits.new_empty((SAVED_ROWS, n), dtype=acc)
-
-
-@torch.library.custom_op("prefkern::logits_logps_bwd", mutates_args=())
-def _bwd(
-    d_out: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    ref_logits: Tensor | None,
-    out: Tensor,
-    saved: Tensor,
-    temperature: float,
-    ignore_index: int,
-    stats: str,
-    backend: str,
-) -> Tensor:
-    """d_logits [N, V]."""
-    return shared.run(backend, "logits_logps_bwd",
-        d_out.contiguous(), logits, targets, ref_logits, out, saved, temperature, ignore_index,
-        tuple(stats.split(",")),
-    )  # fmt: skip
-
-
-@_bwd.register_fake
-def _(d_out, logits, *args):
-    return torch.empty_like(logits)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    logits, targets, ref_logits = inputs[:3]
-    ctx.options = inputs[3:7]
-    ctx.has_ref = ref_logits is not None
-    ctx.save_for_backward(logits, targets, *output, *((ref_logits,) if ctx.has_ref else ()))
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, d_out, *_):
-    if d_out is None:
-        return (None,) * 7
-    logits, targets, out, saved, *rest = ctx.saved_tensors
-    temperature, ignore_index, stats, backend = ctx.options
-    d_logits = torch.ops.prefkern.logits_logps_bwd(
-        d_out, logits, targets, rest[0] if ctx.has_ref else None, out, saved, temperature,
-        ignore_index, stats, backend,
-    )  # fmt: skip
-    return (d_logits,) + (None,) * 6
-
-
-_fwd.register_autograd(_backward, setup_context=_setup_context)
-shared.refuse_double_backward("prefkern::logits_logps_bwd")

@@ -57,7 +57,7 @@ def segment_sum(
         weights = weights.float()
     chosen = shared.resolve(
         "segment_sum",
-        values.device.type,
+        values.device,
         rows.dtype,
         None,
         "",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,9 +28,15 @@ def rows_of(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
 def run(backend: str, function: str, *args):
     """Calls a backend's function. Dtypes are settled by then: autocast must not reach in."""
-    device = args[0].device.type
-    with torch.autocast(device, enabled=False):
+    with no_autocast(args[0].device.type):
         return getattr(choice.load_backend(backend), function)(*args)
+
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast is off in the block."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,7 +45,7 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def resolve(
     op: str,
-    device: str,
+    device: torch.device,
     dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
     stats: str,
@@ -46,8 +55,8 @@ def resolve(
     """Backend name for one call; evaluated once per trace under torch.compile."""
     n, v, d = shape or (None, None, None)
     problem = Problem(
-        op=op, device=device, dtype=dtype, weight_dtype=weight_dtype,
-        stats=tuple(stats.split(",")) if stats else (), N=n, V=v, D=d,
+        op=op, device=device.type, dtype=dtype, weight_dtype=weight_dtype,
+        stats=tuple(stats.split(",")) if stats else (), N=n, V=v, D=d, index=device.index,
     )  # fmt: skip
     return choice.select_backend(problem, backend)
 
@@ -61,13 +70,51 @@ def shape_for_message(n: int, v: int, d: int) -> tuple[int, int, int] | None:
     return None if torch.compiler.is_compiling() else (n, v, d)
 
 
-def to_token_stats(out: Tensor, stats: tuple[Stat, ...], shape: torch.Size) -> TokenStats:
+def compacts(backend: str) -> bool:
+    """Whether a backend leaves ignored rows out by itself."""
+    return choice.load_backend(backend).COMPACTS
+
+
+def keeps_units(backend: str) -> bool:
+    """Whether a backward with a tail reads what a backend's forward kept."""
+    return getattr(choice.load_backend(backend), "KEEPS_UNITS", True)
+
+
+compacts._dynamo_marked_constant = True  # type: ignore[attr-defined]
+keeps_units._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def to_token_stats(
+    out: Tensor, stats: tuple[Stat, ...], quiet: frozenset[str], shape: torch.Size
+) -> TokenStats:
     """out [n, N] -> one field per statistic in the shape of targets; constants are detached."""
     fields = {}
     for stat, column in zip(stats, out.unbind(0), strict=True):
-        column = column.detach() if stat.name in NO_GRADIENT else column
+        constant = stat.name in NO_GRADIENT or stat.name in quiet
+        column = column.detach() if constant else column
         fields[stat.name] = column.reshape(shape)
     return TokenStats(**fields)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that are not to be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any):
+        raise RuntimeError(
+            "prefkern's fused ops offer first derivatives only, and this asks for a second one; "
+            "call backward without create_graph=True, or compute the loss from full logits in "
+            "plain PyTorch where second derivatives are needed."
+        )
+
+
+def once(*grads: Tensor) -> tuple[Tensor, ...]:
+    """The same numbers, of which a second derivative is refused and never silently 0."""
+    return _Once.apply(*(g.detach().requires_grad_() for g in grads))
 
 
 def refuse_double_backward(op: str) -> None:

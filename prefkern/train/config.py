@@ -204,6 +204,7 @@ class ComputeOptions:
 
     LOWEST: ClassVar[dict[str, float]] = {
         "memory_budget": 0,
+        "tail_mass": 0.0,
     }
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -218,8 +219,10 @@ class ComputeOptions:
     """Set every dropout of policy and mask module to 0."""
     memory_budget: int | None = None
     """Bytes of logits kept between forward and backward; changes time, not one bit of a result."""
+    tail_mass: float = 0.0
+    """Probability mass per token, 0 to 1, that the backward may leave out; 0 is exact."""
     backend: str = "auto"
-    """Backend of the fused ops: auto, reference, cpu, triton, cuda."""
+    """Backend of the fused ops: auto, eager, cpu, triton, cuda."""
     device: Literal["auto", "cpu"] = "auto"
     """auto takes an accelerator when there is one."""
 

@@ -115,7 +115,7 @@ class _Counts:
 
     def of(self, name: str) -> float:
         kind, _, side = name.rpartition("/")
-        if name == "entropy":
+        if name in ("entropy", "perf/active_share"):
             return self.scored
         if name == "mean_token_accuracy":
             return self.accuracy

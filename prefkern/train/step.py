@@ -112,6 +112,7 @@ class PreferenceStep(nn.Module):
             num_items=num_items,
             likelihood_targets=_packed(batch.likelihood_targets, batch),
             memory_budget=self.config.memory_budget,
+            tail_mass=self.config.tail_mass,
             backend=self.config.backend,
             state_arguments=from_statistics,
             **{**self.loss_args, **given, **learned},

@@ -6,12 +6,14 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import PLAIN_PROBLEM
+from prefkern.kernels.epilogue import KERNELS
 
-from prefkern.backends import choice, cuda
+from prefkern.backends import choice, cuda, eager
 from prefkern.backends.contract import Problem
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc/cuda"
@@ -24,7 +26,7 @@ def test_kernels_of_the_sources_are_those_of_the_list():
         pytest.skip("the sources are not beside the tests")
     launched: set[str] = set()
     for source in CSRC.glob("*.cu"):
-        calls = re.findall(r"(?:launch|start)<.*?>\((.*?)[,;]", source.read_text(), re.S)
+        calls = re.findall(r"(?:launch|start|per_row)<.*?>\((.*?)[,;]", source.read_text(), re.S)
         launched.update(name for call in calls for name in re.findall(r'"(\w+)"', call))
     listed = set(json.loads(cuda.RAN_ON.read_text()))
     assert launched == listed
@@ -72,7 +74,7 @@ def test_switched_off_by_a_variable(monkeypatch, variable):
 
 def test_reasons_name_what_is_wrong_with_the_problem(monkeypatch):
     monkeypatch.setattr(cuda, "missing", lambda: None)
-    monkeypatch.setattr(cuda, "load_error", lambda: None)
+    monkeypatch.setattr(cuda, "load_error", lambda index: None)
     assert cuda.unsupported(ON_GPU) == []
     assert cuda.unsupported(PLAIN_PROBLEM) == ["it runs on cuda tensors, got cpu"]
     wide = replace(ON_GPU, dtype=torch.float64)
@@ -95,6 +97,33 @@ def test_gpus_that_the_library_has_code_for():
     assert cuda.unserved((9, 0), ["sm_90a"]) is None
     assert "sm_75" in str(cuda.unserved((7, 5), archs))
     assert "sm_80" in str(cuda.unserved((8, 0), ["sm_86", "sm_90a"]))
+
+
+def test_the_tensors_own_device_is_asked(monkeypatch):
+    """Not the current one, which may be of another generation; and the four kernels on numbers per
+    row are used by the Triton backend where this one could be."""
+    capabilities = {None: (9, 0), 0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(cuda, "_record", lambda: {"cuda_archs": ["sm_80", "sm_90a"]})
+    cuda.load_error.cache_clear()
+    try:
+        assert cuda.unsupported(ON_GPU) == cuda.unsupported(replace(ON_GPU, index=0)) == []
+        assert "this GPU is sm_75" in cuda.unsupported(replace(ON_GPU, index=1))[0]
+        assert cuda.usable_on(torch.device("cuda", 0))
+        assert not cuda.usable_on(torch.device("cuda", 1))
+        assert not cuda.usable_on(torch.device("cpu"))
+        call = SimpleNamespace(targets=SimpleNamespace(device=torch.device("cuda", 0)))
+        assert KERNELS.arithmetic.of(call) is cuda.arithmetic
+        call.targets.device = torch.device("cuda", 1)
+        assert KERNELS.arithmetic.of(call) is eager.arithmetic
+        monkeypatch.setenv("PREFKERN_NO_CUDA", "1")
+        assert not cuda.usable_on(torch.device("cuda", 0))
+    finally:
+        cuda.load_error.cache_clear()
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")

@@ -30,7 +30,10 @@ pytestmark = [
 ]
 # What the kernels themselves decide: not the choice of a backend, and not the bits of torch's CPU
 # products for different numbers of threads.
-OP_TESTS = ("linear_logps", "linear_divergence", "logits_logps", "expected_value")
+OP_TESTS = (
+    "linear_logps", "linear_divergence", "logits_logps", "expected_value", "record",
+    "record_dtypes", "tail_mass",
+)  # fmt: skip
 CHOICE = "cuda and not float64 and not thread_count and not several_N"
 
 

@@ -22,8 +22,6 @@ HERE = Path(__file__).resolve().parent
 TABLE = HERE.parents[1] / "benchmarks/results/triton_resources.csv"
 # kernels that also write a tile
 WRITERS = ("gradient_one", "gradient_two", "factor")
-# the tensor-core instruction a product in 16 bits must become
-MEANT = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma_f32"}
 
 
 def allowed_stack() -> int:
@@ -33,12 +31,7 @@ def allowed_stack() -> int:
 
 
 def expected(arch: str) -> dict[tuple[str, str], launches.Launch]:
-    return {
-        (str(row), str(tile)): row
-        for row in launches.ROWS
-        if arch in row.archs
-        for tile in row.tiles_on(arch)
-    }
+    return {(str(row), str(tile)): row for row in launches.ROWS for tile in row.tiles_on(arch)}
 
 
 def compiled(arch: str, folder: Path) -> list[dict]:
@@ -63,19 +56,6 @@ def faults(record: dict, row: launches.Launch, arch: str) -> list[str]:
         found.append(f"spills: {record['spilled']} local, {record['stack']} bytes of stack")
     if record["registers"] > tiles.REGISTERS[arch]:
         found.append(f"{record['registers']} registers of {tiles.REGISTERS[arch]}")
-    tensor = record["tensor"].split("+") if record["tensor"] else []
-    if row.dot == "tensor":
-        if not tensor or any(MEANT[arch] not in x for x in tensor):
-            found.append(f"products must be {MEANT[arch]}, found {tensor or 'none'}")
-        # tcgen05 keeps the type of its sums in a descriptor, the others in their names
-        if arch in ("sm_80", "sm_90") and any(".f32." not in x for x in tensor):
-            found.append(f"sums of products must be fp32, found {tensor}")
-    elif row.dot == "exact":
-        # AMD's matrix cores multiply fp32 exactly; NVIDIA's round it to tf32
-        if any(not x.endswith("_f32") or "xf32" in x for x in tensor):
-            found.append(f"fp32 products must not be rounded, found {tensor}")
-    elif tensor:
-        found.append(f"no product is declared, found {tensor}")
     if row.wide and not record["reads16"]:
         found.append("reads its tiles in pieces of less than 16 bytes")
     if row.wide and row.name in WRITERS and not record["writes16"]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BF16, FP32, Regime, backends_on, upstream_for
+from cases import BF16, FP32, MANY_ROWS, Regime, backends_on, upstream_for
 from checks import check_closeness, check_masked_rows, inputs_of, run_op, run_oracle
 from closeness import assert_same_bits
 from prefkern.kernels.epilogue import Kernels
 
 import prefkern
-from prefkern.backends.tiled import backward, forward, plan, products
+from prefkern.backends import tables
+from prefkern.backends.tiled import backward, factors, products, tiles, tiling
 
 pytestmark = pytest.mark.skipif("triton" not in backends_on(), reason="the triton backend is off")
 
@@ -25,17 +26,17 @@ BUDGET = 1 << 20
 
 @pytest.fixture(autouse=True)
 def _several_tiles(monkeypatch):
-    monkeypatch.setattr(Kernels, "chunk_columns", lambda self, call: 128)
-    monkeypatch.setattr(plan, "TILE_BYTES", 1024)
-    monkeypatch.setattr(plan, "ROW_ALIGN", 16)
+    monkeypatch.setattr(Kernels, "chunk_columns", lambda self, sweep: 128)
+    monkeypatch.setattr(tiling, "TILE_BYTES", 1024)
+    monkeypatch.setattr(tiling, "ROW_ALIGN", 16)
 
 
 def narrow_sums(monkeypatch):
     """Sums of a chunk in bf16."""
     fold = Kernels.fold
 
-    def narrow(self, call, tile, fields, at_target):
-        fold(self, call, tile, fields, at_target)
+    def narrow(self, sweep, tile, fields, at, keep):
+        fold(self, sweep, tile, fields, at, keep)
         fields.copy_(fields.bfloat16())
 
     monkeypatch.setattr(Kernels, "fold", narrow)
@@ -45,7 +46,7 @@ def narrow_hidden_gradient(monkeypatch):
     """dH rounded to bf16 at every tile."""
     add = products.add_product
 
-    def narrow(a, b, total, *, fresh):
+    def narrow(a, b, total, *, fresh=False):
         add(a, b, total, fresh=fresh)
         total.copy_(total.bfloat16())
 
@@ -58,7 +59,7 @@ def short_products(monkeypatch):
     def short(x):
         return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
-    for module in (forward, backward):
+    for module in (tiles, backward):
         monkeypatch.setattr(
             module, "product", lambda a, b, out: torch.mm(short(a), short(b), out=out)
         )
@@ -68,24 +69,37 @@ def leaked_lane(monkeypatch):
     """The fold also reads a column behind the tile, where a workspace holds anything."""
     fold = Kernels.fold
 
-    def wide(self, call, tile, fields, at_target):
-        shape = (tile.z.shape[0], tile.z.shape[1] + 1)
-        z = tile.z.as_strided(shape, tile.z.stride(), tile.z.storage_offset())
-        leaky = type(tile)(tile.r0, tile.v0, z if z.shape[1] < 128 else tile.z)
-        fold(self, call, leaky, fields, at_target)
+    def wide(self, sweep, tile, fields, at, keep):
+        (x,) = tile.x
+        leak = x.as_strided((x.shape[0], x.shape[1] + 1), x.stride(), x.storage_offset())
+        leaky = type(tile)(tile.r0, tile.v0, (leak if leak.shape[1] < 128 else x,))
+        fold(self, sweep, leaky, fields, at, keep)
 
     monkeypatch.setattr(Kernels, "fold", wide)
 
 
 def leaked_row(monkeypatch):
     """Ignored rows are computed like others and multiplied by 0 at the end."""
-    put = forward.Operands.put
+    finish = Kernels.arithmetic.finish
 
-    def multiply(self, x, n):
-        out = put(self, x, n)
-        return out if out.dim() > 2 else out * (out != 0) + self.call.params[1] * float("nan")
+    def multiply(call, folded, second):
+        out, saved = finish(call, folded, second)
+        live = call.targets != call.ignore_index
+        return torch.where(live, out, float("nan")) * live, saved
 
-    monkeypatch.setattr(forward.Operands, "put", multiply)
+    monkeypatch.setattr("prefkern.ops.linear_stats.scored_rows", lambda *_: None)
+    monkeypatch.setattr(Kernels.arithmetic, "finish", multiply)
+
+
+def multiplied_rows(monkeypatch):
+    """dW from rows that do not count as they are: 0 times what they hold."""
+    gather = backward.gather
+
+    def as_they_are(call, *, backward=False):
+        return gather(call, backward=False)
+
+    monkeypatch.setattr("prefkern.ops.linear_stats.scored_rows", lambda *_: None)
+    monkeypatch.setattr(backward, "gather", as_they_are)
 
 
 def stale_maximum(monkeypatch):
@@ -95,13 +109,24 @@ def stale_maximum(monkeypatch):
 
 def last_tile_of_rows(monkeypatch):
     """dW leaves out the last block of rows."""
-    add = backward._WeightTile.add
+    add = backward._RightSum.add
 
-    def skip(self, dx, hidden, columns, *, first, last):
-        dx = torch.zeros_like(dx) if last and not first else dx
-        add(self, dx, hidden, columns, first=first, last=last)
+    def skip(self, dx, left, step):
+        last = step.r1 == self.m and step.r0 > 0
+        add(self, torch.zeros_like(dx) if last else dx, left, step)
 
-    monkeypatch.setattr(backward._WeightTile, "add", skip)
+    monkeypatch.setattr(backward._RightSum, "add", skip)
+
+
+def maxima_of_the_tile(monkeypatch):
+    """The terms of a frozen head are relative to the tile's own maxima, not to the row's so far."""
+    add = factors.Factors.add
+
+    def own(self, tile, fields, head):
+        self.maxima.fill_(torch.finfo(fields.dtype).min)
+        add(self, tile, fields, head)
+
+    monkeypatch.setattr(factors.Factors, "add", own)
 
 
 FAULTS = {
@@ -111,6 +136,7 @@ FAULTS = {
     leaked_lane: (FP32, {}),
     last_tile_of_rows: (FP32, {}),
     stale_maximum: (FP32, {"wanted": ("hidden",)}),
+    maxima_of_the_tile: (FP32, {"wanted": ("hidden",)}),
 }
 
 
@@ -141,19 +167,43 @@ def test_narrow_sums_bias_a_small_divergence_of_16_bit_inputs(monkeypatch):
     assert bias() > 0.05
 
 
-def test_a_masked_row_that_leaks_is_seen(monkeypatch):
-    leaked_row(monkeypatch)
+@pytest.mark.parametrize("fault", [leaked_row, multiplied_rows], ids=lambda f: f.__name__)
+def test_a_masked_row_that_leaks_is_seen(fault, monkeypatch):
+    fault(monkeypatch)
     with pytest.raises(AssertionError, match=r"differ|exactly 0"):
         check_masked_rows("triton", inputs_of("linear_logps", CASE, FP32), STATS, float("nan"))
+
+
+def uncorrected_normaliser(monkeypatch):
+    """Rounded logits with the normaliser of unrounded ones."""
+    merge = Kernels.arithmetic.merge
+
+    def plain(call, fields, starts, _):
+        sums = merge(call, fields, starts, False)
+        for name in ("max", "sum"):
+            place = tables.FIELDS.index
+            sums[place(f"round_{name}")] = sums[place(name)]
+        return sums
+
+    monkeypatch.setattr(Kernels.arithmetic, "merge", plain)
+
+
+def test_a_normaliser_of_other_logits_is_seen(monkeypatch):
+    inputs = inputs_of("linear_divergence", MANY_ROWS, BF16, lean=8.0)
+    check_closeness("triton", inputs, ("logp", "ref_logp"))
+    uncorrected_normaliser(monkeypatch)
+    with pytest.raises(AssertionError, match="worse than"):
+        check_closeness("triton", inputs, ("logp", "ref_logp"))
 
 
 def test_a_cache_overwritten_by_dz_is_seen(monkeypatch):
     """dx over a kept tile: right once, wrong in a second backward of the same graph."""
     gradient = Kernels.gradient
 
-    def over(self, call, tile, coefficients, dx):
-        gradient(self, call, tile, coefficients, dx)
-        tile.z.numpy()[:] = dx.numpy()  # as a kernel does it, unseen by autograd's version count
+    def over(self, sweep, tile, coefficients, dx):
+        gradient(self, sweep, tile, coefficients, dx)
+        # as a kernel does it, unseen by autograd's version count
+        tile.x[0].numpy()[:] = dx.numpy()
 
     inputs = inputs_of("linear_logps", CASE, FP32)
 
@@ -176,6 +226,6 @@ def test_a_cache_overwritten_by_dz_is_seen(monkeypatch):
 def test_unwritten_memory_is_seen(monkeypatch):
     """The suite fills workspaces with NaN: a tile that a product skips cannot pass by luck."""
     inputs = inputs_of("linear_logps", CASE, FP32)
-    monkeypatch.setattr(forward, "product", lambda a, b, out: None)
+    monkeypatch.setattr(tiles, "product", lambda a, b, out: None)
     values, _ = run_op("triton", inputs, ("logp",), upstream_for(("logp",), CASE.N, FP32))
     assert bool(values["logp"][inputs.targets >= 0].isnan().all())

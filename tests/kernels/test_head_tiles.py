@@ -27,11 +27,13 @@ from checks import check_closeness, check_masked_rows, inputs_of, run_op, stats_
 from closeness import assert_same_bits
 from oracles import top_k
 from prefkern.kernels.epilogue import KERNELS, Kernels
+from tile_calls import sweep_of
 
 import prefkern
-from prefkern.backends.tiled import forward, plan, products
-from prefkern.backends.tiled.epilogue import COEFFICIENTS, LogitOptions, Tile
-from prefkern.backends.tiled.heads import make_call, parse
+from prefkern.backends import tables
+from prefkern.backends.contract import Model
+from prefkern.backends.tiled import operands, tiles, tiling, topset
+from prefkern.backends.tiled.epilogue import LogitOptions, Tile
 from prefkern.backends.tiled.topset import TopSet
 
 pytestmark = pytest.mark.skipif("triton" not in backends_on(), reason="the triton backend is off")
@@ -45,17 +47,17 @@ FROZEN_TWO = ("logp", "ref_logp", "fkl", "rkl", "ent")
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of one chunk of 128 columns and 16 or 32 rows."""
-    monkeypatch.setattr(Kernels, "chunk_columns", lambda self, call: 128)
-    monkeypatch.setattr(plan, "TILE_BYTES", 1024)
-    monkeypatch.setattr(plan, "ROW_ALIGN", 16)
-    plans: list[plan.Plan] = []
-    made = forward.tile_plan
+    monkeypatch.setattr(Kernels, "chunk_columns", lambda self, sweep: 128)
+    monkeypatch.setattr(tiling, "TILE_BYTES", 1024)
+    monkeypatch.setattr(tiling, "ROW_ALIGN", 16)
+    plans: list[tiling.Tiling] = []
+    made = operands.make_tiling
 
     def spy(*args):
         plans.append(made(*args))
         return plans[-1]
 
-    monkeypatch.setattr(forward, "tile_plan", spy)
+    monkeypatch.setattr(operands, "make_tiling", spy)
     yield plans
     assert plans and all(len(p.tiles()) > 1 for p in plans)
 
@@ -84,43 +86,47 @@ def test_several_tiles_of_a_frozen_head(op, dtype, small_tiles):
     check_closeness("triton", inputs, stats, option=option, wanted=("hidden",))
 
 
-@one_and_two((FP32, BF16))
-def test_the_budget_changes_no_bit_and_keeps_whole_tiles(op, dtype, small_tiles, monkeypatch):
+# what a backward reads: rounded products of the policy, unrounded ones of one model, of both
+READS = (("logp", "ref_logp"), ("logp", "ent", "top1"), ("logp", "fkl", "tv"))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("stats", READS, ids="+".join)
+def test_the_budget_changes_no_bit_and_keeps_whole_tiles(stats, dtype, small_tiles, monkeypatch):
     """None, some and all tiles kept; products are counted to see that tiles really were kept."""
-    inputs = inputs_of(op, TILES, dtype)
-    stats = stats_of(op)
+    inputs = inputs_of("linear_divergence", TILES, dtype)
     upstream = upstream_for(stats, TILES.N, dtype)
     counts = []
-    made = forward.product
+    made = tiles._multiply
 
     def counted(*args):
         counts[-1] += 1
         return made(*args)
 
-    monkeypatch.setattr(forward, "product", counted)
+    monkeypatch.setattr(tiles, "_multiply", counted)
     runs = []
-    row = (2 if op == "linear_divergence" else 1) * TILES.V * dtype.itemsize
-    for budget in (0, 30 * row, 200 * row):
+    for rows in (0, 20, 200):
         counts.append(0)
         # a budget of 200 rows would be cut to the scored ones, which a ragged tile overflows
-        monkeypatch.setattr(prefkern.ops.budget, "rows_kept", lambda *_, b=budget: b // row)
+        monkeypatch.setattr(prefkern.ops.budget, "rows_kept", lambda *_, b=rows: b)
         runs.append(run_op("triton", inputs, stats, upstream))
     for got in runs[1:]:
         for part, first in zip(got, runs[0], strict=True):
             for name in part:
                 assert_same_bits(part[name], first[name], name)
-    models = len([h for h in (inputs.hidden, inputs.ref_hidden) if h is not None])
-    tiles = small_tiles[0]
-    pieces = models * len(tiles.tiles()) * len(tiles.row_blocks())
+    pieces = len(small_tiles[0].tiles()) * len(small_tiles[0].row_blocks())
     none, some, all_ = counts
-    # the second sweep of jsd, tv and bkl reads kept fp32 tiles and makes wide ones again
-    assert none - all_ == pieces * (1 + (op == "linear_divergence" and dtype is FP32))
+    # a backward that reads the policy alone neither keeps nor makes the reference's products
+    read = 2 if "fkl" in stats else 1
+    again = 2 if "tv" in stats else 0  # the second sweep reads kept tiles too
+    assert none == pieces * (2 + read + again)
+    assert all_ == pieces * 2
     assert none > some > all_
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_a_third_head_beside_kept_tiles(dtype):
-    """Kept tiles have the working dtype; the third head, never kept, is rounded to join them."""
+    """It is never kept, and made again for the backward."""
     n, v, d = 6, 48, 8  # a width that 16 divides: the tile fits the rows that are kept
     hidden, ref, aux = (torch.randn(n, d).to(dtype) for _ in range(3))
     weight, ref_weight, aux_weight = (torch.randn(v, d).to(dtype) for _ in range(3))
@@ -158,16 +164,11 @@ def test_a_second_backward_gives_the_same_bits(small_tiles):
 @pytest.mark.parametrize("op", ["linear_logps", "linear_divergence"])
 def test_masking_instead_of_compaction(op, small_tiles, monkeypatch):
     """Under graph capture no row is dropped: the kernels skip ignored rows, whatever they hold."""
-    from prefkern.backends.eager.rows import Scored
-    from prefkern.backends.tiled import heads
-
-    def masked(targets, ignore_index, num_scored):
-        return Scored(torch.arange(targets.numel()), targets != ignore_index)
-
-    monkeypatch.setattr(heads, "scored_rows", masked)
+    monkeypatch.setattr(prefkern.ops.linear_stats, "scored_rows", lambda *_: None)
     inputs = inputs_of(op, TILES, FP32)
     inputs.hidden[inputs.targets < 0] = float("nan")
     check_closeness("triton", inputs, stats_of(op))
+    check_closeness("triton", inputs, ("logp", "ent"), wanted=("hidden",))
 
 
 def test_masked_rows_stay_out_of_every_tile(small_tiles):
@@ -191,22 +192,22 @@ def test_tiles_stay_below_their_bytes():
         (1, 2048, 8192, 65536, 200_000), (5, 32003, 50257, 151936, 256000), (2, 4, 10, 14),
         (2048, 4096),
     ):  # fmt: skip
-        p = plan.tile_plan(m, v, size, chunk)
-        assert p.largest * size <= plan.TILE_BYTES + p.rows * size * (chunk + plan.ALIGN)
+        p = tiling.make_tiling(m, v, size, chunk)
+        assert p.largest * size <= tiling.TILE_BYTES + p.rows * size * (chunk + tiling.ALIGN)
         assert p.columns == v or p.columns % chunk == 0
-        assert p.rows == m or p.rows % plan.ROW_ALIGN == 0
+        assert p.rows == m or p.rows % tiling.ROW_ALIGN == 0
         steps = [s for v0 in p.tiles() for s in p.steps(v0)]
         assert sum(s.m * s.w for s in steps) == m * v
     # one block of rows where that is cheaper, square tiles where there are many rows
-    assert plan.tile_plan(8192, 151936, 2, 4096)[2:] == (8192, 16384)
-    assert plan.tile_plan(65536, 151936, 10, 2048)[2:] == (5120, 4096)
+    assert tiling.make_tiling(8192, 151936, 2, 4096)[2:] == (8192, 16384)
+    assert tiling.make_tiling(65536, 151936, 10, 2048)[2:] == (5120, 4096)
 
 
 def test_kept_tiles_do_not_overlap():
-    p = plan.Plan(M=70, V=300, rows=32, columns=128)
+    p = tiling.Tiling(M=70, V=300, rows=32, columns=128)
     size = sum(s.m * s.stride for v0 in p.tiles() for s in p.steps(v0))
     cache = torch.zeros(2 * size)
-    kept = plan.Kept(p, 2, cache)
+    kept = tiling.Kept(p, 2, cache)
     for v0 in p.tiles():
         for step in p.steps(v0):
             for view in kept.place(step):
@@ -214,19 +215,21 @@ def test_kept_tiles_do_not_overlap():
     assert cache.max() == 1
     assert cache.sum() == 2 * 70 * 300
     last = list(p.steps(256))[-1]
-    assert plan.Kept(p, 2, cache[:-1]).place(last) is None
+    assert tiling.Kept(p, 2, cache[:-1]).place(last) == []
 
 
 @pytest.mark.parametrize("k", [1, 7, 40])
-def test_the_top_set_takes_the_lower_of_equal_columns(k):
+def test_the_top_set_takes_the_lower_of_equal_columns(k, monkeypatch):
     """Few distinct values, some of them -inf, in tiles narrower than k."""
     z = torch.randint(-2, 3, (31, 90), generator=torch.Generator().manual_seed(k)).double()
     z[z == -2] = float("-inf")
     top = TopSet(31, k, FP64, torch.device("cpu"))
+    monkeypatch.setattr(topset, "CHUNK", 24 * 20)  # 20 rows of a tile at a time
     for v0 in range(0, 90, 24):
-        for rows in (slice(0, 20), slice(20, 31)):
-            top.add(z[rows, v0 : v0 + 24], rows, v0)
-    value, column = top.threshold
+        top.add(z[:, v0 : v0 + 24], LogitOptions(1.0, 0.0, 0.0, None), v0)
+    order = np.argsort(-z.numpy(), axis=1, kind="stable")[:, :k]
+    assert np.array_equal(top.members[1].numpy().T, order)
+    value, column = top.members[:, -1]
     inside = (z > value[:, None]) | ((z == value[:, None]) & (torch.arange(90) <= column[:, None]))
     want = np.stack([top_k(row, k) for row in z.numpy()])
     assert np.array_equal(inside.numpy(), want)
@@ -266,18 +269,18 @@ def test_rows_further_apart_than_2_to_31_elements():
     """Offsets are 64-bit. The pages between the rows are never touched, so they take no memory."""
     w, stride = 40, (1 << 31) + 16
     y = torch.tensor([3, 39])
-    call = make_call(parse(("logp",)), [LogitOptions(1.0, None, 1.0)], "", w, BF16, y)
-    far = torch.empty(stride + w, dtype=BF16).as_strided((2, w), (stride, 1))
     near = torch.randn(2, w).bfloat16()
+    sweep = sweep_of(("logp",), y, Model(logits=near))
+    far = torch.empty(stride + w, dtype=BF16).as_strided((2, w), (stride, 1))
     found = []
     for z in (near, far.copy_(near)):
-        chunks = -(-w // KERNELS.chunk_columns(call))
-        fields = torch.zeros(len(call.fields), chunks, 2)
-        target = torch.zeros(2, 2)
-        KERNELS.fold(call, Tile(0, 0, z), fields, target)
-        coefficients = torch.full((len(COEFFICIENTS), 2), 0.5)
-        KERNELS.gradient(call, Tile(0, 0, z), coefficients, z)
-        found.append((fields, target, z.clone()))
+        chunks = -(-w // KERNELS.chunk_columns(sweep))
+        fields = torch.zeros(sweep.fields, chunks, 2)
+        at = torch.zeros(len(tables.AT), 2, dtype=FP64)
+        KERNELS.fold(sweep, Tile(0, 0, (z,)), fields, at, None)
+        coefficients = torch.full((len(tables.COEFFICIENTS), 2), 0.5)
+        KERNELS.gradient(sweep, Tile(0, 0, (z,)), coefficients, z)
+        found.append((fields, at, z.clone()))
     for a, b in zip(*found, strict=True):
         assert_same_bits(a, b)
 
@@ -288,36 +291,77 @@ def test_shared_heads_cast_one_tile_of_weights():
     check_closeness("triton", inputs, [s for s in TWO_MODEL if s != "ev"])
 
 
-@pytest.mark.parametrize("how", ["older", "newer", "neither"])
-def test_products_are_ieee_whatever_the_caller_allows(how):
-    """Settings only; the products themselves need a GPU. Both ways of allowing tf32 are undone
-    within, agree with each other there, and come back."""
-    flags = torch.backends.cuda.matmul
-    before, precision = flags.fp32_precision, torch.get_float32_matmul_precision()
-    try:
-        if how == "older":
-            flags.allow_tf32 = True
-        elif how == "newer":
-            flags.fp32_precision = "tf32"
-        flags.allow_fp16_accumulation = True
-        outside = flags.fp32_precision
-        cuda = torch.device("cuda")
-        # a second thread enters before the first leaves, and leaves after it
-        first, second = products.full_precision(cuda), products.full_precision(cuda)
-        first.__enter__()
-        with second:
-            first.__exit__(None, None, None)
-            assert flags.fp32_precision != "tf32"
-            assert not flags.allow_fp16_accumulation
-            assert not flags.allow_tf32  # raises where the two disagree
-            assert not flags.allow_bf16_reduced_precision_reduction
-            assert not flags.allow_fp16_reduced_precision_reduction
-        assert flags.fp32_precision == outside
-        assert flags.allow_bf16_reduced_precision_reduction and flags.allow_fp16_accumulation
-        if how == "older":
-            assert flags.allow_tf32
-    finally:
-        flags.allow_fp16_accumulation = False
-        if how == "older":
-            torch.set_float32_matmul_precision(precision)
-        flags.fp32_precision = before
+def test_one_row_and_several_tiles(small_tiles):
+    """dH [1, D] is summed over tiles: a product whose sum has one row."""
+    for op, dtype in itertools.product(("linear_logps", "linear_divergence"), (FP32, BF16)):
+        inputs = inputs_of(op, Regime("one", N=1, V=300, D=12, ignored="none"), dtype)
+        check_closeness("triton", inputs, stats_of(op))
+
+
+def test_a_target_that_no_column_has(small_tiles, monkeypatch):
+    """NaN, and no at-target of another column; CPUs refuse such labels before."""
+    monkeypatch.setattr(prefkern.checks, "check_target_range", lambda *_: None)
+    inputs = inputs_of("linear_divergence", TILES, FP32)
+    good = inputs.targets.clone()
+    rows = (good >= 0).nonzero().flatten()[:4]
+    bad = torch.tensor([TILES.V, TILES.V + 5, -7, 1 << 40])
+    inputs.targets[rows] = bad
+    stats = ("logp", "ref_logp", "lse", "ent", "fkl", "mix:0.25")
+    values, _ = run_op("triton", inputs, stats, None)
+    right, _ = run_op("triton", inputs.replace(targets=good), stats, None)
+    for name in stats:
+        assert values[name][rows].isnan().all(), name
+        others = torch.ones(TILES.N, dtype=torch.bool).index_fill_(0, rows, False)
+        assert_same_bits(values[name][others], right[name][others], name)
+
+
+@pytest.mark.parametrize("wrong", [-3, 5])
+def test_a_wrong_count_of_rows_gives_nan(wrong, small_tiles, monkeypatch):
+    """Rows would be missing or counted twice; a device is not read to see which."""
+    monkeypatch.setattr(prefkern.checks, "check_num_scored", lambda *_: None)
+    inputs = inputs_of("linear_logps", TILES, FP32)
+    count = int((inputs.targets >= 0).sum())
+    values, _ = run_op("triton", inputs, ("logp", "ent"), None, num_scored=count + wrong)
+    for value in values.values():
+        assert value.isnan().all()
+
+
+def test_a_third_head_beside_a_teacher(small_tiles):
+    """ev reads the third head, xent the given values, in one call."""
+    inputs = inputs_of("linear_divergence", TILES, FP64)
+    g = torch.Generator().manual_seed(1)
+    index = torch.stack([torch.randperm(TILES.V, generator=g)[:5] for _ in range(TILES.N)])
+    q = torch.rand(TILES.N, 5, dtype=FP64, generator=g)
+    aux = torch.randn(TILES.N, 7, dtype=FP64, generator=g)
+    head = prefkern.Head(
+        torch.randn(TILES.V, 7, dtype=FP64, generator=g), torch.randn(TILES.V, generator=g),
+        softcap=4.0, temperature=1.3,
+    )  # fmt: skip
+    found = []
+    for backend in ("triton", "eager"):
+        leaf = inputs.hidden.clone().requires_grad_()
+        out = prefkern.linear_divergence(
+            leaf, inputs.weight, inputs.targets, inputs.ref_hidden, inputs.ref_weight,
+            aux_hidden=aux, aux_head=head, values=(index, q), stats=("ev", "xent", "fkl"),
+            backend=backend,
+        )  # fmt: skip
+        (out.ev + 2 * out.xent + out.fkl).sum().backward()
+        found.append((out.ev, out.xent, out.fkl, leaf.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("stat", ["ev", "xent"])
+def test_an_entry_of_given_values_that_no_column_has(stat, small_tiles, monkeypatch):
+    monkeypatch.setattr(prefkern.checks, "check_index_range", lambda *_: None)
+    inputs = inputs_of("linear_logps", TILES, FP32)
+    row = int((inputs.targets >= 0).nonzero()[0])
+    index = torch.arange(3).expand(TILES.N, 3).clone()
+    index[row, 1] = TILES.V
+    value = torch.rand(TILES.N, 3)
+    out = prefkern.linear_logps(
+        inputs.hidden, inputs.weight, inputs.targets, values=(index, value), stats=(stat,),
+        backend="triton",
+    )  # fmt: skip
+    found = getattr(out, stat)
+    assert found.isnan().nonzero().flatten().tolist() == [row]

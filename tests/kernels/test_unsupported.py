@@ -11,6 +11,7 @@ from prefkern.kernels import tiles
 from prefkern import kernels
 from prefkern.backends import choice
 from prefkern.backends.contract import Problem
+from prefkern.ops import shared
 
 
 def problem(**changes):
@@ -50,6 +51,23 @@ def test_an_arch_without_tiles(compiled, monkeypatch, name):
     monkeypatch.setattr(tiles, "device_class", lambda index: (None, name))
     reasons = " ".join(kernels.unsupported(problem()))
     assert name in reasons and "sm_90" in reasons
+
+
+def test_the_tensors_own_device_is_asked(compiled, monkeypatch):
+    """Not the current one, which may be another kind of GPU."""
+    classes = {0: ("sm_90", "sm_90"), 1: (None, "sm_75")}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tiles, "device_class", classes.__getitem__)
+    assert kernels.unsupported(problem(index=0)) == kernels.unsupported(problem()) == []
+    assert "this GPU is sm_75" in " ".join(kernels.unsupported(problem(index=1)))
+
+
+def test_the_problem_of_a_call_knows_its_device(monkeypatch):
+    seen = []
+    monkeypatch.setattr(choice, "select_backend", lambda p, _: seen.append(p) or "eager")
+    shared.resolve("linear_logps", torch.device("cuda", 3), torch.float32, None, "", "auto", None)
+    assert (seen[0].device, seen[0].index) == ("cuda", 3)
 
 
 def test_dtypes_and_ops():

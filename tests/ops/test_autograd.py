@@ -104,7 +104,7 @@ def test_double_backward_is_refused(backend, op, frozen):
     )
     values = call(op, backend, inputs, hidden, weight, ("logp",))
     (grad,) = torch.autograd.grad(values["logp"].square().sum(), (hidden,), create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable a second time"):
+    with pytest.raises(RuntimeError, match="first derivatives only"):
         grad.square().sum().backward()
 
 
@@ -112,7 +112,7 @@ def test_double_backward_is_refused_by_the_small_ops(backend):
     z = torch.randn(4, 6, dtype=FP64, requires_grad=True)
     out = prefkern.logits_logps(z, torch.tensor([0, 1, 2, 3]), backend=backend).logp
     (grad,) = torch.autograd.grad(out.square().sum(), (z,), create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable a second time"):
+    with pytest.raises(RuntimeError, match="first derivatives only"):
         grad.sum().backward()
 
 

@@ -272,12 +272,12 @@ def test_two_model_statistics_point_to_linear_divergence(backend, stat):
     check_message(error, ["linear_divergence"])
 
 
-def test_a_distributed_head_says_how_to_unshard(backend):
+def test_a_distributed_head_says_both_ways_in(backend):
     class DTensor(torch.Tensor):
         """Stands in for torch.distributed's class, whose name is what the check reads."""
 
     weight = torch.zeros(V, D).as_subclass(DTensor)
-    with pytest.raises(ValueError, match="full_tensor"):
+    with pytest.raises(ValueError, match="at_head"):
         prefkern.linear_logps(**arguments({**good(), "weight": weight}), backend=backend)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefkern.backends.tiled.plan import Kept, Plan, Step
+from prefkern.backends.tiled.tiling import Kept, Step, Tiling
 from prefkern.ops import budget
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -28,7 +28,7 @@ def test_a_budget_for_everything_keeps_the_one_tile_of_a_ragged_vocabulary(v):
     """Rows of a tile are padded; a cache of rows x V logits alone would never hold it."""
     rows = 40
     kept = budget.rows_kept(rows, v, 2, 1 << 30, GPU)
-    plan = Plan(rows, v, rows, v)
+    plan = Tiling(rows, v, rows, v)
     cache = torch.empty(kept * v, dtype=torch.bfloat16)
     assert Kept(plan, 1, cache).place(Step(0, rows, 0, v)) is not None
 

@@ -1,14 +1,20 @@
-"""A tiled linear_logps in plain PyTorch with one switch per planted fault.
+"""A tiled head op of one model in plain PyTorch with one switch per planted fault.
 
 With FAULT = None it is right and passes every check of the suite. Each fault is a mistake that a
-fused kernel can make and that a loose test would miss. It is a backend module: the functions have
-the signatures that prefkern's ops call. Statistics: logp, lse, ent.
+fused kernel can make and that a loose test would miss. It is a backend module (prefkern.backends.
+contract) with the eager arithmetic of rows. Statistics: logp, lse, ent.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from prefkern.backends import tables
+from prefkern.backends.contract import Folded, Gradients, HeadCall
+from prefkern.backends.eager import finish as arithmetic
+
+__all__ = ["FAULTS", "arithmetic", "fold", "unfold", "unsupported"]
 
 FAULTS = (
     "bf16_accumulator",
@@ -18,6 +24,7 @@ FAULTS = (
     "dw_of_last_ragged_tile",
 )
 FAULT: str | None = None
+COMPACTS = FOLDS_WIDE = False
 TILE_V, TILE_N = 16, 8
 STATS = {"logp", "lse", "ent"}
 
@@ -31,191 +38,117 @@ def unsupported(problem) -> list[str]:
     return reasons
 
 
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def scored(targets: Tensor, ignore_index: int) -> Tensor:
-    """Rows to compute [M]."""
-    if FAULT == "unmasked_nan_row":
-        # forgets the compaction and multiplies by the mask at the end: 0 * NaN is NaN
-        return torch.arange(targets.numel())
-    return (targets != ignore_index).nonzero()[:, 0]
-
-
 def tiles(size: int, step: int):
     return [(lo, min(lo + step, size)) for lo in range(0, size, step)]
 
 
-def tile_logits(hidden, weight, bias, lo, hi, scale, softcap, temperature) -> tuple[Tensor, Tensor]:
-    """z and dz/dx of one tile [M, hi - lo], unrounded."""
-    acc = acc_dtype(hidden.dtype)
-    x = hidden.to(acc) @ weight[lo:hi].to(hidden.dtype).to(acc).T
-    if bias is not None:
-        x = x + bias[lo:hi].to(acc)
-    if softcap is None:
-        return scale * x / temperature, torch.full_like(x, scale / temperature)
-    squash = torch.tanh(scale * x / softcap)
-    return softcap * squash / temperature, scale / temperature * (1 - squash**2)
+def rows_of(call: HeadCall) -> tuple[Tensor, Tensor]:
+    """(hidden [M, D], targets [M]) of the computed rows."""
+    hidden, y = call.policy.hidden, call.targets
+    return (hidden, y) if call.rows is None else (hidden[call.rows], y[call.rows])
 
 
-def fold(hidden, weight, bias, targets, options) -> tuple[Tensor, Tensor, Tensor]:
-    """Online (lse, sum p z, z_y), each [M], merged over tiles of the vocabulary."""
-    rows = torch.arange(targets.numel())
-    acc = acc_dtype(hidden.dtype)
-    top = torch.full((targets.numel(),), float("-inf"), dtype=acc)
-    total, weighted, zy = (torch.zeros(targets.numel(), dtype=acc) for _ in range(3))
-    spans = tiles(weight.shape[0], TILE_V)
+def tile_logits(call: HeadCall, hidden: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+    """z and the variable part of dz/dx of one tile [M, hi - lo], unrounded."""
+    policy, acc = call.policy, call.fold_dtype
+    x = hidden.to(acc) @ policy.weight[lo:hi].to(hidden.dtype).to(acc).T
+    if policy.bias is not None:
+        x = x + policy.bias[lo:hi].to(acc)
+    if policy.softcap == 0.0:
+        return policy.scale * x / policy.temperature, torch.ones_like(x)
+    squash = torch.tanh(policy.scale * x / policy.softcap)
+    return policy.softcap * squash / policy.temperature, 1 - squash**2
+
+
+def fold(call: HeadCall, kept: int) -> Folded:
+    """Running sums over tiles of the vocabulary."""
+    hidden, y = rows_of(call)
+    m, acc = hidden.shape[0], call.fold_dtype
+    column = torch.arange(m)
+    top = torch.full((m,), float("-inf"), dtype=acc)
+    total, weighted, zy = (torch.zeros(m, dtype=acc) for _ in range(3))
+    spans = tiles(call.V, TILE_V)
     for number, (lo, hi) in enumerate(spans):
-        z, _ = tile_logits(hidden, weight, bias, lo, hi, *options)
-        here = (targets >= lo) & (targets < hi)
-        zy = torch.where(here, z[rows, (targets - lo).clamp(0, hi - lo - 1)], zy)
+        z, _ = tile_logits(call, hidden, lo, hi)
+        here = (y >= lo) & (y < hi)
+        zy = torch.where(here, z[column, (y - lo).clamp(0, hi - lo - 1)], zy)
         if FAULT == "lse_off_by_one_tile" and number == len(spans) - 1 and number > 0:
             continue
         peak = torch.maximum(top, z.amax(-1))
         rescale = torch.where(top == peak, 1.0, (top - peak).exp())
+        shift = torch.where(top == float("-inf"), 0.0, top - peak)
         if FAULT == "missing_rescale":
             rescale = torch.ones_like(rescale)
-        p = torch.where(z == float("-inf"), 0.0, (z - peak[:, None]).exp())
-        total = total * rescale + p.sum(-1)
-        weighted = weighted * rescale + torch.where(p > 0, p * z, 0.0).sum(-1)
+        x = z - peak[:, None]
+        e = torch.where(z == float("-inf"), 0.0, x.exp())
+        weighted = rescale * (weighted + shift * total)
+        weighted = weighted + torch.where(e > 0, e * x, 0.0).sum(-1)
+        total = total * rescale + e.sum(-1)
         top = peak
-    return top + total.log(), weighted / total, zy
+    sums = torch.zeros(len(tables.FIELDS), m, dtype=torch.float64)
+    for name, value in (("max", top), ("sum", total), ("x", weighted)):
+        sums[tables.FIELDS.index(name)] = value.double()
+    at = torch.zeros(len(tables.AT), m, dtype=torch.float64)
+    at[0] = zy.double()
+    cache = torch.zeros(1, kept, call.V, dtype=call.cache_dtype)
+    factors = torch.zeros(0, dtype=acc)
+    if call.plan.frozen:
+        factors = frozen_sums(call, hidden, top)
+    return Folded(sums, at, cache, factors)
 
 
-def linear_logps_fwd(
-    hidden,
-    weight,
-    targets,
-    bias,
-    scale,
-    softcap,
-    temperature,
-    ignore_index,
-    stats,
-    cache_rows,
-    frozen,
-    num_scored,
-):
-    keep = scored(targets, ignore_index)
-    y = targets[keep].clamp(min=0)
-    lse, mean, zy = fold(hidden[keep], weight, bias, y, (scale, softcap, temperature))
-    found = {"logp": zy - lse, "lse": lse, "ent": lse - mean}
-    n, acc = targets.numel(), acc_dtype(hidden.dtype)
-    out, saved = torch.zeros(len(stats), n, dtype=acc), torch.zeros(1, n, dtype=acc)
-    live = (targets[keep] != ignore_index).to(acc)
-    for i, stat in enumerate(stats):
-        out[i, keep] = found[stat] * live if FAULT == "unmasked_nan_row" else found[stat]
-    saved[0, keep] = lse
-    cache = torch.zeros(cache_rows, weight.shape[0], dtype=hidden.dtype)
-    rows = torch.zeros(0, dtype=acc)
-    if frozen:
-        ones = torch.ones(n, dtype=acc)
-        rows = torch.zeros(len(stats), n, hidden.shape[1], dtype=acc)
-        for i, stat in enumerate(stats):
-            d = {s: ones if s == stat else torch.zeros_like(ones) for s in stats}
-            rows[i], _, _ = gradients(
-                d,
-                hidden,
-                weight,
-                targets,
-                bias,
-                out,
-                saved,
-                (scale, softcap, temperature),
-                ignore_index,
-                stats,
-                acc,
-            )
-    return out, saved, cache, rows
+def frozen_sums(call: HeadCall, hidden: Tensor, top: Tensor) -> Tensor:
+    """[factors, M, D] relative to the row's maximum."""
+    found = {"mass": 0.0, "log": 0.0}
+    for lo, hi in tiles(call.V, TILE_V):
+        z, slope = tile_logits(call, hidden, lo, hi)
+        x = z - top[:, None]
+        e = torch.where(z == float("-inf"), 0.0, x.exp()) * slope
+        part = call.policy.weight[lo:hi].to(hidden.dtype).to(e.dtype)
+        found["mass"] = found["mass"] + e @ part
+        found["log"] = found["log"] + torch.where(e != 0, e * x, 0.0) @ part
+    return torch.stack([found[name] for name in call.plan.factors])
 
 
-def gradients(
-    d_out, hidden, weight, targets, bias, out, saved, options, ignore_index, stats, result
-):
-    """d_hidden [N, D], d_weight [V, D], d_bias [V] in `result` dtype, tile by tile."""
-    keep = scored(targets, ignore_index)
-    h, y = hidden[keep], targets[keep].clamp(min=0)
-    acc = acc_dtype(hidden.dtype)
-    live = (targets[keep] != ignore_index).to(acc)
+def unfold(
+    call: HeadCall, coefficients: Tensor, cache: Tensor, needed: frozenset[str], tail=None
+) -> Gradients:
+    """d_hidden, d_weight, d_bias, tile by tile."""
+    hidden, y = rows_of(call)
+    acc, live = call.fold_dtype, 1.0
+    if FAULT == "unmasked_nan_row":
+        # takes every row and multiplies by the mask: 0 * NaN is NaN
+        hidden, y = call.policy.hidden, call.targets
+        live = (y != call.ignore_index).to(acc)[:, None]
+        some = coefficients
+        coefficients = some.new_zeros(some.shape[0], call.N).index_copy_(1, call.rows, some)
+        call = call._replace(rows=None)
+    g = dict(zip(tables.COEFFICIENTS, coefficients[:, :, None], strict=True))
     # 16-bit sums lose what is below 2^-8 of the running total, at every one of the tiles
     narrow = torch.bfloat16 if FAULT == "bf16_accumulator" else acc
-    d_h = torch.zeros(keep.numel(), hidden.shape[1], dtype=narrow)
-    d_w = torch.zeros(weight.shape, dtype=narrow)
-    d_b = torch.zeros(weight.shape[0], dtype=acc)
-    value = dict(zip(stats, out, strict=True))
-    n_spans = tiles(keep.numel(), TILE_N)
-    for lo, hi in tiles(weight.shape[0], TILE_V):
-        z, slope = tile_logits(h, weight, bias, lo, hi, *options)
-        lp = z - saved[0, keep][:, None]
+    d_h = torch.zeros(hidden.shape, dtype=narrow)
+    d_w = torch.zeros(call.policy.weight.shape, dtype=narrow)
+    d_b = torch.zeros(call.V, dtype=acc)
+    spans = tiles(hidden.shape[0], TILE_N)
+    for lo, hi in tiles(call.V, TILE_V):
+        z, slope = tile_logits(call, hidden, lo, hi)
+        lp = (z - g["lse"]) - g["lse_low"]
         p = lp.exp()
-        dz = torch.zeros_like(p)
-        columns = torch.arange(lo, hi)
-        onehot = (y[:, None] == columns).to(acc)
-        for stat in stats:
-            c = d_out[stat][keep].to(acc)[:, None]
-            if stat == "logp":
-                dz += c * (onehot - p)
-            elif stat == "lse":
-                dz += c * p
-            else:
-                dz -= c * torch.where(p > 0, p * (lp + value["ent"][keep][:, None]), 0.0)
-        dx = dz * slope
-        if FAULT == "unmasked_nan_row":
-            dx = dx * live[:, None]
-        part = weight[lo:hi].to(hidden.dtype).to(acc)
+        inner = g["a0"] + torch.where(p > 0, g["ent"] * (lp + g["ent_value"]), 0.0)
+        onehot = (y[:, None] == torch.arange(lo, hi)).to(acc)
+        dx = (p * inner + g["e"] * onehot) * slope * live
+        part = call.policy.weight[lo:hi].to(hidden.dtype).to(acc)
         d_h += (dx @ part).to(narrow)
-        for number, (a, b) in enumerate(n_spans):
-            last = number == len(n_spans) - 1 and b - a < TILE_N
+        for number, (a, b) in enumerate(spans):
+            last = number == len(spans) - 1 and b - a < TILE_N
             if FAULT == "dw_of_last_ragged_tile" and last:
                 continue
-            d_w[lo:hi] += (dx[a:b].T @ h[a:b].to(acc)).to(narrow)
+            d_w[lo:hi] += (dx[a:b].T @ hidden[a:b].to(acc)).to(narrow)
         d_b[lo:hi] = dx.sum(0)
-    whole = torch.zeros(hidden.shape, dtype=result)
-    whole[keep] = d_h.to(result)
-    return whole, d_w, d_b
-
-
-def linear_logps_bwd(
-    d_out,
-    hidden,
-    weight,
-    targets,
-    bias,
-    out,
-    saved,
-    cache,
-    rows,
-    scale,
-    softcap,
-    temperature,
-    ignore_index,
-    stats,
-    need_hidden,
-    need_weight,
-    need_bias,
-    num_scored,
-):
-    if rows.dim() == 3:
-        d_hidden = (d_out[:, :, None] * rows).sum(0).to(hidden.dtype)
-        return d_hidden, weight.new_zeros(0), hidden.new_zeros(0)
-    keep = targets != ignore_index
-    d = {s: torch.where(keep, d_out[i], 0.0) for i, s in enumerate(stats)}
-    d_hidden, d_weight, d_bias = gradients(
-        d,
-        hidden,
-        weight,
-        targets,
-        bias,
-        out,
-        saved,
-        (scale, softcap, temperature),
-        ignore_index,
-        stats,
-        hidden.dtype,
-    )
-    return (
-        d_hidden if need_hidden else hidden.new_zeros(0),
-        d_weight.to(weight.dtype) if need_weight else weight.new_zeros(0),
-        d_bias.to(bias.dtype) if need_bias else hidden.new_zeros(0),
-    )
+    whole = torch.zeros(call.N, hidden.shape[1], dtype=call.working)
+    whole[slice(None) if call.rows is None else call.rows] = d_h.to(call.working)
+    policy = call.policy
+    found = {"hidden": whole, "weight": d_w.to(policy.weight.dtype)}
+    if policy.bias is not None:
+        found["bias"] = d_b.to(policy.bias.dtype)
+    return Gradients(**{name: found[name] for name in needed})

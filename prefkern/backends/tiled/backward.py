@@ -1,150 +1,199 @@
-"""Backward of the head ops: for each range of columns and block of rows, logits (kept or the same
-products again), dL/dx, and its products with the head (dH) and the hidden rows (dW)."""
+"""Backward: for each range of columns and block of rows, logits (kept or the same products again),
+dL/dx, and its products with the head (dH) and with the rows (dW)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..eager.rows import fold_dtype
-from . import filtering
-from . import rows as row_maths
+from .. import tables
+from ..contract import Gradients, HeadCall, Tail
 from .epilogue import Epilogue
-from .forward import Products, plan_for
-from .frozen import frozen_gradient
-from .heads import Head, gather
-from .plan import Step, scratch, tile_view
+from .operands import HeadTile, Operands, gather
 from .products import add_product, full_precision, product
+from .tiles import DX, Products
+from .tiling import Step, Tiling
+from .units import Piece, Units
+
+# A left factor holds rows, a right one columns; the gradient of each is a product with the other.
+RIGHT_OF = {"hidden": "weight", "low_in": "low_out"}
+RIGHT = ("weight", "low_out", "bias")
 
 
-def backward(
-    epilogue: Epilogue,
-    heads: list[Head],
-    d_out: Tensor,  # [n, N]
-    targets: Tensor,  # [N]
-    out: Tensor,  # [n, N]
-    saved: Tensor,  # [1 | 10, N]
+@torch.no_grad()  # a backward with create_graph=True comes here with gradients on
+def unfold(
+    kernels: Epilogue,
+    call: HeadCall,
+    coefficients: Tensor,
     cache: Tensor,
-    rows: Tensor,
-    ignore_index: int,
-    num_scored: int | None,
-    stats: tuple[str, ...],
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    values: Tensor | None = None,
-    values_index: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_hidden [N, D], d_weight [V, D], d_bias [V]); [0] where not needed."""
-    hidden, weight = heads[0].hidden, heads[0].weight
-    if rows.dim() == 3:
-        counts = targets != ignore_index
-        d_hidden = frozen_gradient(d_out, rows, stats, counts, hidden)
-        return d_hidden, weight.new_empty(0), hidden.new_empty(0)
-    ops = gather(heads, targets, ignore_index, num_scored, stats, values, values_index)
-    call, index = ops.call, ops.scored.index
-    if ops.scored.mask is not None:
-        cache = cache.new_empty(0)  # a forward outside this capture kept other rows
-    bias = heads[0].options.bias
-    d_weight = weight.new_empty(weight.shape if need_weight else 0)
-    d_bias = hidden.new_empty(0)
-    if need_bias:
-        assert bias is not None
-        d_bias = torch.empty_like(bias)
-    if ops.M == 0:
-        empty = torch.zeros_like(hidden) if need_hidden else hidden.new_empty(0)
-        return empty, d_weight.zero_(), d_bias.zero_()
-    coefficients = row_maths.coefficients(
-        call, d_out.index_select(1, index), out.index_select(1, index), saved.index_select(1, index)
-    )
-    limit = filtering.limits(coefficients, call.working) if filtering.on(call.working) else None
-    d_rows = hidden.new_empty((ops.M if need_hidden else 0, hidden.shape[1]), dtype=call.fold_dtype)
-    with full_precision(hidden.device):
-        plan, _ = plan_for(epilogue, ops)
+    needed: frozenset[str],
+    tail: Tail | None = None,
+) -> Gradients:
+    """Gradients of the policy's tensors (prefkern.backends.contract.Backend)."""
+    places = {}
+    for name in needed:
+        like = getattr(call.policy, name)
+        places[name] = torch.empty_like(like, memory_format=torch.contiguous_format)
+    if call.M == 0:
+        return Gradients(**{name: x.zero_() for name, x in places.items()})
+    ops = gather(call, backward=True)
+    with full_precision(ops.device):
+        if tail is not None:
+            return _by_units(kernels, ops, coefficients, tail, places)
+        plan = ops.plan(kernels.chunk_columns(ops.sweep))
         products = Products(ops, plan, cache)
-        # A kept tile stays as it is, so that a second backward reads the same; a wide one has
-        # another dtype. Otherwise dx takes the place of the policy's products.
-        apart = scratch(plan, call.working, hidden.device) if call.wide else products.tiles[0]
-        for v0 in plan.tiles():
-            v1 = min(v0 + plan.columns, call.V)
-            weights = ops.weight_tiles(v0, v1)
-            total = _WeightTile(d_weight[v0:v1], plan.rows < ops.M) if need_weight else None
-            bias_total = None
-            for step in plan.steps(v0):
-                made = products.kept.place(step)
-                if made is None or len(made) < len(ops.hidden):
-                    made = _missing(products, step, weights, made)
-                dx = tile_view(apart, step)
-                epilogue.gradient(
-                    call, ops.tile(step, made), coefficients[:, step.r0 : step.r1], dx
-                )
-                block = slice(step.r0, step.r1)
-                if need_bias:
-                    part = dx.sum(0, dtype=call.fold_dtype)
-                    bias_total = part if bias_total is None else bias_total + part
-                columns = None if limit is None else filtering.active_columns(dx, limit[block])
-                weight_tile = weights[0]
-                if columns is not None:
-                    dx, weight_tile = dx.index_select(1, columns), weight_tile[columns]
-                if need_hidden:
-                    add_product(dx, weight_tile, d_rows[block], fresh=v0 == 0)
-                if total is not None:
-                    total.add(
-                        dx, ops.hidden[0][block], columns,
-                        first=step.r0 == 0, last=step.r1 == ops.M,
-                    )  # fmt: skip
-            if bias_total is not None:
-                d_bias[v0:v1] = bias_total
-    d_hidden = hidden.new_empty(0)
-    if need_hidden:
-        d_hidden = ops.put(d_rows[None], hidden.shape[0])[0].to(hidden.dtype)
-    return d_hidden, d_weight, d_bias
+        return _Unfold(kernels, plan, products, coefficients).run(places)
 
 
-def _missing(
-    products: Products, step: Step, weights: list[Tensor], made: list[Tensor] | None
-) -> list[Tensor]:
-    """Products of the models that are not kept (a third head never is)."""
-    if made is None:
-        return products.make(step, weights, into_cache=False)
-    out = tile_view(products.tiles[2], step)
-    product(products.ops.hidden[2][step.r0 : step.r1], weights[2].T, out)
-    kept = made[0].dtype
-    if out.dtype != kept:
-        # kernels read models of one dtype; the policy's own wide tile is free where it was kept
-        out = tile_view(products.tiles[0].view(kept), step).copy_(out)
-    return [*made, out]
-
-
-class _WeightTile:
-    """dW of one range of columns: one product where one block holds all rows, else an fp32 sum that
-    is rounded once."""
-
-    def __init__(self, place: Tensor, several: bool) -> None:
-        self.place = place
-        self.total = place
-        if several and place.dtype not in (torch.float32, torch.float64):
-            self.total = torch.empty_like(place, dtype=torch.float32)
-        self.several = several
-
-    def add(
-        self, dx: Tensor, hidden: Tensor, columns: Tensor | None, *, first: bool, last: bool
+class _Unfold:
+    def __init__(
+        self,
+        kernels: Epilogue,
+        plan: Tiling,
+        products: Products,
+        coefficients: Tensor,
+        skipped: Tensor | None = None,  # [m, chunks of a tile] bool: dx is 0 there
     ) -> None:
-        """dx [m, w], or [m, k] of the `columns` [k] that filtering left."""
-        direct = columns is None and not (
-            self.total.dtype == torch.float64 and dx.dtype != torch.float64
-        )
-        if direct and not self.several:
-            product(dx.T, hidden, self.total)
-        elif direct:
-            add_product(dx.T, hidden, self.total, fresh=first)
+        self.kernels, self.plan, self.products, self.ops = kernels, plan, products, products.ops
+        self.call, self.coefficients, self.skipped = self.ops.call, coefficients, skipped
+        one = self.ops.models[0]
+        self.left = {n: x for n, x in (("hidden", one.hidden), ("low_in", one.low_in))
+                     if x is not None}  # fmt: skip
+
+    def run(self, places: dict[str, Tensor]) -> Gradients:
+        """Fills the places of the gradients that are needed."""
+        if self.call.given:
+            for step in self.plan.steps(0):
+                self.gradient(step, [], places["logits"][step.r0 : step.r1])
+            return Gradients(**places)
+        sums = self.sums(places)
+        for v0 in self.plan.tiles():
+            columns = slice(v0, min(v0 + self.plan.columns, self.plan.V))
+            parts = {name: x[columns] for name, x in places.items() if name in RIGHT}
+            self.columns(columns, parts, sums, fresh=v0 == 0)
+        return Gradients(**places | {name: self.ops.put(x) for name, x in sums.items()})
+
+    def sums(self, places: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Room for the gradients of the left factors [m, ...]."""
+        acc = self.call.fold_dtype
+        return {n: torch.empty_like(x, dtype=acc) for n, x in self.left.items() if n in places}
+
+    def columns(
+        self, columns: slice, parts: dict[str, Tensor], sums: dict[str, Tensor], *, fresh: bool
+    ) -> None:
+        """One range of columns: fills its `parts` of the right factors and the bias, and adds to
+        the `sums` of the left ones."""
+        heads = self.ops.heads(columns.start, columns.stop)
+        right = {
+            name: _RightSum(parts[other], self.call, self.plan)
+            for name, other in RIGHT_OF.items()
+            if other in parts
+        }
+        bias = None
+        for step in self.plan.steps(columns.start):
+            block, dx = slice(step.r0, step.r1), self.gradient(step, heads)
+            for name, total in sums.items():
+                factor = getattr(heads[0], RIGHT_OF[name])
+                add_product(dx, factor, total[block], fresh=fresh)
+            for name, place in right.items():
+                place.add(dx, self.left[name][block], step)
+            if "bias" in parts:
+                part = dx.sum(0, dtype=self.call.fold_dtype)
+                bias = part if bias is None else bias.add_(part)
+        if bias is not None:
+            parts["bias"].copy_(bias)
+
+    def gradient(self, step: Step, heads: list[HeadTile], dx: Tensor | None = None) -> Tensor:
+        """dL/dx of a step. A kept tile stays as it is, so that a second backward reads the same."""
+        kept = self.products.kept.place(step)
+        made = self.products.make(step, heads, kept, filled=True)
+        if dx is None and (kept or self.call.wide):
+            dx = self.products.room(DX if self.call.wide else 0, step, self.call.working)
+        dx = made[0] if dx is None else dx
+        coefficients = self.coefficients[:, step.r0 : step.r1]
+        self.kernels.gradient(self.ops.sweep, self.ops.tile(step, made), coefficients, dx)
+        if self.skipped is not None:
+            skipped = self.skipped[step.r0 : step.r1]
+            whole = step.w // tables.CHUNK
+            full, rest = dx.split([whole * tables.CHUNK, step.w - whole * tables.CHUNK], 1)
+            if whole:
+                full = full.unflatten(1, (whole, tables.CHUNK))
+                full.masked_fill_(skipped[:, :whole, None], 0.0)
+            if whole < skipped.shape[1]:
+                rest.masked_fill_(skipped[:, whole:], 0.0)
+        return dx
+
+
+def _by_units(
+    kernels: Epilogue,
+    ops: Operands,
+    coefficients: Tensor,
+    tail: Tail,
+    places: dict[str, Tensor],
+) -> Gradients:
+    """Piece by piece; nothing was kept, so that the budget changes no bit."""
+    units = Units(ops, tail)
+    products = Products(ops, units.plan, coefficients.new_empty(0, dtype=ops.call.cache_dtype))
+    whole = _Unfold(kernels, units.plan, products, coefficients)
+    sums, room = whole.sums(places), whole.sums(places)
+    for total in sums.values():
+        total.zero_()
+    for piece in units.pieces():
+        right = {name: x[piece.columns] for name, x in places.items() if name in RIGHT}
+        parts = right
+        if tail.spread is not None and not piece.whole:  # rounded after the spread is added
+            parts = {n: torch.empty_like(x, dtype=ops.call.fold_dtype) for n, x in right.items()}
+        if piece.m == 0:
+            for part in parts.values():
+                part.zero_()
+        elif piece.rows is None:
+            all_rows = _Unfold(kernels, piece.plan, products, coefficients, piece.skipped)
+            all_rows.columns(piece.columns, parts, sums, fresh=False)
         else:
-            shape = (dx.shape[1], hidden.shape[1])
-            part = torch.empty(shape, dtype=fold_dtype(dx.dtype), device=dx.device)
-            product(dx.T, hidden, part)
-            if first:
-                self.total.zero_()
-            rows = slice(None) if columns is None else columns
-            self.total[rows] += part.to(self.total.dtype)
-        if last and self.total is not self.place:
+            _some_rows(kernels, products, coefficients, piece, parts, sums, room)
+        if parts is not right and tail.spread is not None:
+            units.spread(piece, tail.spread, parts)
+            for name, part in parts.items():
+                right[name].copy_(part)
+    return Gradients(**places | {name: ops.put(x) for name, x in sums.items()})
+
+
+def _some_rows(
+    kernels: Epilogue,
+    products: Products,
+    coefficients: Tensor,
+    piece: Piece,
+    parts: dict[str, Tensor],
+    sums: dict[str, Tensor],
+    room: dict[str, Tensor],
+) -> None:
+    """One piece of the rows that it names; `room` is as large as the sums."""
+    rows = piece.rows
+    assert rows is not None
+    own, some = coefficients.index_select(1, rows), products.of(products.ops.take(rows))
+    made = {name: x[: piece.m] for name, x in room.items()}
+    _Unfold(kernels, piece.plan, some, own, piece.skipped).columns(
+        piece.columns, parts, made, fresh=True
+    )
+    for name, x in made.items():
+        sums[name].index_add_(0, rows, x)  # no row comes twice, so the bits repeat
+
+
+class _RightSum:
+    """The gradient of some rows of a right factor: one product where one block holds all rows, else
+    a sum in the fold dtype that is rounded once."""
+
+    def __init__(self, place: Tensor, call: HeadCall, plan: Tiling) -> None:
+        self.place, self.m, self.several = place, plan.M, plan.rows < plan.M
+        self.total = place
+        if self.several and place.dtype != call.fold_dtype:
+            self.total = torch.empty_like(place, dtype=call.fold_dtype)
+
+    def add(self, dx: Tensor, left: Tensor, step: Step) -> None:
+        """dx [m, w], left [m, D] of one block of rows."""
+        if not self.several:
+            product(dx.T, left, self.place)
+            return
+        add_product(dx.T, left, self.total, fresh=step.r0 == 0)
+        if step.r1 == self.m and self.total is not self.place:
             self.place.copy_(self.total)

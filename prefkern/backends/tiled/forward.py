@@ -1,4 +1,4 @@
-"""Forward of the head ops: for each range of columns and block of rows, products and one fold."""
+"""Both sweeps of a forward: for each block of rows and range of columns, products and one fold."""
 
 from __future__ import annotations
 
@@ -7,173 +7,144 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...stats import NO_GRADIENT
-from ..contract import SAVED_ROWS
-from . import rows as row_maths
-from .epilogue import SECOND_FIELDS, Call, Epilogue, Tile
-from .frozen import Frozen
-from .heads import Head, Operands, gather
-from .plan import Kept, Plan, Step, scratch, tile_plan, tile_view
-from .products import full_precision, product
+from .. import tables
+from ..contract import Folded, HeadCall
+from .epilogue import Epilogue, Tile
+from .factors import Factors
+from .operands import HeadTile, Operands, gather
+from .products import full_precision
+from .tiles import Products
+from .tiling import Step, Tiling
 from .topset import TopSet
 
-
-def forward(
-    epilogue: Epilogue,
-    heads: list[Head],
-    targets: Tensor,  # [N]
-    ignore_index: int,
-    num_scored: int | None,
-    stats: tuple[str, ...],
-    cache_rows: int,
-    frozen: bool,
-    values: Tensor | None = None,
-    values_index: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out [n, N], saved [1 | 10, N], cache, rows [n', N, D] or [0])."""
-    n, vocabulary = targets.shape[0], heads[0].weight.shape[0]
-    ops = gather(
-        heads, targets, ignore_index, num_scored, stats, values, values_index, frozen=frozen
-    )
-    hidden = heads[0].hidden
-    shape = (cache_rows, vocabulary) if len(heads) == 1 else (2, cache_rows, vocabulary)
-    cache = hidden.new_empty(shape)
-    if ops.M == 0:
-        out = hidden.new_zeros((len(stats), n), dtype=ops.call.fold_dtype)
-        saved = out.new_zeros((1 if len(heads) == 1 else SAVED_ROWS, n))
-        grad = sum(s.name not in NO_GRADIENT for s in ops.call.stats)
-        rows = out.new_zeros((grad, *hidden.shape) if frozen else 0)
-        return out, saved, cache.zero_(), rows
-    with full_precision(hidden.device):
-        out, saved, rows = _Sweep(epilogue, ops, cache, frozen).run()
-    return ops.put(out, n), ops.put(saved, n), cache, rows if not frozen else ops.put(rows, n)
+# Chunk sums merged at a time: where the arithmetic is eager, float64 copies of them stay below
+# 0.3 GB.
+MERGED = 1 << 24
 
 
-def needs_second(call: Call) -> bool:
-    """jsd, tv and bkl need both normalisers before their sweep."""
-    return call.has("jsd") or call.has("tv") or call.has("bkl")
+def fold(kernels: Epilogue, call: HeadCall, kept: int) -> Folded:
+    """The first sweep (prefkern.backends.contract.Backend)."""
+    ops = gather(call)
+    cache = call.targets.new_empty((call.kept_models, kept, call.V), dtype=call.cache_dtype)
+    with full_precision(ops.device):
+        return _Fold(kernels, ops, cache).run()
 
 
-def plan_for(epilogue: Epilogue, ops: Operands, frozen: bool = False) -> tuple[Plan, int]:
-    """(plan, columns of one chunk); the same in both directions."""
-    chunk = epilogue.chunk_columns(ops.call)
-    return tile_plan(ops.M, ops.call.V, ops.element_bytes(frozen), chunk), chunk
+def fold_again(kernels: Epilogue, call: HeadCall, norms: Tensor, cache: Tensor) -> Tensor:
+    """The second sweep. Tiles that were kept unrounded are the first sweep's, bit for bit."""
+    ops = gather(call)
+    out = norms.new_zeros((len(tables.SECOND), call.M), dtype=torch.float64)
+    with full_precision(ops.device):
+        chunk = kernels.chunk_columns(ops.sweep)
+        plan = ops.plan(chunk)
+        products = Products(ops, plan, cache)
+        for block in plan.blocks():
+            shape = (len(tables.SECOND), -(-call.V // chunk), block.stop - block.start)
+            fields = norms.new_empty(shape)
+            for step, heads in steps(ops, plan, block):
+                places = [] if ops.sweep.rounded else products.kept.place(step)
+                made = products.make(step, heads, places, filled=True)
+                tile = Tile(step.r0, step.v0, tuple(made[:2]))
+                kernels.fold_again(ops.sweep, tile, norms[:, block], _part(fields, step, chunk))
+            out[:, block] = fields.sum(1, dtype=torch.float64)
+    return out
 
 
-class Products:
-    """The raw products of a step, in the cache where it keeps them, else in scratch tiles."""
-
-    def __init__(self, ops: Operands, plan: Plan, cache: Tensor) -> None:
-        self.ops, self.plan = ops, plan
-        # only policy and reference are kept
-        self.kept = Kept(plan, min(2, len(ops.hidden)), cache.view(-1))
-        device = ops.hidden[0].device
-        self.tiles = [scratch(plan, ops.tile_dtype, device) for _ in ops.hidden]
-
-    def make(self, step: Step, weights: list[Tensor], *, into_cache: bool) -> list[Tensor]:
-        """Products of every model. into_cache: kept tiles are made where they are kept, if the
-        cache has their dtype (else the fold writes them there, rounded)."""
-        places = self.kept.place(step) if into_cache and not self.ops.call.wide else None
-        made = []
-        for i, (hidden, weight) in enumerate(zip(self.ops.hidden, weights, strict=True)):
-            if places is not None and i < len(places):
-                out = places[i]
-            else:
-                out = tile_view(self.tiles[i], step)
-            product(hidden[step.r0 : step.r1], weight.T, out)
-            made.append(out)
-        return made
+def steps(ops: Operands, plan: Tiling, block: slice) -> Iterator[tuple[Step, list[HeadTile]]]:
+    """Every tile of a block of rows, with the head's rows of its columns; none of no rows."""
+    for v0 in plan.tiles() if block.stop > block.start else ():
+        v1 = min(v0 + plan.columns, plan.V)
+        yield Step(block.start, block.stop, v0, v1), ops.heads(v0, v1)
 
 
-class _Sweep:
+def _part(fields: Tensor, step: Step, chunk: int) -> Tensor:
+    """Fields of the chunks of one step."""
+    first = step.v0 // chunk
+    return fields[:, first : first + -(-step.w // chunk)]
+
+
+class _Fold:
     """Row blocks one after the other: the chunk fields of all rows at once would be 0.4 GB for a KL
     of 65,536 rows over 152k entries. A block reads the head once, as its products do anyway."""
 
-    def __init__(self, epilogue: Epilogue, ops: Operands, cache: Tensor, frozen: bool) -> None:
-        self.epilogue, self.ops, self.call, self.frozen = epilogue, ops, ops.call, frozen
-        self.plan, self.chunk = plan_for(epilogue, ops, frozen)
+    def __init__(self, kernels: Epilogue, ops: Operands, cache: Tensor) -> None:
+        self.kernels, self.ops, self.call, self.sweep = kernels, ops, ops.call, ops.sweep
+        self.chunk = kernels.chunk_columns(ops.sweep)
+        self.plan = ops.plan(self.chunk)
+        self.cache = cache
         self.products = Products(ops, self.plan, cache)
-        self.chunks = -(-self.call.V // self.chunk)
-        self.device = ops.hidden[0].device
+        self.starts = torch.arange(0, self.call.V, self.chunk, device=ops.device)
 
-    def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        call, m, acc = self.call, self.ops.M, self.call.fold_dtype
-        out = torch.empty((len(call.stats), m), dtype=acc, device=self.device)
-        saved = out.new_empty((1 if call.ref is None else SAVED_ROWS, m))
-        names = [s.name for s in call.stats if s.name not in NO_GRADIENT]
-        rows = out.new_empty((len(names), *self.ops.hidden[0].shape) if self.frozen else 0)
-        for r0 in self.plan.row_blocks():
-            block = slice(r0, min(r0 + self.plan.rows, m))
-            totals = Frozen(self.epilogue, self.ops, self.plan, block) if self.frozen else None
-            sums = self.first(block, totals)
-            if needs_second(call):
-                self.second(block, sums)
-            for i, stat in enumerate(call.stats):
-                out[i, block] = row_maths.statistic(call, stat.name, sums)
-            saved[:, block] = row_maths.saved(call, sums)
-            if totals is not None:
-                totals.finish(names, sums, rows[:, block])
-        self.products.kept.clear_rest()
-        return out, saved, rows
-
-    def first(self, block: slice, totals: Frozen | None) -> row_maths.Sums:
-        """Sums of the rows of a block over the whole vocabulary."""
-        call, m, acc = self.call, block.stop - block.start, self.call.fold_dtype
-        fields = torch.empty((len(call.fields), self.chunks, m), dtype=acc, device=self.device)
-        at_target = torch.zeros((2, m), dtype=acc, device=self.device)
-        top = None
-        if call.has("bkl"):
-            top = TopSet(m, min(int(call.param("bkl")), call.V), acc, self.device)
-        for step, weights in self.steps(block):
-            made = self.products.make(step, weights, into_cache=True)
-            keep = self.products.kept.place(step) if call.wide else None
-            tile = self.ops.tile(step, made, keep=_two(keep))
-            part = self.part(fields, step)
-            self.epilogue.fold(call, tile, part, at_target)
+    def run(self) -> Folded:
+        call, m, device = self.call, self.call.M, self.ops.device
+        self.at = torch.zeros((len(tables.AT), m), dtype=torch.float64, device=device)
+        size: tuple[int, ...] = (0,)
+        if call.plan.frozen:
+            size = (len(call.plan.factors), m, self.ops.depth)
+        self.factors = torch.empty(size, dtype=call.fold_dtype, device=device)
+        tops, sums, masses = [], [], []
+        for block in self.plan.blocks():
+            top = None
+            if call.plan.has("bkl"):
+                k = min(int(call.plan.param("bkl")), call.V)
+                top = TopSet(block.stop - block.start, k, call.fold_dtype, device)
+            fields = self.block(block, top)
+            sums.append(self.merge(fields))
             if top is not None:
-                self.add_top(top, tile)
-            if totals is not None:
-                totals.add(tile, part, weights[0])
-        starts = torch.arange(0, call.V, self.chunk, device=self.device, dtype=torch.float64)
-        sums = row_maths.merge(call, fields, starts)
-        sums["zy"], sums["ref_zy"] = at_target[0].double(), at_target[1].double()
-        sums["target"] = call.targets[block].double()
-        if top is not None:
-            sums["top_value"], sums["top_index"] = (x.double() for x in top.threshold)
-        return sums
+                tops.append(top.members)
+            if call.plan.tail > 0.0:
+                masses.append(self.masses(fields))
+        self.products.kept.clear_rest()
+        merged = sums[0] if len(sums) == 1 else torch.cat(sums, 1)
+        top_all, chunks = (torch.cat(x, 2) if x else None for x in (tops, masses))
+        return Folded(
+            merged, self.at, self.cache, self.factors, self.sweep.rounded, top_all, chunks
+        )
 
-    def steps(self, block: slice) -> Iterator[tuple[Step, list[Tensor]]]:
-        """Every tile of a block, with the head's rows of its columns."""
-        for v0 in self.plan.tiles():
-            v1 = min(v0 + self.plan.columns, self.call.V)
-            yield Step(block.start, block.stop, v0, v1), self.ops.weight_tiles(v0, v1)
+    def block(self, block: slice, top: TopSet | None) -> Tensor:
+        """Fields [F, C, m] of the rows of a block over the whole vocabulary."""
+        call, sweep, m = self.call, self.sweep, block.stop - block.start
+        fields = torch.empty(
+            (sweep.fields, self.starts.shape[0], m), dtype=call.fold_dtype, device=self.ops.device
+        )
+        at = self.at[:, block]
+        factors = None
+        if call.plan.frozen:
+            factors = Factors(self.kernels, self.ops, self.plan, self.factors[:, block])
+        for step, heads in steps(self.ops, self.plan, block):
+            places = self.products.kept.place(step)
+            made = self.products.make(step, heads, [] if sweep.rounded else places)
+            keep = places[0] if sweep.rounded and places else None
+            tile = self.ops.tile(step, made)
+            part = _part(fields, step, self.chunk)
+            self.kernels.fold(sweep, tile, part, at, keep)
+            if call.plan.has("xent"):
+                at[tables.AT.index("taught")] += self.ops.taught(step, made[0])
+            if top is not None:
+                top.add(made[1], sweep.options[1], step.v0)
+            if factors is not None:
+                factors.add(tile, part, heads[0])
+        return fields
 
-    def part(self, fields: Tensor, step: Step) -> Tensor:
-        """Fields of the chunks of one step."""
-        first = step.v0 // self.chunk
-        return fields[:, first : first + -(-step.w // self.chunk)]
+    def masses(self, fields: Tensor) -> Tensor:
+        """[tail_models, chunks, m] log-sum-exp of every chunk of tables.CHUNK columns."""
+        found = []
+        for prefix in ("", "ref_")[: self.call.plan.tail_models]:
+            most, total = (
+                fields[tables.FIELDS.index(f"{prefix}{name}")] for name in ("max", "sum")
+            )
+            lse = torch.where(most == -torch.inf, 0.0, most) + total.log()
+            if self.chunk < tables.CHUNK:
+                parts = lse.split(tables.CHUNK // self.chunk)
+                lse = torch.stack([part.logsumexp(0) for part in parts])
+            found.append(lse)
+        return torch.stack(found)
 
-    def add_top(self, top: TopSet, tile: Tile) -> None:
-        assert tile.zr is not None
-        seen = torch.empty(tile.zr.shape, dtype=self.call.fold_dtype, device=self.device)
-        self.epilogue.seen(self.call, tile.zr, tile.v0, seen)
-        top.add(seen, slice(0, seen.shape[0]), tile.v0)
-
-    def second(self, block: slice, sums: row_maths.Sums) -> None:
-        """Second sweep. Tiles that were kept unrounded are the first sweep's, bit for bit."""
-        norms = row_maths.norms(self.call, sums)
-        shape = (len(SECOND_FIELDS), self.chunks, block.stop - block.start)
-        fields = torch.empty(shape, dtype=self.call.fold_dtype, device=self.device)
-        for step, weights in self.steps(block):
-            made = None if self.call.wide else self.products.kept.place(step)
-            if made is None:
-                made = self.products.make(step, weights, into_cache=False)
-            tile = Tile(step.r0, step.v0, made[0], made[1])
-            self.epilogue.fold_second(self.call, tile, norms, self.part(fields, step))
-        row_maths.add_second(sums, fields)
-
-
-def _two(keep: list[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
-    if keep is None:
-        return None, None
-    return keep[0], keep[1] if len(keep) > 1 else None
+    def merge(self, fields: Tensor) -> Tensor:
+        """[FIELDS, m]."""
+        rows = max(1, MERGED // max(1, fields.shape[0] * fields.shape[1]))
+        merge = self.kernels.arithmetic.merge
+        parts = [
+            merge(self.call, x, self.starts, self.sweep.rounded) for x in fields.split(rows, 2)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -9,6 +9,7 @@ result, so they are widened first, which gives the same numbers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 
@@ -89,35 +90,57 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
     with contiguous rows."""
     if a.shape[1] == 0:
         out.zero_()
-    elif a.dtype == out.dtype and (a.is_cuda or out.dtype in (torch.float32, torch.float64)):
+    elif _as_is(a, out):
         torch.mm(a, b, out=out)
-    elif _widens(a) and out.dtype == torch.float32:
+    elif out.dtype == torch.float32 and _widens(a, "mm"):
         torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         out.copy_(_wide_product(a, b))
 
 
-def add_product(a: Tensor, b: Tensor, total: Tensor, *, fresh: bool) -> None:
-    """total (+)= a @ b; total [m, n] is fp32 (fp64 for fp64), `fresh` overwrites it."""
+def add_product(a: Tensor, b: Tensor, total: Tensor, *, fresh: bool = False) -> None:
+    """total (+)= a @ b, summed in fp32 and rounded once; total [m, n], `fresh` overwrites it."""
     if fresh:
         product(a, b, total)
     elif a.shape[1] == 0:
         pass
-    elif a.dtype == total.dtype:
+    elif _as_is(a, total):
         torch.addmm(total, a, b, out=total)
-    elif _widens(a) and total.dtype == torch.float32:
+    elif total.dtype == torch.float32 and _widens(a, "addmm"):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        total += _wide_product(a, b)
+        part = _wide_product(a, b)
+        total.copy_(part.add_(total))
 
 
-def _widens(a: Tensor) -> bool:
-    """Whether a product of `a` may be asked for in fp32: 16-bit operands on a GPU alone."""
-    return a.is_cuda and a.dtype in (torch.bfloat16, torch.float16)
+def _as_is(a: Tensor, out: Tensor) -> bool:
+    """Operands and result have one dtype whose products sum in fp32 (on a CPU, 16-bit ones may
+    not)."""
+    return a.dtype == out.dtype and (a.is_cuda or a.dtype in (torch.float32, torch.float64))
+
+
+def _widens(a: Tensor, function: str) -> bool:
+    """Whether 16-bit operands may be multiplied to fp32: GPUs alone, and not under every torch."""
+    short = a.dtype in (torch.bfloat16, torch.float16)
+    return a.is_cuda and short and offers_fp32(function, a.device, a.dtype)
+
+
+@functools.cache
+def offers_fp32(function: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Tries `function` (mm, addmm) with out_dtype once: releases differ in which of the two take
+    it, and ROCm in whether."""
+    a = torch.zeros((16, 16), dtype=dtype, device=device)
+    total = torch.zeros((16, 16), dtype=torch.float32, device=device)
+    given = (a, a) if function == "mm" else (total, a, a)
+    try:
+        getattr(torch, function)(*given, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    if _widens(a):
+    if _widens(a, "mm"):
         return torch.mm(a, b, out_dtype=torch.float32)
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
     return a.to(wide) @ b.to(wide)

@@ -1,4 +1,8 @@
-"""The reference's k largest logits of every row, tile by tile, ties to the lower index."""
+"""The reference's k largest logits of every row, tile by tile, ties to the lower column.
+
+They are compared by what comes before a soft cap (`LogitOptions.before_cap`): a cap keeps the
+order, and these are the bits that every kernel has.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +11,30 @@ import math
 import torch
 from torch import Tensor
 
+from .epilogue import LogitOptions
+
 # Logits handled at a time: ranks of ties and the second selection take 12 bytes per logit.
 CHUNK = 1 << 22
 
 
 class TopSet:
-    """Running top k: values [M, k] in descending order, equal ones by ascending column."""
+    """Running top k: values [m, k] in descending order, equal ones by ascending column."""
 
     def __init__(self, m: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
         self.values = torch.full((m, k), -math.inf, dtype=dtype, device=device)
         self.columns = torch.full((m, k), -1, dtype=torch.int64, device=device)
-        self.filled = 0  # columns of all tiles so far, up to k
 
-    def add(self, seen: Tensor, rows: slice, v0: int) -> None:
-        """seen [m, w]: logits of columns v0 ... of these rows; tiles come in ascending order."""
-        step = max(1, CHUNK // seen.shape[1])
-        for i in range(0, seen.shape[0], step):
-            part = seen[i : i + step]
-            self._add(part, slice(rows.start + i, rows.start + i + part.shape[0]), v0)
+    def add(self, x: Tensor, option: LogitOptions, v0: int) -> None:
+        """x [m, w]: products of columns v0 ...; tiles come in ascending order."""
+        step = max(1, CHUNK // x.shape[1])
+        for i in range(0, x.shape[0], step):
+            part = option.before_cap(x[i : i + step], v0, self.values.dtype)
+            self._add(part, slice(i, i + part.shape[0]), v0)
 
-    def _add(self, seen: Tensor, rows: slice, v0: int) -> None:
+    def _add(self, u: Tensor, rows: slice, v0: int) -> None:
         k = self.values.shape[1]
-        found = min(k, seen.shape[1])
-        columns = _first_top(seen, found)
-        values = seen.gather(1, columns)
+        columns = _first_top(u, min(k, u.shape[1]))
+        values = u.gather(1, columns)
         have = min(k, v0)
         # stable: what came first wins a tie, and it has the lower column
         values = torch.cat([self.values[rows, :have], values], 1)
@@ -41,9 +45,9 @@ class TopSet:
         self.columns[rows, :kept] = columns.gather(1, order)[:, :kept]
 
     @property
-    def threshold(self) -> tuple[Tensor, Tensor]:
-        """(value [M], column [M]) of the last member."""
-        return self.values[:, -1], self.columns[:, -1]
+    def members(self) -> Tensor:
+        """[2, k, m] float64: values and columns; the last are the threshold."""
+        return torch.stack([self.values.double(), self.columns.double()]).transpose(1, 2)
 
 
 def _first_top(x: Tensor, k: int) -> Tensor:

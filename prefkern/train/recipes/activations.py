@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ... import losses
 from ...integrations import hf
 from ...losses.record import Loss
-from ...ops.linear_logps import linear_logps
+from ...ops.linear_stats import linear_logps
 from ..config import TrainConfig
 from ..providers import Micro, Provider
 from ..reference import ReferenceRows

@@ -1,0 +1,74 @@
+"""Runs a function of a test module on several gloo ranks of this machine.
+
+Ranks meet through a file, so no port can be taken by somebody else; the first failure ends all of
+them, and what each printed is part of the message.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+WORKER = """
+import importlib.util, sys, datetime, torch, torch.distributed as dist
+folder, tests, module, function, rank, world = sys.argv[1:7]
+sys.path.insert(0, tests)
+torch.set_num_threads(1)
+dist.init_process_group(
+    "gloo", store=dist.FileStore(folder + "/store", int(world)), rank=int(rank),
+    world_size=int(world), timeout=datetime.timedelta(seconds=60),
+)
+spec = importlib.util.spec_from_file_location("worker", module)
+worker = importlib.util.module_from_spec(spec)
+sys.modules["worker"] = worker
+spec.loader.exec_module(worker)
+getattr(worker, function)(*sys.argv[7:])
+dist.destroy_process_group()
+print("done")
+"""
+
+
+def run_ranks(
+    folder: Path, module: str, function: str, world: int, *arguments: str, seconds: float = 120
+) -> list[str]:
+    """What each rank printed. `module` is the path of a file, `function` one of its functions.
+
+    Raises:
+        AssertionError: a rank failed, or they took longer than `seconds`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+        "TRITON_INTERPRET": "1",
+    }
+    ranks = []
+    for rank in range(world):
+        command = [sys.executable, "-c", WORKER, str(folder), str(HERE), module, function]
+        command += [str(rank), str(world), *arguments]
+        # a file, not a pipe: a full pipe would stop the rank that nobody reads
+        with (folder / f"rank{rank}.txt").open("w") as output:
+            ranks.append(
+                subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            )
+    deadline = time.monotonic() + seconds
+    try:
+        while any(process.poll() is None for process in ranks):
+            assert all(process.poll() in (None, 0) for process in ranks), told(folder, world)
+            assert time.monotonic() < deadline, f"over {seconds} s\n{told(folder, world)}"
+            time.sleep(0.02)
+        assert all(process.returncode == 0 for process in ranks), told(folder, world)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    return [(folder / f"rank{rank}.txt").read_text() for rank in range(world)]
+
+
+def told(folder: Path, world: int) -> str:
+    parts = [(folder / f"rank{rank}.txt").read_text()[-4000:] for rank in range(world)]
+    return "\n".join(f"--- rank {rank}\n{text}" for rank, text in enumerate(parts))
