@@ -1,6 +1,7 @@
 # Every target does its own set-up in a local virtual environment; nothing outside this folder changes.
 #
 #   make test     set up, then run the tests
+#   make test-integrations   the adapters to TRL, Liger and others, in an environment of its own
 #   make demo     set up, then train a small model on a generated preference task
 #   make bench    benchmark against pinned peers, in an environment of its own
 #   make mutants  plant faults one at a time and see a test turn red (about an hour)
@@ -24,6 +25,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(she
 TORCH_SPEC ?= torch==2.13.0
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
+INTEGRATIONS_VENV ?= .venv-integrations
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$(( n < 8 ? n : 8 )))
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -34,9 +36,9 @@ PIP = $(1)/bin/python -m pip --disable-pip-version-check
 TORCH_KEY := $(shell printf '%s' '$(TORCH_SPEC)' | cksum | cut -d' ' -f1)
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup test demo bench mutants lint lint-setup wheel clean distclean
+.PHONY: help setup test test-integrations demo bench mutants lint lint-setup wheel clean distclean
 help:
-	@sed -n '3,15p' Makefile | cut -c3-
+	@sed -n '3,16p' Makefile | cut -c3-
 
 # ---- set-up: $(1)/.venv -> .torch-<key> -> .deps-<key> -> .prefkern ---------------------------------
 define environment
@@ -62,6 +64,7 @@ $(1)/.prefkern: $(1)/.deps-$(TORCH_KEY) $(NATIVE_SOURCES)
 endef
 $(eval $(call environment,$(VENV),requirements/test.txt))
 $(eval $(call environment,$(BENCH_VENV),requirements/bench.txt))
+$(eval $(call environment,$(INTEGRATIONS_VENV),requirements/integrations.txt))
 
 timed = @start=$$(date +%s); \
 	$(MAKE) --no-print-directory -q $(1)/.prefkern 2>/dev/null || $(MAKE) --no-print-directory $(1)/.prefkern; \
@@ -75,6 +78,12 @@ setup:
 # their own count. A file stays in one process, so that its fixtures (wheel builds) run once.
 test: setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+# The adapters need no GPU code; PREFKERN_NO_CUDA keeps the build short.
+test-integrations: export PREFKERN_NO_CUDA = 1
+test-integrations:
+	$(call timed,$(INTEGRATIONS_VENV))
+	OMP_NUM_THREADS=1 $(INTEGRATIONS_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS) tests/integrations
 
 demo: setup
 	$(VENV)/bin/prefkern demo
@@ -101,7 +110,7 @@ wheel: setup
 
 clean:
 	rm -rf build dist *.egg-info prefkern/*.so prefkern/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f $(VENV)/.prefkern $(BENCH_VENV)/.prefkern
+	rm -f $(VENV)/.prefkern $(BENCH_VENV)/.prefkern $(INTEGRATIONS_VENV)/.prefkern
 
 distclean: clean
-	rm -rf $(VENV) $(BENCH_VENV)
+	rm -rf $(VENV) $(BENCH_VENV) $(INTEGRATIONS_VENV)

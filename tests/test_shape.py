@@ -29,6 +29,8 @@ STOREYS = {
     "integrations": 7,
     "prep": 7,
     "train": 8,
+    "integrations.trl": 9,  # stands on the trainer's recipes
+    "integrations.axolotl": 10,
     "cli": 9,
 }
 
@@ -44,7 +46,8 @@ def sources(*roots: str) -> list[Path]:
 
 def room(parts: tuple[str, ...]) -> str:
     """The folder or file of prefkern that has a storey of its own; "" for the ground."""
-    return parts[0] if parts and parts[0] in STOREYS else ""
+    two = ".".join(parts[:2])
+    return two if two in STOREYS else parts[0] if parts and parts[0] in STOREYS else ""
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:

@@ -20,6 +20,7 @@ def byte_tokenizer(
     eos: str | None = "</s>",
     pad: str | None = None,
     chat: bool = False,
+    padding_side: str = "right",
 ) -> PreTrainedTokenizerFast:
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: i for i, symbol in enumerate(symbols)}
@@ -29,7 +30,9 @@ def byte_tokenizer(
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     special = {k: v for k, v in (("eos_token", eos), ("pad_token", pad)) if v is not None}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, padding_side=padding_side, **special
+    )
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

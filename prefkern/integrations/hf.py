@@ -11,17 +11,22 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..head import Head
+from ..shard import is_distributed
 from . import packed_attention
 
 # A transformers causal model, or a PEFT model around one. nn.Module would be less than the truth:
 # the checker would know neither config nor base_model.
 Model = Any
 
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Config names that scale the logits, as transformers' modelling files use them.
 _MULTIPLIES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+# And those of a tanh soft cap.
+_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # `logits_scaling` divides (granite, minicpm3, ...), except where the model multiplies by it.
 _MULTIPLIES_BY_LOGITS_SCALING = frozenset({"hyperclovax", "hyperclovax_vision_v2"})
 # It divides the hidden states there, not the logits.
@@ -53,12 +58,12 @@ def logit_options(config: Any, *, at_head: bool = False) -> tuple[float, float |
     if divisor is not None and not (at_head and config.model_type in _DIVIDES_BEFORE_HEAD):
         multiplies = config.model_type in _MULTIPLIES_BY_LOGITS_SCALING
         scale = scale * float(divisor) if multiplies else scale / float(divisor)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return scale, None if softcap is None else float(softcap)
+    caps = [getattr(config, name, None) for name in _SOFT_CAPS]
+    return scale, next((float(cap) for cap in caps if cap is not None), None)
 
 
-def _output_layer(model: Model) -> tuple[str, Any]:
-    """(name, module) of the output embedding; raises ValueError where there is none."""
+def output_layer(model: Model) -> Any:
+    """The output embedding as PEFT left it; raises ValueError where there is none."""
     base = causal_lm(model)
     layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if layer is None:
@@ -66,16 +71,41 @@ def _output_layer(model: Model) -> tuple[str, Any]:
             f"{type(base).__name__} has no output embedding (lm_head): prefkern needs a causal "
             "language model with a linear head; load it with AutoModelForCausalLM."
         )
-    name = next((n for n, m in base.named_modules(remove_duplicate=False) if m is layer), "lm_head")
-    return name, layer
+    return layer
+
+
+def module_name(model: Model, module: Any) -> str:
+    """What the model calls a module of its own."""
+    found = causal_lm(model).named_modules(remove_duplicate=False)
+    return next((name for name, other in found if other is module), "lm_head")
+
+
+def check_linear(model: Model, linear: Any) -> None:
+    """Refuses a head whose logits are not hidden @ weight.T + bias of a plain float weight: a
+    quantised one, one with a forward of its own."""
+    kind = f"{type(linear).__module__}.{type(linear).__name__}"
+    weight = getattr(linear, "weight", None)
+    if isinstance(weight, Tensor):
+        subclass = is_traceable_wrapper_subclass(weight) and not is_distributed(weight)
+        if subclass or weight.dtype not in _FLOATS:
+            what = f"{type(weight).__name__} of {weight.dtype}" if subclass else str(weight.dtype)
+            raise ValueError(
+                f"the head {module_name(model, linear)!r} ({kind}) must have a float weight "
+                f"[V, D], got {what} {list(weight.shape)}; leave it out of the quantisation."
+            )
+    if not isinstance(weight, Tensor) or type(linear).forward is not nn.Linear.forward:
+        raise ValueError(
+            f"the head {module_name(model, linear)!r} must be an nn.Linear, got {kind}, which "
+            "computes its logits in its own way; if that is a quantised head, leave it out of the "
+            "quantisation."
+        )
 
 
 def refuse_unsupported(model: Model) -> None:
     """Raises ValueError, by name, for what would be ignored silently: quantised heads, prompt
     learning, encoder-decoder models."""
-    base = causal_lm(model)
-    name, layer = _output_layer(model)
-    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    base, layer = causal_lm(model), output_layer(model)
+    name = module_name(model, layer)
     for adapter, settings in getattr(model, "peft_config", {}).items():
         if getattr(settings, "is_prompt_learning", False):
             raise ValueError(
@@ -90,12 +120,7 @@ def refuse_unsupported(model: Model) -> None:
     linear = layer
     while hasattr(linear, "base_layer"):  # PEFT's
         linear = linear.base_layer
-    weight = getattr(linear, "weight", None)
-    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
-        found = "no weight" if weight is None else f"{weight.dtype} {list(weight.shape)}"
-        raise ValueError(
-            f"the head {name!r} ({kind}) must have a float weight [V, D], got {found}."
-        )
+    check_linear(model, getattr(linear, "original_module", linear))
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{type(base).__name__} is an encoder-decoder model; prefkern needs a decoder."
@@ -104,7 +129,7 @@ def refuse_unsupported(model: Model) -> None:
 
 def read_head(model: Model) -> Head:
     """The head's live parameters and the constants of its logits."""
-    _, layer = _output_layer(model)
+    layer = output_layer(model)
     config = text_config(model)
     scale, softcap = logit_options(config)
     weight, bias = layer.weight, getattr(layer, "bias", None)
@@ -118,6 +143,8 @@ def backbone(model: Model) -> Model:
     """The module below the head, adapters included."""
     base = causal_lm(model)
     inner = base.base_model if base.base_model is not base else base.get_decoder()
+    if inner is base:  # Llama 4's text model names another attribute than it has
+        inner = getattr(base, "model", base)
     if inner is base:
         raise ValueError(
             f"{type(base).__name__} does not name its backbone (base_model_prefix); prefkern "

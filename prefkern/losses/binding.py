@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from . import inline
 from .docstrings import meanings
 from .inputs import missing, unknown
 from .record import LOSSES, Loss
@@ -38,10 +39,12 @@ class Bound(NamedTuple):
 
 
 def resolve(loss: LossLike) -> tuple[Loss, dict[str, Any]]:
-    """The loss of that name or TRL alias, and the arguments the alias fixes.
+    """The loss of that name or TRL alias, and the arguments that the alias fixes or that stand
+    behind the name ("tdpo2:alpha=0.5, beta=0.2").
 
     Raises:
-        ValueError: unknown name (nearest names given), something that is no loss.
+        ValueError: unknown name (nearest names given), arguments that cannot be read, something
+            that is no loss.
     """
     if isinstance(loss, Loss):
         return loss, {}
@@ -53,12 +56,13 @@ def resolve(loss: LossLike) -> tuple[Loss, dict[str, Any]]:
                 f"{loss!r}; declare your own with a decorator of prefkern.losses.declare."
             )
         return record, {}
+    loss, own = inline.split(loss)
     target, fixed = ALIASES.get(loss, (loss, {}))
     if target not in LOSSES:
         known = (*LOSSES, *ALIASES)
         near = difflib.get_close_matches(loss, known, n=3) or known
         raise ValueError(f"unknown loss {loss!r}; nearest: {', '.join(near)}.")
-    return LOSSES[target], dict(fixed)
+    return LOSSES[target], {**fixed, **own}
 
 
 def arguments(loss: LossLike) -> dict[str, inspect.Parameter]:

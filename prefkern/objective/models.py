@@ -17,6 +17,9 @@ from ..ops.linear_stats import linear_divergence, linear_logps
 from ..stats import ONE_MODEL_STATS, TokenStats
 from .terms import Term
 
+# Statistics for the metrics alone; without a gradient they add no product.
+LOGGED = ("top1", "zmean", "ent")
+
 
 class Models(NamedTuple):
     """Hidden states and heads of an objective's models, or what is known of the reference."""
@@ -100,33 +103,32 @@ def token_statistics(
     keeps the policy's logits alone.
     """
     wanted = _loss_statistics(terms)
-    logged = [s for s in _logged(models) if s not in wanted] if metrics else []
+    logged = [name for name in LOGGED if metrics and name not in wanted]
     wanted |= dict.fromkeys(logged)
     own = tuple(s for s in wanted if s.partition(":")[0] in ONE_MODEL_STATS)
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "num_scored": num_scored,
         "memory_budget": memory_budget,
-        "tail_mass": tail_mass,
-        "no_grad_stats": logged,
     }
+    quiet: dict[str, Any] = {"no_grad_stats": tuple(logged), "tail_mass": tail_mass}
     if len(own) + ("ref_logp" in wanted) < len(wanted):
         if models.ref_hidden is None:  # `ev` of given values reads no reference
             return linear_logps(
                 models.hidden, models.head, targets, stats=tuple(wanted), values=models.values,
-                **options,
+                **options, **quiet,
             )  # fmt: skip
         return linear_divergence(
             models.hidden, models.head, targets, models.ref_hidden, models.ref_head,
             stats=tuple(wanted), aux_hidden=models.aux_hidden, aux_head=models.aux_head,
-            values=models.values, **options,
+            values=models.values, **options, **quiet,
         )  # fmt: skip
     foreign = [k for k in ("aux_hidden", "aux_head", "values") if getattr(models, k) is not None]
     if foreign:
         raise ValueError(
             f"{foreign} serve the statistic 'ev' only, and no loss here reads it; drop them."
         )
-    tokens = linear_logps(models.hidden, models.head, targets, stats=own, **options)
+    tokens = linear_logps(models.hidden, models.head, targets, stats=own, **options, **quiet)
     if "ref_logp" not in wanted or source == "ref_seq_logp":
         return tokens
     ref_logp = models.ref_logp
@@ -136,7 +138,6 @@ def token_statistics(
         if models.ref_head is not None:
             checks.check_constant("ref_head", ref_head.weight)
         with torch.no_grad():
-            options |= {"tail_mass": 0.0, "no_grad_stats": ()}
             ref_logp = linear_logps(models.ref_hidden, ref_head, targets, **options).logp
     assert ref_logp is not None
     if ref_logp.numel() != targets.numel():
@@ -157,12 +158,6 @@ def _loss_statistics(terms: list[Term]) -> dict[str, None]:
         if term.call.needs_reference:
             wanted["ref_logp"] = None
     return wanted
-
-
-def _logged(models: Models) -> tuple[str, ...]:
-    """Statistics for the metrics; the entropy is folded from fp32 logits, so not in 16 bits."""
-    exact = models.hidden.dtype in (torch.float32, torch.float64)
-    return ("top1", "zmean", "ent") if exact else ("top1", "zmean")
 
 
 def _reads_reference_tokens(term: Term) -> bool:

@@ -75,12 +75,14 @@ def preference_loss(
         hidden, head, targets: As in `linear_logps`. `[B, T]` input: every row is one sequence.
         cu_seqlens: Boundaries of the packed sequences `[S+1]` int32 on the flattened token axis.
         loss: A name of `prefkern.LOSSES` (or a TRL `loss_type`), a function of `prefkern.losses`, a
-            record of `LOSSES`, or several.
+            record of `LOSSES`, or several. A name may bring arguments of its own, which stand above
+            those of the call: "tdpo2:alpha=0.5".
         loss_weights: One factor per loss. Default 1 each.
         ref_hidden, ref_head: The reference's hidden states for the same tokens and its head (None:
             the policy's). Or
         ref_logp: the reference's log-probability of each target, like `targets` (nats). Or
-        ref_seq_logp: its sum over each sequence `[S]`. At most one of the three.
+        ref_seq_logp: its sum over each sequence `[S]`; fp32 sums are compared with the policy's in
+            fp32, so that equal models give 0. At most one of the three.
         aux_hidden, aux_head, values: A of the statistic `ev`, as in `linear_divergence`.
         layout: How sequences form pairs: "pairs" (chosen, rejected neighbours) or "halves".
         cu_groups: Boundaries of the lists `[G+1]` on the sequence axis, for listwise losses.
@@ -94,8 +96,8 @@ def preference_loss(
         num_items: Denominators "pairs", "groups", "sequences", "tokens" (of likelihood terms) and
             "scored_tokens" (of token means) that replace the batch's own counts (gradient
             accumulation, data parallelism). Default: the batch's counts.
-        metrics: Also compute what trainers log. Default True. Their extra statistics, without
-            gradient, are top1 and zmean, and in fp32 and fp64 the entropy; with `tail_mass` also
+        metrics: Also compute what trainers log. Default True. Their extra statistics are top1,
+            zmean and the entropy, without gradient: they add no product. With `tail_mass` also
             perf/active_share, the share of the vocabulary that the backward computes.
         likelihood_targets: Labels of the likelihood terms (ORPO's, `sft`) where those score more
             than `targets` does, such as the prompt too; equal to `targets` where that counts.

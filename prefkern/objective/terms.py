@@ -65,7 +65,7 @@ def bind_terms(
         supplied: tuple[str, ...] = ("desirable", *filled_here(record))
         if stateful and record.update is not None:  # what its state gives comes later
             supplied = (*supplied, *record.extra)
-        terms.append(Term(record, losses.bind(record, {**fixed, **own}, supplied=supplied), factor))
+        terms.append(Term(record, losses.bind(record, {**own, **fixed}, supplied=supplied), factor))
     return terms
 
 
@@ -139,6 +139,9 @@ class Objective(NamedTuple):
                     f"ref_seq_logp must be [S] = [{self.num_sequences}], one sum per sequence, got "
                     f"{checks.shape_text(self.ref_seq_logp)}; for values per token use ref_logp."
                 )
+            if self.ref_seq_logp.dtype == torch.float32 and seq.logp is not None:
+                # a cache of rounded sums: equal models must give a log-ratio of exactly 0
+                seq = seq._replace(logp=seq.logp.to(torch.float32).to(torch.float64))
             seq = seq._replace(ref_logp=self.ref_seq_logp.to(torch.float64))
         return seq
 

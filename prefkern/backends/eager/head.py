@@ -6,16 +6,29 @@ of tests and benchmarks. Shapes: M computed rows, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import tables
-from ..contract import Folded, Gradients, HeadCall, Model, Tail, written
+from ..contract import Folded, Gradients, HeadCall, Tail, written
 from .finish import merge, safe, targets_of, weighted
+from .gradient import log_mixture_ratio, logit_gradient
+from .logits import (
+    Logits,
+    advantage,
+    blend,
+    in_top,
+    logits_of,
+    own_rows,
+    put_rows,
+    round_to,
+    shape,
+    slope_of,
+    spread_rows,
+    take_rows,
+)  # fmt: skip
 
 COMPACTS = False
 FOLDS_WIDE = False
@@ -24,28 +37,21 @@ FOLDS_WIDE = False
 RANGE = 1 << 15
 
 
-class Logits(NamedTuple):
-    """Products of one model and what became of them."""
-
-    x: Tensor  # [M, V] raw products, fold dtype
-    z: Tensor  # [M, V] logits
-
-
 def fold(call: HeadCall, kept: int) -> Folded:
     """The first sweep: sums of every row over ranges of the vocabulary, merged."""
-    if (rows := _own_rows(call)) is not None:
+    if (rows := own_rows(call)) is not None:
         found = fold(call._replace(rows=rows), kept)
         top = None
         if found.top is not None:
-            top = torch.stack([_spread(call, rows, x) for x in found.top])
+            top = torch.stack([spread_rows(call, rows, x) for x in found.top])
         chunks = found.chunks
         if chunks is not None:
-            chunks = torch.stack([_spread(call, rows, x) for x in chunks])
+            chunks = torch.stack([spread_rows(call, rows, x) for x in chunks])
         return found._replace(
-            top=top, chunks=chunks, sums=_spread(call, rows, found.sums),
-            at=_spread(call, rows, found.at), factors=_spread(call, rows, found.factors),
+            top=top, chunks=chunks, sums=spread_rows(call, rows, found.sums),
+            at=spread_rows(call, rows, found.at), factors=spread_rows(call, rows, found.factors),
         )  # fmt: skip
-    models = [_logits(call, model, rounded=not call.wide) for model in call.models]
+    models = [logits_of(call, model, rounded=not call.wide) for model in call.models]
     seen = [m.z for m in models]
     rounded = call.rounds and call.wide
     fields, starts = [], range(0, call.V, RANGE)
@@ -72,10 +78,10 @@ def fold(call: HeadCall, kept: int) -> Folded:
 
 def fold_again(call: HeadCall, norms: Tensor, cache: Tensor) -> Tensor:
     """The second sweep [SECOND, M], from normalised probabilities."""
-    if (rows := _own_rows(call)) is not None:
+    if (rows := own_rows(call)) is not None:
         some = fold_again(call._replace(rows=rows), norms.index_select(1, rows), cache)
-        return _spread(call, rows, some)
-    policy, ref = (_logits(call, m, rounded=not call.wide).z for m in call.models[:2])
+        return spread_rows(call, rows, some)
+    policy, ref = (logits_of(call, m, rounded=not call.wide).z for m in call.models[:2])
     n = dict(zip(tables.NORMS, norms[:, :, None], strict=True))
     lp = (policy - n["lse"]) - n["lse_low"]
     lr = (ref - n["ref_lse"]) - n["ref_lse_low"]
@@ -89,7 +95,7 @@ def fold_again(call: HeadCall, norms: Tensor, cache: Tensor) -> Tensor:
     if call.plan.has("tv"):
         found["tv"], found["tv_mean"] = (p - r).abs(), p * torch.sign(p - r)
     if call.plan.has("bkl"):
-        inside = _in_top(ref, n["top_value"], n["top_index"])
+        inside = in_top(ref, n["top_value"], n["top_index"])
         found["top_kl"] = torch.where(inside, weighted(r, lr - lp), 0.0)
         found["rest_ref"] = torch.where(inside, 0.0, r)
         found["rest_pol"] = torch.where(inside, 0.0, p)
@@ -107,20 +113,20 @@ def unfold(
 ) -> Gradients:
     """dL/dx of every row and its products with the head (dH) and the hidden rows (dW). Operands of
     products are rounded to the working dtype, sums are fp32 (fp64), results are rounded once."""
-    if (rows := _own_rows(call)) is not None:
+    if (rows := own_rows(call)) is not None:
         own = coefficients.index_select(1, rows)
         if tail is not None:
             tail = tail._replace(active=tail.active.index_select(1, rows))
         return unfold(call._replace(rows=rows), own, cache, needed, tail)
-    models = [_logits(call, model, rounded=call.rounds) for model in call.models]
+    models = [logits_of(call, model, rounded=call.rounds) for model in call.models]
     for i in range(cache.shape[0]):
         kept = min(cache.shape[1], call.M)
         x = torch.cat([cache[i, :kept].to(models[i].x.dtype), models[i].x[kept:]])
         models[i] = Logits(x, shape(x, call.models[i]))
-    d = _logit_gradient(call, coefficients, [m.z for m in models])
-    d = d * _slope(models[0].z, call.policy)
+    d = logit_gradient(call, coefficients, [m.z for m in models])
+    d = d * slope_of(models[0].z, call.policy)
     if call.given:
-        return Gradients(logits=_put(call, d).to(call.working))
+        return Gradients(logits=put_rows(call, d).to(call.working))
     dx = round_to(d, call.working)
     found = {}
     policy = call.policy
@@ -133,7 +139,7 @@ def unfold(
     assert policy.hidden is not None and policy.weight is not None
     weight = policy.weight.to(call.working).to(dx.dtype)
     if "hidden" in needed:
-        found["hidden"] = _put(call, dx @ weight).to(call.working)
+        found["hidden"] = put_rows(call, dx @ weight).to(call.working)
     depth = policy.hidden.shape[1]
     right = {
         "weight": (policy.hidden, slice(0, depth)),
@@ -143,92 +149,15 @@ def unfold(
     for name in sorted(needed & right.keys()):
         left, columns = right[name]
         like = getattr(policy, name)
-        rows = dx.new_ones((dx.shape[0], 1)) if left is None else _take(call, left).to(dx.dtype)
+        rows = dx.new_ones((dx.shape[0], 1)) if left is None else take_rows(call, left).to(dx.dtype)
         total = dx.T @ rows
         total = total if extra is None else total + extra[:, columns]
         found[name] = total.reshape(like.shape).to(like.dtype)
     if "low_in" in needed:
         assert policy.low_out is not None
         low_out = policy.low_out.to(call.working).to(dx.dtype)
-        found["low_in"] = _put(call, dx @ low_out).to(call.working)
+        found["low_in"] = put_rows(call, dx @ low_out).to(call.working)
     return Gradients(**found)
-
-
-# ---- logits --------------------------------------------------------------------------------------
-
-
-def _own_rows(call: HeadCall) -> Tensor | None:
-    """Rows that count, found here where none were given and reading targets waits for nobody."""
-    if call.rows is not None or call.given or call.targets.device.type != "cpu":
-        return None
-    return (call.targets != call.ignore_index).nonzero().flatten()
-
-
-def _spread(call: HeadCall, rows: Tensor, x: Tensor) -> Tensor:
-    """[k, M, ...] back to [k, N, ...]; an empty x stays empty."""
-    if x.dim() < 2:
-        return x
-    return x.new_zeros((x.shape[0], call.N, *x.shape[2:])).index_copy_(1, rows, x)
-
-
-def _take(call: HeadCall, x: Tensor) -> Tensor:
-    """Computed rows [M, ...]; rows that do not count become 0, so that NaN or inf in them cannot
-    spread."""
-    if call.rows is not None:
-        return x.index_select(0, call.rows)
-    live = targets_of(call)[1].reshape(-1, *[1] * (x.dim() - 1))
-    return torch.where(live, x, torch.zeros_like(x))
-
-
-def _put(call: HeadCall, x: Tensor) -> Tensor:
-    """[M, ...] back to [N, ...], exactly 0 in rows that were not computed or do not count."""
-    if call.rows is not None:
-        return x.new_zeros((call.N, *x.shape[1:])).index_copy_(0, call.rows, x)
-    live = targets_of(call)[1].reshape(-1, *[1] * (x.dim() - 1))
-    return torch.where(live, x, torch.zeros_like(x))
-
-
-def _logits(call: HeadCall, model: Model, *, rounded: bool) -> Logits:
-    """Raw products and logits [M, V]. rounded: products in the working dtype; else 16-bit operands
-    are multiplied in fp32."""
-    acc = call.fold_dtype
-    if model.logits is not None:
-        x = _take(call, model.logits).to(acc)
-        return Logits(x, shape(x, model))
-    assert model.hidden is not None and model.weight is not None
-    pairs = [(_take(call, model.hidden), model.weight)]
-    if model.low_in is not None and model.low_out is not None:
-        pairs.append((_take(call, model.low_in), model.low_out))
-    x = functools.reduce(Tensor.add, (a.to(acc) @ b.to(call.working).to(acc).T for a, b in pairs))
-    if rounded:
-        x = round_to(x, call.working)
-    return Logits(x, shape(x, model))
-
-
-def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to the working dtype, before bias, scale and cap: the slope of a cap near saturation
-    would not survive rounding after it."""
-    return x.to(dtype).to(x.dtype)
-
-
-def shape(x: Tensor, model: Model) -> Tensor:
-    """softcap * tanh(scale * (x + bias) / softcap) / temperature."""
-    if model.bias is not None:
-        x = x + model.bias.to(x.dtype)
-    if model.softcap == 0.0:
-        return x * (model.scale / model.temperature)
-    cap = model.softcap
-    return cap / model.temperature * torch.tanh(x * (model.scale / cap))
-
-
-def _slope(z: Tensor, model: Model) -> Tensor | float:
-    """The variable part of dz/dx."""
-    if model.softcap == 0.0:
-        return 1.0
-    return 1.0 - (z * (model.temperature / model.softcap)) ** 2
-
-
-# ---- the first sweep -----------------------------------------------------------------------------
 
 
 def _fields(call: HeadCall, z: list[Tensor], v0: int, again: Tensor | None) -> Tensor:
@@ -283,27 +212,6 @@ def _fields(call: HeadCall, z: list[Tensor], v0: int, again: Tensor | None) -> T
     return rows
 
 
-def blend(x: Tensor, xr: Tensor, a: float) -> Tensor:
-    """x + a (xr - x), -inf wherever a term with weight is -inf."""
-    if a == 0 or a == 1:
-        return x if a == 0 else xr
-    u = x + a * (xr - x)
-    return torch.where(u == u, u, -math.inf)
-
-
-def advantage(call: HeadCall, columns: slice, like: Tensor) -> Tensor:
-    """Given A of ev on some columns: [w], or [M, w] from sparse values."""
-    assert call.values is not None
-    if call.values_index is None:
-        return call.values[columns].to(like.dtype)
-    values, index = _take(call, call.values).to(like.dtype), _take(call, call.values_index)
-    width = columns.stop - columns.start
-    inside = (index >= columns.start) & (index < columns.stop)
-    dense = like.new_zeros((like.shape[0], width))
-    local = torch.where(inside, index - columns.start, 0)
-    return dense.scatter_add(1, local, torch.where(inside, values, 0.0))
-
-
 def _at(call: HeadCall, z: list[Tensor]) -> Tensor:
     """[AT, M]: the target's logits, 0 where the target is out of range, and the teacher's sum."""
     y, _ = targets_of(call)
@@ -314,7 +222,7 @@ def _at(call: HeadCall, z: list[Tensor]) -> Tensor:
         out[i] = torch.where(here, found, 0.0)
     if call.plan.has("xent"):
         assert call.values is not None and call.values_index is not None
-        q, index = _take(call, call.values).double(), _take(call, call.values_index)
+        q, index = take_rows(call, call.values).double(), take_rows(call, call.values_index)
         out[2] = weighted(q, z[0].gather(1, index).double()).sum(1)
     return out
 
@@ -331,12 +239,6 @@ def _chunk_lse(z: Tensor) -> Tensor:
     return torch.stack([part.logsumexp(1) for part in z.split(tables.CHUNK, 1)])
 
 
-def _in_top(zr: Tensor, value: Tensor, index: Tensor) -> Tensor:
-    """[M, V] bool; value and index [M, 1]."""
-    columns = torch.arange(zr.shape[1], device=zr.device)
-    return (zr > value) | ((zr == value) & (columns <= index))
-
-
 def _factors(call: HeadCall, z: list[Tensor], sums: Tensor) -> Tensor:
     """[factors, M, D + r] sums of head rows relative to the row's maxima; [0] without a frozen
     head."""
@@ -351,74 +253,9 @@ def _factors(call: HeadCall, z: list[Tensor], sums: Tensor) -> Tensor:
     if call.plan.two_models:
         xr = z[1] - safe(top[1])[:, None]
         terms |= {"ref": xr.exp(), "cross": weighted(e, x - xr)}
-    slope = _slope(z[0], policy)
+    slope = slope_of(z[0], policy)
     heads = [
         h.to(call.working).to(x.dtype) for h in (policy.weight, policy.low_out) if h is not None
     ]
     made = (weighted(terms[name], slope * torch.ones_like(x)) for name in call.plan.factors)
     return torch.stack([torch.cat([t @ h for h in heads], 1) for t in made])
-
-
-# ---- the gradient --------------------------------------------------------------------------------
-
-
-def log_mixture_ratio(d: Tensor, b: float) -> Tensor:
-    """log of (b r + (1-b) p) / p from d = log r - log p, |d| <= 80; d = 0 gives exactly 0."""
-    return torch.log1p(b * torch.expm1(d))
-
-
-def _power(x: Tensor, xr: Tensor, a: float, shift: Tensor) -> Tensor:
-    """e^(x + a (xr - x) - shift), 0 where a term with weight is -inf."""
-    return (blend(x, xr, a) - shift).exp()
-
-
-def _logit_gradient(call: HeadCall, coefficients: Tensor, z: list[Tensor]) -> Tensor:
-    """dL/dz [M, V], up to dz/dx's variable part; the formula stands beside tables.COEFFICIENTS."""
-    plan = call.plan
-    g = dict(zip(tables.COEFFICIENTS, coefficients[:, :, None], strict=True))
-    lp = (z[0] - g["lse"]) - g["lse_low"]
-    p = lp.exp()
-    inner = g["a0"].expand_as(p)
-    if plan.grows("ent"):
-        inner = inner + g["ent"] * (lp + g["ent_value"])
-    if plan.grows("col"):
-        inner = inner + g["col"] * (p - g["col_value"])
-    lr = r = lp
-    if plan.two_models:
-        lr = (z[1] - g["ref_lse"]) - g["ref_lse_low"]
-        r = lr.exp()
-    if plan.grows("rkl"):
-        inner = inner + g["rkl"] * ((lp - lr) - g["rkl_value"])
-    if plan.grows("ev"):
-        if plan.ev == "aux":
-            a = ((z[2] - g["aux_lse"]) - g["aux_lse_low"]) - lr
-        else:
-            a = advantage(call, slice(0, call.V), p)
-        inner = inner + g["ev"] * (a - g["ev_value"])
-    if plan.grows("tv"):
-        inner = inner + g["tv"] * (torch.sign(p - r) - g["tv_mean"])
-    if plan.grows("jsd"):
-        ratio = log_mixture_ratio((lr - lp).clamp(-80.0, 80.0), plan.param("jsd"))
-        inner = inner - g["jsd"] * (ratio + g["jsd_kl"])
-    d = weighted(p, inner)
-    if plan.grows("fkl"):
-        d = d + g["fkl"] * (p - r)
-    if plan.grows("alpha"):
-        d = d + g["alpha"] * (_power(lp, lr, plan.param("alpha"), torch.zeros_like(lp)) - p)
-    if plan.grows("renyi"):
-        d = d + g["renyi"] * (_power(lp, lr, plan.param("renyi"), g["renyi_shift"]) - p)
-    if plan.grows("mix"):
-        d = d + g["mix"] * (_power(lp, lr, plan.param("mix"), g["mix_shift"]) - p)
-    if plan.grows("bkl"):
-        inside = _in_top(z[1], g["top_value"], g["top_index"])
-        outside = weighted(p, g["bkl_ratio"].expand_as(p))
-        d = d + g["bkl"] * (p - torch.where(inside, r, outside))
-    y, live = targets_of(call)
-    here = live & (y >= 0) & (y < call.V)
-    at = torch.where(here, g["e"][:, 0], 0.0)
-    d = d.scatter_add(1, torch.where(here, y, 0)[:, None], at[:, None])
-    if plan.grows("xent"):
-        assert call.values is not None and call.values_index is not None
-        q = _take(call, call.values).to(d.dtype) * g["teach"]
-        d = d.scatter_add(1, _take(call, call.values_index), q)
-    return torch.where(live[:, None], d, 0.0)

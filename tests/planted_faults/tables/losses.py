@@ -26,7 +26,7 @@ MUTANTS = [
     (
         "an_alias_fixes_nothing",
         B,
-        "    return LOSSES[target], dict(fixed)",
+        "    return LOSSES[target], {**fixed, **own}",
         "    return LOSSES[target], {}",
         *BROAD,
     ),

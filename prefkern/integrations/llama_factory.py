@@ -1,0 +1,105 @@
+"""LLaMA-Factory's DPO without logits (v0, `stage: dpo`).
+
+    from prefkern.integrations import llama_factory
+    llama_factory.use()                  # before run_exp, or: llama_factory.run_dpo(...)
+
+Read: 0.9.5. Its loss types (sigmoid, hinge, ipo, kto_pair, orpo, simpo, ld_alpha, bco) keep its own
+formulas on prefkern's log-probabilities. `logits/chosen` and `logits/rejected` are means over
+labelled positions.
+
+Shapes: B rows of T tokens, chosen first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.linear_stats import linear_logps
+from ..stats import TokenStats
+from . import hf, signatures
+from .head import IGNORE, View, at_head, shifted
+from .verify import verify_head
+
+TESTED = "llamafactory 0.9.5"
+TRAINER = "llamafactory.train.dpo.trainer"
+_AVERAGED = ("ipo", "orpo", "simpo")
+
+
+def trainer_class(base: Any) -> Any:
+    """`base` (CustomDPOTrainer or a subclass) with log-probabilities from the head.
+
+    Raises:
+        ImportError: its concatenated_forward is not the one that was read.
+    """
+    signatures.check(
+        base.concatenated_forward,
+        ("self", "model", "batch", "is_ref_model"), TESTED,
+    )  # fmt: skip
+
+    class PrefkernDPOTrainer(base):
+        def concatenated_forward(
+            self, model: Any, batch: dict[str, Tensor], is_ref_model: bool = False
+        ) -> dict[str, Tensor]:
+            plain = self.accelerator.unwrap_model(model)
+            if "_prefkern_at_head" not in hf.causal_lm(plain).__dict__:
+                at_head(plain)
+                verify_head(plain)
+            inputs = {k: v for k, v in batch.items() if k != "labels"}
+            targets = shifted(batch["labels"])
+
+            def compute(view: View) -> TokenStats:
+                return linear_logps(
+                    view.hidden, view.head, targets.to(view.hidden.device),
+                    stats=("logp", "zmean"),
+                )  # fmt: skip
+
+            tokens = model(**inputs, use_cache=False, at_head=compute).value
+            alpha = None if is_ref_model else self.ld_alpha
+            sums, length = sequence_sums(tokens.logp, targets, alpha)
+            logps = sums / length if self.loss_type in _AVERAGED else sums
+            half = len(targets) // 2
+            chosen, rejected = logps.split(half)
+            scored = targets != IGNORE
+            means = [
+                z[m] for z, m in zip(tokens.zmean.split(half), scored.split(half), strict=True)
+            ]
+            average = chosen if self.loss_type in _AVERAGED else chosen / length[:half]
+            return {
+                "chosen_logps": chosen, "rejected_logps": rejected, "chosen_logits": means[0],
+                "rejected_logits": means[1], "chosen_logps_avg": average,
+            }  # fmt: skip
+
+    return PrefkernDPOTrainer
+
+
+def sequence_sums(logp: Tensor, targets: Tensor, ld_alpha: float | None) -> tuple[Tensor, Tensor]:
+    """(sums [B], lengths [B]) of log-probabilities [B, T]; with `ld_alpha` (LD-DPO) the tokens
+    beyond the length of the pair's shorter answer count by that factor."""
+    scored = targets != IGNORE
+    length = scored.sum(1)
+    if ld_alpha is None:
+        return logp.sum(1), length
+    shorter = torch.minimum(*length.chunk(2)).repeat(2)
+    beyond = scored.cumsum(1) > shorter[:, None]
+    return torch.where(beyond, ld_alpha * logp, logp).sum(1), length
+
+
+def use() -> Any:
+    """From now on LLaMA-Factory's run_dpo, which imports its trainer when it is called, trains with
+    this one; returns the class."""
+    base = signatures.imported(f"{TRAINER}:CustomDPOTrainer", TESTED)
+    module = signatures.imported("llamafactory.train.dpo:trainer", TESTED)
+    if not getattr(base, "_prefkern", False):
+        base = trainer_class(base)
+        base._prefkern = True
+        module.CustomDPOTrainer = base
+    return base
+
+
+def run_dpo(*args: Any, **kwargs: Any) -> Any:
+    """LLaMA-Factory's run_dpo with this trainer."""
+    use()
+    return signatures.imported("llamafactory.train.dpo.workflow:run_dpo", TESTED)(*args, **kwargs)

@@ -1,0 +1,389 @@
+"""Adapters of libraries that are not installed here, against the call shapes that were read.
+
+Each stand-in has the library's signature and computes what its documentation says from full logits;
+the adapter on top of it must give the same numbers and gradients.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+
+import trl_runs as runs
+
+import prefkern
+from prefkern.integrations import (
+    llama_factory,
+    ms_swift,
+    nemo_rl,
+    openrlhf,
+    torchtitan,
+    verl,
+)
+from prefkern.integrations.collate import PairCollator
+from prefkern.integrations.signatures import check, imported
+
+
+def halves(rows=4):
+    """A batch of pairs, chosen rows first."""
+    made = PairCollator(runs.tokenizer(), 40)([dict(row) for row in runs.pairs(rows)])
+    order = torch.cat([torch.arange(0, 2 * rows, 2), torch.arange(1, 2 * rows, 2)])
+    return {k: v[order] for k, v in made.items()}
+
+
+def token_logps(logits, targets):  # [B, T, V], [B, T] shifted
+    logp = logits.float().log_softmax(-1)
+    picked = logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return picked * (targets != -100)
+
+
+def shift(labels):
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+
+
+def same_gradients(mine, theirs):
+    compared = 0
+    for (name, p), q in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-5), name
+        compared += 1
+    assert compared > 10
+
+
+class Plain:
+    """What accelerate is asked for."""
+
+    def unwrap_model(self, model):
+        return model
+
+
+# ---- LLaMA-Factory -------------------------------------------------------------------------------
+
+
+class FactoryTrainer:
+    def __init__(self, loss_type="sigmoid", ld_alpha=None):
+        self.loss_type, self.ld_alpha, self.accelerator = loss_type, ld_alpha, Plain()
+
+    def concatenated_forward(self, model, batch, is_ref_model=False):
+        targets = shift(batch["labels"])
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        logps = token_logps(model(**inputs).logits, targets)
+        length = (targets != -100).sum(1)
+        if self.ld_alpha is not None and not is_ref_model:
+            shorter = torch.minimum(*length.chunk(2)).repeat(2)
+            factor = torch.ones_like(logps)
+            for i, first in enumerate(shorter):
+                factor[i, (targets[i] != -100).nonzero().flatten()[first:]] = self.ld_alpha
+            logps = logps * factor
+        sums = logps.sum(1)
+        if self.loss_type in ("ipo", "orpo", "simpo"):
+            sums = sums / length
+        half = len(sums) // 2
+        average = sums[:half] / (1 if self.loss_type in ("ipo", "orpo", "simpo") else length[:half])
+        return {
+            "chosen_logps": sums[:half], "rejected_logps": sums[half:], "chosen_logps_avg": average,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "alpha", "reference"),
+    [("sigmoid", None, False), ("simpo", None, False), ("sigmoid", 0.3, False),
+     ("sigmoid", 0.3, True)],
+)  # fmt: skip
+def test_llama_factory(loss_type, alpha, reference):
+    batch = halves()
+    results = []
+    for cls in (llama_factory.trainer_class(FactoryTrainer), FactoryTrainer):
+        policy = runs.model()
+        out = cls(loss_type, alpha).concatenated_forward(policy, dict(batch), reference)
+        (out["chosen_logps"].sum() - 0.5 * out["rejected_logps"].square().sum() / 100).backward()
+        results.append((out, policy))
+    (mine, ours), (theirs, other) = results
+    for key, value in theirs.items():
+        assert torch.allclose(mine[key], value, rtol=1e-5, atol=1e-4), key
+    assert mine["chosen_logits"].dim() == 1 and mine["chosen_logits"].mean().isfinite()
+    same_gradients(ours, other)
+
+
+def test_llama_factorys_class_is_replaced_where_run_dpo_looks(monkeypatch):
+    names = ["llamafactory", "llamafactory.train", "llamafactory.train.dpo"]
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    trainer = types.ModuleType("llamafactory.train.dpo.trainer")
+    trainer.CustomDPOTrainer = FactoryTrainer
+    workflow = types.ModuleType("llamafactory.train.dpo.workflow")
+    workflow.run_dpo = lambda value: (value, trainer.CustomDPOTrainer)
+    monkeypatch.setitem(sys.modules, trainer.__name__, trainer)
+    monkeypatch.setitem(sys.modules, workflow.__name__, workflow)
+    sys.modules["llamafactory.train.dpo"].trainer = trainer
+    sys.modules["llamafactory.train.dpo"].workflow = workflow
+    value, cls = llama_factory.run_dpo(3)
+    assert value == 3 and issubclass(cls, FactoryTrainer) and cls is not FactoryTrainer
+    assert llama_factory.use() is cls  # a second time changes nothing
+
+
+# ---- OpenRLHF ------------------------------------------------------------------------------------
+
+
+class Actor(nn.Module):
+    def __init__(self, temperature=1.0):
+        super().__init__()
+        self.model, self.temperature, self.packing_samples = runs.model(), temperature, False
+
+    def forward(
+        self, sequences, action_mask=None, attention_mask=None, return_output=False,
+        allgather_logits=False, return_logprobs=False, ring_attn_group=None, packed_seq_lens=None,
+        return_entropy=False, **mm_inputs,
+    ):  # fmt: skip
+        output = self.model(sequences, attention_mask=attention_mask)
+        output["logits"] = output["logits"].float() / self.temperature
+        if return_entropy:
+            p = output["logits"].log_softmax(-1)
+            output.entropy = -(p.exp() * p).sum(-1)[:, :-1]
+        if action_mask is None and not return_logprobs:
+            return output
+        rolled = torch.roll(sequences, -1, 1)
+        logps = output["logits"].log_softmax(-1).gather(-1, rolled[..., None])[..., 0][:, :-1]
+        if action_mask is not None:
+            logps = logps[:, -action_mask.shape[1] :] * action_mask.float()
+        return (logps, output) if return_output else logps
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_openrlhf(temperature):
+    batch = halves()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    kept = mask[:, 1:].bool()
+    made, other = openrlhf.actor_class(Actor)(temperature), Actor(temperature)
+    options = dict(attention_mask=mask, return_output=True, return_logprobs=True)
+    mine, output = made(ids, **options, return_entropy=True)
+    theirs, full = other(ids, **options, return_entropy=True)
+    assert torch.allclose(mine[kept], theirs[kept], rtol=1e-5, atol=1e-4)
+    assert (mine[~kept] == 0).all()
+    assert torch.allclose(output.entropy[kept], full.entropy[kept], rtol=1e-4, atol=1e-4)
+    assert "aux_loss" not in output and "logits" not in output
+    with pytest.raises(AttributeError, match="without logits"):
+        _ = output.logits
+    mine[kept].square().mean().backward()
+    theirs[kept].square().mean().backward()
+    same_gradients(made, other)
+    actions = kept[:, -6:]
+    a, b = (m(ids, actions, mask) for m in (made, other))
+    assert torch.allclose(a, b, rtol=1e-5, atol=1e-4)
+    assert made(ids, attention_mask=mask, return_output=True).logits.shape[-1] == 264
+
+
+# ---- ms-swift ------------------------------------------------------------------------------------
+
+
+class SwiftTrainer:
+    def __init__(self):
+        self.accelerator, self.is_encoder_decoder, self.label_pad_token_id = Plain(), False, -100
+        self.template = types.SimpleNamespace(sequence_parallel_size=1)
+
+    def get_use_logits_to_keep(self, default):
+        return default
+
+    def concatenated_forward(self, model, batch, is_ref_model=False):
+        assert not self.get_use_logits_to_keep(True) or type(self) is SwiftTrainer
+        batch = dict(batch)
+        labels = torch.roll(batch.pop("labels"), -1, 1)
+        logits = model(**batch, use_cache=False).logits
+        logps, means, mask = self.get_per_token_logps(
+            logits, labels, label_pad_token_id=self.label_pad_token_id
+        )
+        half = len(labels) // 2
+        sums = logps.sum(-1)
+        return {
+            "chosen_logps": sums[:half], "rejected_logps": sums[half:],
+            "mean_chosen_logits": means[:half][mask[:half]].mean(),
+            "nll_loss": -logps[:half][mask[:half]].mean(),
+        }  # fmt: skip
+
+    def get_per_token_logps(self, logits, labels, label_pad_token_id=-100, reduction="mean"):
+        mask = labels != label_pad_token_id
+        return token_logps(logits, labels), logits.mean(-1) * mask, mask
+
+
+def test_ms_swift():
+    batch = halves()
+    results = []
+    for cls in (ms_swift.trainer_class(SwiftTrainer), SwiftTrainer):
+        policy = runs.model()
+        out = cls().concatenated_forward(policy, batch)
+        (out["chosen_logps"] - out["rejected_logps"]).sigmoid().sum().backward()
+        results.append((out, policy))
+    (mine, ours), (theirs, other) = results
+    for key, value in theirs.items():
+        assert torch.allclose(mine[key], value, rtol=1e-5, atol=1e-4), key
+    same_gradients(ours, other)
+
+
+# ---- verl ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(20,), (4, 5)])
+def test_verl(shape):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(*shape, 16, generator=g), torch.randn(50, 16, generator=g)
+    ids = torch.randint(0, 50, shape, generator=g, dtype=torch.int32)
+    results = []
+    for kind in ("ours", "logits"):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if kind == "ours":
+            logps, entropy = verl.FusedLinearForPPO(chunk_size=7)(h, w, ids, temperature=0.8)
+        else:
+            p = (h @ w.T / 0.8).log_softmax(-1)
+            logps = p.gather(-1, ids.long()[..., None])[..., 0]
+            entropy = -(p.exp() * p).sum(-1)
+        (logps.square().sum() + 0.1 * entropy.sum()).backward()
+        results.append((logps, entropy, h.grad, w.grad))
+    for a, b in zip(*results, strict=True):
+        assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_verls_class_is_replaced_where_its_forward_looks(monkeypatch):
+    class FusedLinearForPPO(nn.Module):
+        def __init__(self, chunk_size=512, impl_backend="torch"):
+            super().__init__()
+
+        def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+            raise AssertionError("verl's own")
+
+    for name in ("verl", "verl.utils", "verl.utils.experimental"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    module = types.ModuleType("verl.utils.experimental.torch_functional")
+    module.FusedLinearForPPO = FusedLinearForPPO
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    sys.modules["verl.utils.experimental"].torch_functional = module
+    verl.use()
+    verl.use()
+    assert module.FusedLinearForPPO is verl.FusedLinearForPPO
+
+
+# ---- NeMo-RL -------------------------------------------------------------------------------------
+
+
+def nemo_batch():
+    batch = PairCollator(runs.tokenizer(), 40)([dict(row) for row in runs.pairs(4)])
+    scored = (batch["labels"] != -100).float()
+    g = torch.Generator().manual_seed(0)
+    b, t = scored.shape
+    return {
+        "input_ids": batch["input_ids"], "token_mask": scored,
+        "sample_mask": torch.tensor([1.0, 1, 1, 1, 0, 0, 1, 1]),
+        "reference_policy_logprobs": -torch.rand(b, t, generator=g),
+    }, -torch.rand(b, t - 1, generator=g)  # fmt: skip
+
+
+def test_nemo_rls_dpo():
+    """Its documented loss: rewards summed over tokens, logistic of their difference, divided by
+    the pairs of the global batch."""
+    data, logps = nemo_batch()
+    seqs = torch.tensor(12.0)
+    results = []
+    for kind in ("ours", "written"):
+        x = logps.clone().requires_grad_()
+        if kind == "ours":
+            loss, metrics = nemo_rl.PreferenceLossFn("dpo", beta=0.05)(
+                next_token_logprobs=x, data=data, global_valid_seqs=seqs, global_valid_toks=None
+            )
+            assert metrics["num_valid_samples"] == 3
+        else:
+            ratio = (x - data["reference_policy_logprobs"][:, :-1]) * data["token_mask"][:, 1:]
+            rewards = ratio.sum(-1)
+            pairs = -torch.nn.functional.logsigmoid(0.05 * (rewards[::2] - rewards[1::2]))
+            loss = (pairs * data["sample_mask"][::2]).sum() / (seqs / 2)
+        loss.backward()
+        results.append((loss.detach(), x.grad))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", ["apo_zero", "ipo", "simpo", "cpo"])
+def test_nemo_rl_takes_losses_it_has_not(loss):
+    data, logps = nemo_batch()
+    value, metrics = nemo_rl.PreferenceLossFn(loss)(logps, data, torch.tensor(8.0))
+    assert torch.isfinite(value) and metrics["loss"] == value.item()
+
+
+@pytest.mark.parametrize("loss", ["tdpo2", "kto", "lipo"])
+def test_nemo_rl_refuses_what_it_cannot_give(loss):
+    with pytest.raises(ValueError):
+        nemo_rl.PreferenceLossFn(loss)
+
+
+# ---- torchtitan ----------------------------------------------------------------------------------
+
+
+class Wrapper:
+    @dataclass(kw_only=True, slots=True)
+    class Config:
+        num_chunks: int = 8
+
+    def __init__(self, config, *, compile_config=None):
+        self.num_chunks, self.lm_head = config.num_chunks, None
+
+    def set_lm_head(self, lm_head):
+        self.lm_head = lm_head
+
+    def __call__(self, pred, labels, global_valid_tokens=None, **loss_inputs):
+        raise AssertionError("torchtitan's own")
+
+
+def test_torchtitan():
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 6, 16, generator=g, requires_grad=True)
+    head = nn.Linear(16, 50, bias=False)
+    labels = torch.randint(0, 50, (4, 6), generator=g)
+    labels[:, :2] = -100
+    cls = torchtitan.loss_class(Wrapper)
+    made = cls(cls.Config(loss="simpo", loss_args={"beta": 1.5}, ranks=2))
+    with pytest.raises(ValueError, match="set_lm_head"):
+        made(hidden, labels)
+    made.set_lm_head(head)
+    seen = []
+    head.register_forward_hook(lambda *_: seen.append(True))
+    loss, metrics = made(hidden, labels, torch.tensor(16.0), positions=torch.arange(6))
+    want, _ = prefkern.preference_loss(hidden, head.weight, labels, loss="simpo", beta=1.5)
+    assert loss.item() == pytest.approx(want.item() / 2) and "rewards/margins" in metrics
+    assert seen == [True]  # the head ran as a module, so its hooks did
+    loss.backward()
+    assert head.weight.grad.abs().sum() > 0 and hidden.grad.abs().sum() > 0
+    assert head(torch.zeros(1, 16)).shape == (1, 50)  # and is itself again
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+def test_a_changed_signature_is_refused():
+    class Changed(FactoryTrainer):
+        def concatenated_forward(self, model, batch):
+            pass
+
+    with pytest.raises(ImportError, match=r"adapter knows .*is_ref_model.*llamafactory 0.9.5"):
+        llama_factory.trainer_class(Changed)
+    with pytest.raises(ImportError, match="adapter knows"):
+        check(lambda a: None, ("a", "b"), "x 1.0")
+
+
+@pytest.mark.parametrize("call", [
+    llama_factory.use, openrlhf.actor_class, ms_swift.use, verl.use, torchtitan.loss_class,
+    lambda: nemo_rl.PreferenceLossFn("dpo").loss_type,
+])  # fmt: skip
+def test_an_absent_library_is_named(call, monkeypatch):
+    for name in ("llamafactory", "openrlhf", "swift", "verl", "torchtitan", "nemo_rl"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"is not there .*; this adapter knows"):
+        call()
+
+
+def test_imported_finds_nested_names():
+    assert imported("torch.nn:Linear.forward", "torch") is nn.Linear.forward
