@@ -3,6 +3,7 @@
 #   make test     set up, then run the tests
 #   make test-integrations   the adapters to TRL, Liger and others, in an environment of its own
 #   make demo     set up, then train a small model on a generated preference task
+#   make reports DIR=folder   run a folder of repro scripts and tell how each ends
 #   make bench    benchmark against pinned peers, in an environment of its own
 #   make mutants  plant faults one at a time and see a test turn red (about an hour)
 #   make lint     ruff, mypy, clang-format, codespell
@@ -36,9 +37,9 @@ PIP = $(1)/bin/python -m pip --disable-pip-version-check
 TORCH_KEY := $(shell printf '%s' '$(TORCH_SPEC)' | cksum | cut -d' ' -f1)
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup test test-integrations demo bench mutants lint lint-setup wheel clean distclean
+.PHONY: help setup test test-integrations demo reports bench mutants lint lint-setup wheel clean distclean
 help:
-	@sed -n '3,16p' Makefile | cut -c3-
+	@sed -n '3,17p' Makefile | cut -c3-
 
 # ---- set-up: $(1)/.venv -> .torch-<key> -> .deps-<key> -> .prefkern ---------------------------------
 define environment
@@ -84,6 +85,10 @@ test-integrations: export PREFKERN_NO_CUDA = 1
 test-integrations:
 	$(call timed,$(INTEGRATIONS_VENV))
 	OMP_NUM_THREADS=1 $(INTEGRATIONS_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS) tests/integrations
+
+reports: setup
+	@test -n "$(DIR)" || { echo "usage: make reports DIR=folder-of-scripts" >&2; exit 1; }
+	$(VENV)/bin/python tests/reports.py "$(DIR)" --jobs $(JOBS)
 
 demo: setup
 	$(VENV)/bin/prefkern demo

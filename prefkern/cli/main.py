@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 USER_ERROR = 2
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or (isinstance(error, ImportError) and not _is_missing_extra(error)):
             raise
         print(f"prefkern {verb}: error: {_one_line(error)}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print(f"prefkern {verb}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        # torch's is a RuntimeError; torch is not imported here for its name alone
+        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if debug or not out_of_memory:
+            raise
+        print(
+            f"prefkern {verb}: error: out of memory ({_one_line(error)}): lower the batch size, "
+            "token_budget or max_length.",
+            file=sys.stderr,
+        )
         return USER_ERROR
 
 

@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterable
+import io
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tyro
@@ -35,7 +37,7 @@ def parse(verb: str, args: list[str]) -> tuple[TrainConfig, Command]:
 
     Raises:
         ValueError: an unknown option or YAML key (nearest names given), a value that does not fit.
-        SystemExit: --help, or a value that tyro refuses (status 2).
+        SystemExit: --help.
     """
     if args and args[0].endswith((".yaml", ".yml")):
         args = ["--config", *args]
@@ -56,15 +58,16 @@ def parse(verb: str, args: list[str]) -> tuple[TrainConfig, Command]:
     from_file, columns = defaults.loss_args, defaults.columns
     # dictionaries are no flags: --loss-arg name=value and --column name=column stand for them
     defaults = dataclasses.replace(defaults, loss_args={}, columns={}, **absent)
-    parsed, unknown = tyro.cli(
-        Command,
-        args=args,
-        default=Command(options=defaults),
-        prog=f"prefkern {verb} [CONFIG.yaml]",
-        description=inspect.getdoc(TrainConfig),
-        return_unknown_args=True,
-        config=(tyro.conf.SuppressFixed,),
-    )
+    with _one_line():
+        parsed, unknown = tyro.cli(
+            Command,
+            args=args,
+            default=Command(options=defaults),
+            prog=f"prefkern {verb} [CONFIG.yaml]",
+            description=inspect.getdoc(TrainConfig),
+            return_unknown_args=True,
+            config=(tyro.conf.SuppressFixed,),
+        )
     if unknown:
         names = [f.name for f in dataclasses.fields(TrainConfig)]
         names += ["loss_arg", "column", "dry_run", "json", "debug", "config"]
@@ -76,6 +79,20 @@ def parse(verb: str, args: list[str]) -> tuple[TrainConfig, Command]:
     return dataclasses.replace(parsed.options, loss_args=loss_args, columns=columns), parsed
 
 
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """What tyro draws in a box and leaves with, as the text of a ValueError."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as left:
+        text = re.sub(r"\x1b\[[0-9;]*m|[\u2500-\u257f]+", " ", said.getvalue())
+        if not left.code or not text.strip():
+            raise
+        raise ValueError(" ".join(text.split())) from None
+
+
 def parse_loss_args(pairs: Iterable[str]) -> dict[str, Any]:
     """('alpha=0.5', 'normalize=sum') -> {'alpha': 0.5, 'normalize': 'sum'}, values read as YAML."""
     import yaml
@@ -85,7 +102,12 @@ def parse_loss_args(pairs: Iterable[str]) -> dict[str, Any]:
         name, sign, text = pair.partition("=")
         if not sign or not name:
             raise ValueError(f"--loss-arg must be written name=value, got {pair!r}.")
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(
+                f"--loss-arg {pair}: {text!r} is no value; write name=value."
+            ) from None
         if isinstance(value, str):
             with contextlib.suppress(ValueError):  # 1e-3 is a string in YAML 1.1
                 value = float(value)

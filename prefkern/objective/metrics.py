@@ -151,7 +151,7 @@ def rank_stats(
     if scores.device.type == "cpu" and not torch.compiler.is_compiling():
         right, pairs = _concordance(scores, relevance, valid, group, cu_groups)
         accuracy = torch.where(pairs > 0, right / pairs, nothing)
-    gain = torch.where(valid, torch.exp2(relevance) - 1, 0.0)
+    gain = _gains(relevance, valid, group, g)
     found = ragged.rank(scores, valid, cu_groups, descending=True)
     return RankStats(
         ndcg=_ndcg(gain, found, place, group, g, at),
@@ -192,6 +192,16 @@ def list_metrics(
 
 def _sum(x: Tensor, group: Tensor, g: int) -> Tensor:
     return x.new_zeros(g).index_add_(0, group, x)
+
+
+def _gains(relevance: Tensor, valid: Tensor, group: Tensor, g: int) -> Tensor:  # [S]
+    """2^y - 1 over 2^m, m the group's largest relevance: the ratio of two DCGs stays, and no gain
+    overflows. m is an integer, so that the division is exact."""
+    best = relevance.new_zeros(g).scatter_reduce(
+        0, group, torch.where(valid, relevance, 0.0), "amax"
+    )
+    m = best.floor()[group]
+    return torch.where(valid, torch.exp2(relevance - m) - torch.exp2(-m), 0.0)
 
 
 def _ndcg(

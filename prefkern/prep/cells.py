@@ -10,6 +10,8 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+from .messages import NotMessages, kind_of, read_messages, says
+
 Messages = list[dict[str, Any]]
 Text = str | Messages
 
@@ -20,13 +22,6 @@ class BadRow(Exception):
     def __init__(self, column: str, kind: str, detail: str = "") -> None:
         super().__init__(column, kind, detail)
         self.column, self.kind, self.detail = column, kind, detail or kind
-
-
-def kind_of(value: Any) -> str:
-    """What a value is, in words for a message."""
-    if isinstance(value, list):
-        return "a list"
-    return "null" if value is None else type(value).__name__
 
 
 def get(data: Mapping[str, Any], column: str) -> Any:
@@ -71,7 +66,7 @@ def floats(value: Any, column: str, count: int | None = None) -> list[float]:
 
 
 def text(value: Any, column: str) -> Text:
-    """A string, or a list of messages with string `role` and `content`; it may be blank."""
+    """A string, or a list of messages as `read_messages` gives them; it may be blank."""
     if isinstance(value, str):
         _check_unicode(value, column)
         return value
@@ -79,28 +74,19 @@ def text(value: Any, column: str) -> Text:
         raise BadRow(
             column, "wrong type", f"must be a string or a list of messages, got {kind_of(value)}"
         )
-    for i, message in enumerate(value):
-        where = f"message {i}"
-        if not isinstance(message, Mapping):
-            raise BadRow(column, "wrong type", f"{where} must be an object, got {kind_of(message)}")
+    try:
+        found = read_messages(value)
+    except NotMessages as why:
+        raise BadRow(column, "wrong type", str(why)) from None
+    for message in found:
         for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise BadRow(
-                    column,
-                    "wrong type",
-                    f"{where} needs a string under {key!r}, got {kind_of(message.get(key))}",
-                )
             _check_unicode(message[key], column)
-    # Parquet fills keys that a message does not have with null; a template must not see them.
-    return [{k: v for k, v in message.items() if v is not None} for message in value]
+    return found
 
 
 def filled(value: Text, column: str) -> Text:
-    """Refuses a text without a letter."""
-    if isinstance(value, str):
-        blank = not value.strip()
-    else:
-        blank = not any(message["content"].strip() for message in value)
+    """Refuses a text without a letter, and messages without text, tool call or reasoning."""
+    blank = not value.strip() if isinstance(value, str) else not any(map(says, value))
     if blank:
         raise BadRow(column, "empty", "has no text")
     return value
@@ -141,6 +127,13 @@ def list_texts(data: Mapping[str, Any], least: int = 2) -> list[Text]:
         text(item["completion"] if _nested(item) else item, f"{column}[{i}]")
         for i, item in enumerate(found)
     ]
+
+
+def is_scored(data: Mapping[str, Any]) -> bool:
+    """Whether a row of a list says which response is better by numbers, and not by their order."""
+    responses = data.get(list_column(data))
+    nested = isinstance(responses, list | tuple) and any(map(_nested, responses))
+    return nested or any(data.get(name) is not None for name in ("scores", "ranks"))
 
 
 def list_scores(data: Mapping[str, Any], score_column: str | None = None) -> list[float]:

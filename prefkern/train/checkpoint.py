@@ -1,7 +1,8 @@
 """Checkpoints in the Hugging Face layout, written so that a kill at any moment loses none.
 
-A checkpoint is built in `tmp-checkpoint-N`, synced to disk and renamed to `checkpoint-N`: a folder
-of that name is always complete. Tensors are safetensors, all else is JSON; nothing is pickled.
+A checkpoint is built under a name of the run's own, sealed with the size and checksum of every
+file, synced to disk and renamed to `checkpoint-N`: a folder of that name is complete, and damage to
+it is seen. Tensors are safetensors, all else is JSON; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -9,45 +10,112 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
+import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .config import short_hash
+from .noise import own_rates
+from .output import MARK, Output, list_checkpoints, read_mark, writing
 from .providers import Provider
 
-_NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "prefkern_state.json"
 
 
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    if not output_dir.is_dir():
-        return []
-    found = [(int(m[1]), p) for p in output_dir.iterdir() if (m := _NAME.fullmatch(p.name))]
-    return [path for _, path in sorted(found)]
+def find_resume(choice: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `resume_from_checkpoint` means, and what to say of it; None: start from
+    the beginning.
 
-
-def find_resume(choice: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means; None: start from the beginning."""
+    Raises:
+        ValueError: it is damaged (the newest whole one is named), or is no checkpoint.
+    """
     if choice is None:
-        return None
-    if choice.lower() in ("auto", "true"):
-        found = list_checkpoints(output_dir)
-        return found[-1] if found else None
-    path = Path(choice)
-    if not (path / STATE_FILE).is_file():
-        raise ValueError(
-            f"{path} is not a checkpoint of this trainer (no {STATE_FILE}); pass a checkpoint-N "
-            "folder, or auto for the newest in output_dir."
-        )
-    return path
+        return None, []
+    if choice.lower() not in ("auto", "true"):
+        path = Path(choice)
+        if not (path / STATE_FILE).is_file():
+            raise ValueError(
+                f"{path} is not a checkpoint of this trainer (no {STATE_FILE}); pass a "
+                "checkpoint-N folder, or auto for the newest in output_dir."
+            )
+        if (why := damage(path)) is not None:
+            raise ValueError(f"{path} is damaged: {why}; {last_whole(path.parent)}.")
+        return path, []
+    notes: list[str] = []
+    for path in reversed(list_checkpoints(output_dir)):
+        if (why := damage(path)) is None:
+            return path, notes
+        notes.append(f"{path} is damaged ({why}) and is passed over")
+    if notes:
+        raise ValueError(f"no checkpoint in {output_dir} is whole: {'; '.join(notes)}.")
+    return None, []
+
+
+def last_whole(output_dir: Path) -> str:
+    """What can be continued from, in words."""
+    for path in reversed(list_checkpoints(output_dir)):
+        if damage(path) is None:
+            return f"the last whole checkpoint is {path}"
+    return "there is no whole checkpoint"
+
+
+def seal(folder: Path, run: str) -> None:
+    """Writes the mark of a finished checkpoint: its run, and size and checksum of every file."""
+    files = file_sums(folder, _files(folder))
+    content = {"run": run, "files": files}
+    write_json(folder / MARK, content | {"check": short_hash(content)})
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Which file of a checkpoint is not as it was written, and how; None: all are."""
+    mark = read_mark(checkpoint)
+    if mark is None:
+        return f"{MARK} is missing or cannot be read"
+    files = mark.get("files")
+    if not isinstance(files, dict) or mark.get("check") != short_hash(
+        {"run": mark["run"], "files": files}
+    ):
+        return f"{MARK} was changed"
+    for name in files:
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        size = (checkpoint / name).stat().st_size
+        if size != files[name][0]:
+            return f"{name} has {size} bytes and was written with {files[name][0]}"
+    for name, found in file_sums(checkpoint, files).items():
+        if found != files[name]:
+            return f"the bytes of {name} changed since it was written"
+    return None
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def file_sums(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """Of files below `folder`, several at a time: zlib leaves the interpreter to others."""
+    names = list(names)
+    with ThreadPoolExecutor(4) as pool:
+        sums = pool.map(lambda name: file_sum(folder / name), names)
+        return dict(zip(names, sums, strict=True))
+
+
+def file_sum(path: Path) -> list[int]:
+    """Size and CRC-32."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return [path.stat().st_size, crc]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -146,7 +214,7 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def save_checkpoint(
-    output_dir: Path,
+    output: Output,
     *,
     modules: dict[str, Any],  # "policy", and what is trained beside it
     tokenizer: Any,
@@ -158,31 +226,39 @@ def save_checkpoint(
     keep: int | None,
     parts: Iterable[Provider] = (),  # which have files of their own
 ) -> Path:
-    """Writes `checkpoint-N` atomically and drops the oldest ones beyond `keep`."""
-    final = output_dir / f"checkpoint-{state['step']}"
-    building = output_dir / f"tmp-{final.name}"
-    clear_partial(output_dir)
-    building.mkdir(parents=True)
-    save_weights(building, modules, tokenizer)
-    tensors, groups = optimizer_state(optimizer, modules)
-    save_file(tensors, building / "optimizer.safetensors")
-    write_json(building / "optimizer.json", groups)
-    write_json(building / "scheduler.json", scheduler.state_dict())
-    write_json(building / "rng_state.json", rng)
-    write_json(building / "trainer_state.json", trainer_state)
-    write_json(building / STATE_FILE, state)
-    for part in parts:
-        part.save(building)
-    _sync(building)
-    if final.exists():  # the same step again, after a resume from an older checkpoint
-        shutil.rmtree(final)
-    os.rename(building, final)
-    _sync_folder_only(output_dir)
+    """Writes `checkpoint-N` whole or not at all, and drops this run's oldest beyond `keep`.
+
+    Raises:
+        OSError: it cannot be written; earlier ones stay.
+    """
+    final = output.folder / f"checkpoint-{state['step']}"
+    with writing(final, lambda: last_whole(output.folder)):
+        building = output.partial(final.name)
+        try:
+            save_weights(building, modules, tokenizer)
+            tensors, groups = optimizer_state(optimizer, modules)
+            save_file(tensors, building / "optimizer.safetensors")
+            write_json(building / "optimizer.json", groups)
+            write_json(building / "scheduler.json", scheduler.state_dict())
+            write_json(building / "rng_state.json", rng)
+            write_json(building / "trainer_state.json", trainer_state)
+            write_json(building / STATE_FILE, state)
+            for part in parts:
+                part.save(building)
+            seal(building, output.run)
+            _sync(building)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)  # a full disk gets its space back
+            raise
+        if final.exists():  # the same step again, after a resume from an older checkpoint
+            if final not in output.checkpoints():
+                raise FileExistsError(17, "a folder that is not this run's has that name")
+            output.aside(final)
+        os.rename(building, final)
+        _sync_folder_only(output.folder)
     if keep is not None:
-        for old in list_checkpoints(output_dir)[:-keep]:
-            stale = output_dir / f"tmp-{old.name}"  # renamed first: never a half-deleted name
-            os.rename(old, stale)
-            shutil.rmtree(stale)
+        for old in output.checkpoints()[:-keep]:
+            output.aside(old)
     return final
 
 
@@ -194,25 +270,11 @@ def _sync_folder_only(folder: Path) -> None:
         os.close(handle)
 
 
-def remove_checkpoints(output_dir: Path) -> None:
-    """Drops every checkpoint of an earlier run; the newest first."""
-    for path in reversed(list_checkpoints(output_dir)):
-        stale = output_dir / f"tmp-{path.name}"
-        os.rename(path, stale)
-        shutil.rmtree(stale)
-
-
-def clear_partial(output_dir: Path) -> None:
-    """Removes what a killed run left half written or half deleted."""
-    for path in output_dir.glob("tmp-*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-
-
 def save_weights(folder: Path, modules: dict[str, Any], tokenizer: Any) -> None:
     """Model and tokenizer in the layout that `from_pretrained` reads, and what was trained beside
     the model in a file of its own name each."""
-    modules["policy"].save_pretrained(folder)
+    with own_rates(modules["policy"]):
+        modules["policy"].save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name, module in modules.items():
         if name != "policy":
@@ -220,18 +282,28 @@ def save_weights(folder: Path, modules: dict[str, Any], tokenizer: Any) -> None:
             save_file(state, folder / f"{name}.safetensors")
 
 
-def save_final(output_dir: Path, modules: dict[str, nn.Module], tokenizer: Any) -> None:
-    """The trained model in output_dir itself, each file replaced in one step."""
-    building = output_dir / "tmp-final"
-    clear_partial(output_dir)
-    building.mkdir(parents=True)
-    save_weights(building, modules, tokenizer)
-    _sync(building)
-    for path in sorted(building.iterdir()):
-        if path.is_dir() and (output_dir / path.name).exists():  # a second adapter's folder
-            shutil.rmtree(output_dir / path.name)
-        os.replace(path, output_dir / path.name)
-    building.rmdir()
+def save_final(
+    output: Output,
+    modules: dict[str, nn.Module],
+    tokenizer: Any,
+    parts: Iterable[Provider] = (),
+) -> None:
+    """The trained model in the output folder itself, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; checkpoints stay.
+    """
+    with writing(output.folder, lambda: last_whole(output.folder)):
+        building = output.partial("final")
+        try:
+            save_weights(building, modules, tokenizer)
+            for part in parts:
+                part.save_final(building)
+            _sync(building)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+        output.install(building)
 
 
 def load_training_state(
@@ -244,7 +316,27 @@ def load_training_state(
     world: int,
     device: torch.device,
 ) -> None:
-    """Everything but the policy's weights (loaded with the model) and the loop's own state."""
+    """Everything but the policy's weights (loaded with the model) and the loop's own state.
+
+    Raises:
+        ValueError: naming the checkpoint: it does not fit this run, or cannot be read.
+    """
+    try:
+        _load_training_state(checkpoint, modules, optimizer, scheduler, rank, world, device)
+    except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{checkpoint} cannot be read ({reason}).") from error
+
+
+def _load_training_state(
+    checkpoint: Path,
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    rank: int,
+    world: int,
+    device: torch.device,
+) -> None:
     for name, module in modules.items():
         if name != "policy":
             module.load_state_dict(load_file(checkpoint / f"{name}.safetensors"))

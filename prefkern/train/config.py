@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -45,15 +46,18 @@ class DataOptions:
     """Prompt plus completion in tokens; longer rows keep their start."""
     columns: dict[str, str] = field(default_factory=dict)
     """Columns under other names: what a loss reads -> column; on the command line --column
-    pref_prob=confidence. Optional tensors of a loss are read only where they are named here."""
+    pref_prob=confidence, or --column prompt=question. Optional tensors of a loss are read only
+    where they are named here."""
     score_prompt: bool = False
     """Score the prompt's tokens too, as DOVE does; the column prompt_rejected then matters."""
     likelihood_prompt: bool = False
     """Likelihood terms (orpo, cpo, sft, ...) score the prompt too, as ORPO's authors do."""
     append_eos: bool = True
     """End plain-text answers with EOS."""
-    list_labels: Literal["scores", "order"] = "scores"
-    """Labels of ranked lists: the scores as they are, or only their order (0 for the worst)."""
+    list_labels: Literal["auto", "scores", "order"] = "auto"
+    """Labels of ranked lists: the scores as they are, or only their order (0 for the worst); auto
+    takes the scores, and says so where they are no grades that a loss's gains 2^label can use and
+    only their order is taken."""
     strict: bool = False
     """Refuse the data set at the first bad row instead of counting and skipping bad rows."""
     limit: int | None = None
@@ -121,6 +125,8 @@ class AdapterOptions:
 
     LOWEST: ClassVar[dict[str, float]] = {
         "lora_r": 0,
+        "lora_alpha": 1,
+        "lora_dropout": 0.0,
     }
 
     lora_r: int = 0
@@ -166,10 +172,14 @@ class OptimizerOptions:
 
     LOWEST: ClassVar[dict[str, float]] = {
         "learning_rate": 0.0,
+        "weight_decay": 0.0,
+        "adam_epsilon": 0.0,
+        "seed": 0,
         "max_grad_norm": 0.0,
         "warmup_steps": 0,
         "warmup_ratio": 0.0,
         "num_train_epochs": 0.0,
+        "max_steps": -1,
     }
 
     learning_rate: float = 1e-6
@@ -196,6 +206,15 @@ class OptimizerOptions:
     """Optimizer steps; > 0 overrides num_train_epochs."""
     seed: int = 42
     """Order of the data, dropout, adapter and mask initialisation."""
+
+    def check(self) -> None:
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if self.warmup_ratio > 1.0:
+            raise ValueError(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}.")
+        if self.max_steps <= 0 and self.num_train_epochs == 0.0:
+            raise ValueError("num_train_epochs=0 trains nothing; raise it, or set max_steps.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +299,10 @@ class TrainConfig(
     """Options of `prefkern train`. A group answers one prompt: a pair, a list or one answer."""
 
     def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            for value in _numbers(getattr(self, option.name)):
+                if not math.isfinite(value):
+                    raise ValueError(f"{option.name} must be finite, got {value}.")
         groups = [vars(group) for group in reversed(type(self).__mro__)]
         for name, low in (item for group in groups for item in group.get("LOWEST", {}).items()):
             value = getattr(self, name)
@@ -296,6 +319,15 @@ class TrainConfig(
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def _numbers(value: Any) -> list[float]:
+    """The floats in an option's value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, float) else []
 
 
 # Options that do not change the sequence of weights: a resumed run may set them differently.

@@ -13,6 +13,7 @@ from ..losses.record import Loss
 from .config import TrainConfig
 from .data import Example
 from .data.columns import KINDS, NAME, TEXT, Column, kind_for
+from .data.unread import TEXTS
 from .providers import Micro, Provider, supplied
 from .read_config import nearest
 from .reference import ReferenceRows
@@ -63,8 +64,11 @@ class Columns(Provider):
                     ),
                 )  # fmt: skip
         for name in config.columns:
-            if name not in known:
-                near = nearest(name, known) or f"; known: {', '.join(sorted(known)) or 'none'}"
+            if name not in known and name not in TEXTS:
+                near = (
+                    nearest(name, known | {*TEXTS})
+                    or f"; known: {', '.join(sorted(known)) or 'none'}"
+                )
                 raise ValueError(
                     f"columns: loss {', '.join(config.loss)} reads no column for {name!r}{near}."
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .. import losses
 from ..losses.record import Loss
@@ -34,12 +35,50 @@ def losses_of(config: TrainConfig) -> list[Loss]:
 
 
 def check_loss_args(config: TrainConfig, records: Sequence[Loss], taken: Iterable[str]) -> None:
-    """Refuses hyper-parameters that no loss has and that are not among `taken`."""
+    """Refuses hyper-parameters that no loss has and that are not among `taken`, and values that are
+    none of the kind that the loss declares."""
     known = {*taken, *(name for record in records for name in losses.arguments(record))}
     for name in config.loss_args:
         if name not in known:
             near = nearest(name, known) or f"; known: {', '.join(sorted(known)) or 'none'}"
             raise ValueError(f"loss {', '.join(config.loss)} has no argument {name!r}{near}.")
+        for record in records:
+            parameter = losses.arguments(record).get(name)
+            if parameter is not None and not _fits(config.loss_args[name], parameter.annotation):
+                kinds = [k.strip() for k in str(parameter.annotation).split("|")]
+                words = " or ".join(dict.fromkeys(_WORDS.get(kind, kind) for kind in kinds))
+                raise ValueError(
+                    f"loss_args: {name} of loss {record.name} must be {words}, got "
+                    f"{config.loss_args[name]!r}; write --loss-arg {name}=VALUE."
+                )
+
+
+_WORDS = {
+    "float": "a number", "Tensor": "a number", "int": "an integer", "bool": "true or false",
+    "str": "a word", "None": "null",
+}  # fmt: skip
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value from a command line or YAML is of a declared kind; True where the declaration
+    names a kind that is not known here."""
+    for kind in str(annotation).split("|"):
+        match kind.strip():
+            case "float" | "Tensor":
+                found = isinstance(value, int | float) and not isinstance(value, bool)
+            case "int":
+                found = isinstance(value, int) and not isinstance(value, bool)
+            case "bool":
+                found = isinstance(value, bool)
+            case "str":
+                found = isinstance(value, str)
+            case "None":
+                found = value is None
+            case _:
+                found = True
+        if found:
+            return True
+    return False
 
 
 def calls_of(config: TrainConfig) -> list[losses.Bound]:
@@ -56,6 +95,15 @@ def calls_of(config: TrainConfig) -> list[losses.Bound]:
 def stats_of(calls: Iterable[losses.Bound]) -> frozenset[str]:
     """Names of the token statistics that losses read, without parameters."""
     return frozenset(stat.partition(":")[0] for call in calls for stat in call.stats)
+
+
+def label_range(config: TrainConfig) -> tuple[float, float] | None:
+    """The labels that the losses' gains 2^label - 1 were made for; None: no loss has such gains.
+
+    From 64 on the gradient's norm overflows in fp32; 30 leaves room for the sums.
+    """
+    gains = any("exp2" in call.hyper.values() for call in calls_of(config))
+    return (0.0, 30.0) if gains else None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ..integrations import hf
 from . import demo_task
 from .config import TrainConfig
 from .data import Example, Loader, collate, length_baseline, plan_batches
+from .output import Output, check_writable, read_mark
 from .plots import Panel, plot_history
 
 MAX_LENGTH = 32  # the longest row has 21 tokens
@@ -66,9 +67,24 @@ def run_demo(
             demonstration wrote there is replaced.
         settings: Sizes; default `DemoSettings()`.
         say: Receives each line of the report.
+
+    Raises:
+        ValueError: output_dir holds anything else than an earlier demonstration.
     """
-    with _one_thread(), _quiet_transformers():
-        return _run(Path(output_dir), settings or DemoSettings(), say)
+    folder = Path(output_dir)
+    check_writable(folder)
+    mark = read_mark(folder) or {}
+    if folder.is_dir() and any(folder.iterdir()) and "demo.json" not in mark.get("made", ()):
+        raise ValueError(
+            f"{folder} holds files that no demonstration wrote; name a new folder (--output-dir)."
+        )
+    output = Output(folder, continues=True)  # what it made is replaced
+    try:
+        output.will_make(["data", "likelihood", "tdpo2", "demo.json", "demo.png"])
+        with _one_thread(), _quiet_transformers():
+            return _run(folder, settings or DemoSettings(), say)
+    finally:
+        output.close()
 
 
 def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None]) -> dict[str, Any]:
@@ -273,7 +289,7 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def _load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
 
 
 @contextmanager

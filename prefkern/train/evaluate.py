@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 
@@ -17,6 +18,9 @@ def evaluate(run: Run, examples: list[Example]) -> dict[str, float]:
     """Metrics over `examples` under eval_ names, with the length-only baseline beside them.
 
     All the batches are one step: the loss and its terms are over the denominators of all examples.
+
+    Raises:
+        ValueError: a metric is not finite.
     """
     step, size = run.step, run.config.per_device_eval_batch_size
     chunks = [list(range(i, min(i + size, len(examples)))) for i in range(0, len(examples), size)]
@@ -37,6 +41,11 @@ def evaluate(run: Run, examples: list[Example]) -> dict[str, float]:
     shares.log(meter, run.world)
     step.train(training)
     found = {f"eval_{name}": value for name, value in meter.pop().items()}
+    if bad := [f"{name} {value}" for name, value in found.items() if not math.isfinite(value)]:
+        raise ValueError(
+            f"evaluation gives no numbers ({', '.join(bad[:4])}): the model's weights or the rows "
+            "are at fault; labels of lists that are no small grades want --list-labels order."
+        )
     seconds = time.perf_counter() - started
     if run.layout != "unpaired":
         found["eval_length_baseline"] = length_baseline(examples)

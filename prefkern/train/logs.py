@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from .config import TrainConfig
 from .data import Example
+from .output import writing
+
+DIFFERENCE = "chosen minus rejected"  # stands for "margins" that follow from two other means
 
 
 class Meter:
@@ -31,7 +34,10 @@ class Meter:
         """The means of one batch, each weighted by what it is a mean over; shares are left out."""
         counts = _Counts(metrics, examples)
         for name, value in metrics.items():
-            if not is_share(name):
+            if counts.unpaired and name.endswith("/margins"):
+                # of two means over rows of their own, which only the whole data give
+                self.add(name.replace("margins", DIFFERENCE), 0.0, 0.0)
+            elif not is_share(name):
                 self.add(name, value, counts.of(name))
 
     def consolidate(self, keeps: bool) -> None:
@@ -47,7 +53,12 @@ class Meter:
         """Means over all processes since the last pop; every process gets them."""
         totals = self._gathered()
         self.sums = {}
-        return {name: total / count for name, (total, count) in totals.items() if count}
+        means = {name: total / count for name, (total, count) in totals.items() if count}
+        for name in totals:
+            sides = [name.replace(DIFFERENCE, side) for side in ("chosen", "rejected")]
+            if name.endswith(DIFFERENCE) and all(side in means for side in sides):
+                means[name.replace(DIFFERENCE, "margins")] = means[sides[0]] - means[sides[1]]
+        return {k: v for k, v in means.items() if not k.endswith(DIFFERENCE)}
 
     def _gathered(self) -> dict[str, list[float]]:
         mine = self.state()
@@ -94,7 +105,7 @@ class _Counts:
         groups = float(len(examples))
         lengths = [[float(seq.length) for seq in example.sequences] for example in examples]
         tokens, sequences = sum(map(sum, lengths)), float(sum(map(len, lengths)))
-        self.groups = groups
+        self.groups, self.unpaired = groups, False
         # side -> rows and tokens
         self.sides: dict[str, tuple[float, float]] = {"mean": (sequences, tokens)}
         self.scored = self.accuracy = tokens
@@ -103,6 +114,7 @@ class _Counts:
         elif "logps/mean" in metrics:  # neither pairs nor labels: means over all sequences
             return
         elif len(lengths[0]) == 1:  # single answers: a side counts its own rows
+            self.unpaired = True
             for side, flag in (("chosen", True), ("rejected", False)):
                 own = [n[0] for n, e in zip(lengths, examples, strict=True) if e.desirable is flag]
                 self.sides[side] = (float(len(own)), sum(own))
@@ -131,16 +143,23 @@ class History:
     def __init__(self, path: Path | None, rows: list[dict[str, Any]], accelerator: Any) -> None:
         self.path, self.rows, self.accelerator = path, list(rows), accelerator
         if path is not None:  # rows beyond the checkpoint belong to a run that did not happen
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            with writing(path):
+                path.write_text(lines, encoding="utf-8")
 
     def add(self, row: dict[str, Any]) -> None:
+        """One row; a number that is not finite becomes null, for JSON has none."""
+        row = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
         self.rows.append(row)
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if self.accelerator.trackers:
             step = row["step"]
-            self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+            numbers = {k: v for k, v in row.items() if k != "step" and v is not None}
+            self.accelerator.log(numbers, step=step)
 
 
 def performance(device: torch.device, tokens: int, seconds: float) -> dict[str, float]:

@@ -11,22 +11,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from . import checkpoint as ckpt
-from .config import TrainConfig, check_same_run
+from . import finite, sources
+from .config import check_same_run
 from .data import Example, plan_batches
 from .evaluate import deal, evaluate
 from .logs import History, Meter, Shares, performance, postfix, total_flos, trainer_state
+from .optimizer import clip, make_optimizer, rounded_away
+from .output import LOG, TRAINER_STATE, Output, owner, writing
 from .run import Run
-from .step import PreferenceStep
 
 
 def train_run(run: Run, *, final_run: bool = True) -> dict[str, Any]:
@@ -36,11 +39,11 @@ def train_run(run: Run, *, final_run: bool = True) -> dict[str, Any]:
         The last row of the log, and `log_history`.
     """
     loop = Loop(run)
-    loop.open_output()
-    if loop.counts.step == 0:
-        loop.evaluate()
-    loop.run_steps()
-    final = loop.finish()
+    with loop.opened_output():
+        if loop.counts.step == 0:
+            loop.evaluate()
+        loop.run_steps()
+        final = loop.finish()
     if final_run:
         run.accelerator.end_training()  # which also ends the process group
     else:
@@ -60,6 +63,7 @@ class Counts:
     tokens: int = 0
     groups: int = 0
     loss_sum: float = 0.0  # over all steps logged so far
+    largest_norm: float = 0.0  # of the gradients so far
 
 
 class Loop:
@@ -72,9 +76,20 @@ class Loop:
         self.optimizer, self.scheduler = make_optimizer(run.step, run.config, self.total_steps)
         self.counts = Counts()
         run.say(f"data: {run.report}")
+        if run.eval_data is not None:
+            run.say(f"eval data: {run.eval_data.report}")
+        if (share := rounded_away(run.step, run.config.learning_rate)) > 0.5:
+            run.say(
+                f"{share:.0%} of the bfloat16 weights cannot move at learning_rate "
+                f"{run.config.learning_rate:g}: updates of that size are lost in rounding. "
+                "--dtype float32 --bf16 keeps fp32 weights and computes in bfloat16."
+            )
         torch.manual_seed(run.config.seed + run.rank)  # ranks start equal, their dropout differs
         rows, window = self._restored() if run.resume is not None else ([], {})
-        path = self.output_dir / "log_history.jsonl" if run.is_main else None
+        path = self.output_dir / LOG if run.is_main else None
+        # of the models as they were loaded, where a checkpoint is going to need it
+        saves = run.is_main and 0 < self.config.save_steps <= self.total_steps
+        self.contents = sources.contents(self.config) if saves else {}
         self._rows, self._path = rows, path
         self.meter = Meter(window if run.is_main else None)
         self.wrapped: Any = run.step
@@ -89,6 +104,8 @@ class Loop:
         assert checkpoint is not None
         saved = ckpt.read_json(checkpoint / ckpt.STATE_FILE)
         check_resumed(run, checkpoint, saved)
+        if run.is_main:
+            sources.check_same(saved["contents"], run.config)
         ckpt.load_training_state(
             checkpoint, modules=run.step.trained(), optimizer=self.optimizer,
             scheduler=self.scheduler, rank=run.rank, world=run.world, device=run.device,
@@ -99,17 +116,33 @@ class Loop:
         names = [option.name for option in dataclasses.fields(Counts)]
         self.counts = Counts(**{name: saved[name] for name in names})
         run.say(f"resuming from {checkpoint} at step {self.counts.step} of {self.total_steps}")
-        rows = ckpt.read_json(checkpoint / "trainer_state.json")["log_history"]
+        rows = ckpt.read_json(checkpoint / TRAINER_STATE)["log_history"]
         return rows, saved["window"]
 
-    def open_output(self) -> None:
-        """The output folder, the log and the trackers."""
+    @contextmanager
+    def opened_output(self) -> Iterator[None]:
+        """The output folder, held against other runs, the log and the trackers."""
         run, config = self.run, self.config
         if run.is_main:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            ckpt.clear_partial(self.output_dir)
-            if run.resume is None and config.overwrite_output_dir:
-                ckpt.remove_checkpoints(self.output_dir)
+            self.output = Output(
+                self.output_dir,
+                owner(run.resume),
+                overwrite=run.resume is None and config.overwrite_output_dir,
+                continues=config.resume_from_checkpoint is not None,
+            )
+            if self.output.note:
+                run.say(self.output.note)
+        try:
+            self._open_logs()
+            yield
+        finally:
+            if run.is_main:
+                self.output.close()
+
+    def _open_logs(self) -> None:
+        run, config = self.run, self.config
+        if run.is_main:
+            self.output.will_make([LOG])
         if config.report_to:
             plain = {
                 k: v if isinstance(v, int | float) else str(v) for k, v in config.as_dict().items()
@@ -148,6 +181,7 @@ class Loop:
             examples = [run.examples[i] for i in indices]
             self._backward(examples, num_items, real, shares, last=number == len(mine) - 1)
         self.grad_norm = clip(run.step, self.config.max_grad_norm)
+        self._check_finite(shares, groups)
         self.learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
@@ -183,6 +217,25 @@ class Loop:
         if real:
             self.meter.add_means(metrics, examples)
 
+    def _check_finite(self, shares: Shares, groups: list[Example]) -> None:
+        """Ends the run before a step that is no number reaches the weights or a file."""
+        counts, norm = self.counts, float(self.grad_norm)
+        found = {"loss": float(shares.sums["loss"]), "grad_norm": norm}
+        if finite.is_finite(found):
+            counts.largest_norm = max(counts.largest_norm, norm)
+            return
+        self.history.add({**found, "epoch": counts.passes, "step": counts.step + 1})
+        lists = self.run.layout == "lists"
+        raise ValueError(
+            finite.message_of(
+                found, counts.step + 1, groups, lists, ckpt.last_whole(self.output_dir)
+            )
+        )
+
+    def _check_weights(self) -> None:
+        """Refuses to write weights that are no numbers."""
+        finite.check_weights(self.run.step, self.counts.step, self.output_dir)
+
     def _after_step(self, bar: Any) -> None:
         step, config = self.counts.step, self.config
         last = step == self.total_steps
@@ -204,11 +257,6 @@ class Loop:
     def _log(self) -> dict[str, Any]:
         """The row of the steps since the last one."""
         counts, means = self.counts, self.meter.pop()
-        if not math.isfinite(means["loss"]):
-            raise ValueError(
-                f"the loss became {means['loss']} by step {counts.step}: lower the "
-                "learning rate, or check the rows of the last steps."
-            )
         counts.loss_sum += means["loss"] * window(counts.step, self.config.logging_steps)
         seconds = time.perf_counter() - self.clock
         row = {
@@ -239,19 +287,21 @@ class Loop:
     def _save(self) -> None:
         """A checkpoint of this step."""
         run = self.run
+        self._check_weights()
         self.meter.consolidate(run.is_main)
         state = dataclasses.asdict(self.counts) | {
             "window": self.meter.state(),
             "config": self.config.as_dict(),
             "packed": run.packed,
             "data": run.data_hash,
+            "contents": self.contents,
         }
         for provider in run.providers:
             state |= provider.state()
         rng = gather_objects(run, ckpt.rng_state(run.device))
         if run.is_main:
             ckpt.save_checkpoint(
-                self.output_dir, modules=run.step.trained(), tokenizer=run.tokenizer,
+                self.output, modules=run.step.trained(), tokenizer=run.tokenizer,
                 optimizer=self.optimizer, scheduler=self.scheduler, rng=rng, state=state,
                 trainer_state=self._trainer_state(), keep=self.config.save_total_limit,
                 parts=run.providers,
@@ -261,6 +311,12 @@ class Loop:
     def finish(self) -> dict[str, Any]:
         """The last row of the log, the trained model and the pictures."""
         run, counts, before = self.run, self.counts, self.before
+        self._check_weights()
+        if counts.largest_norm == 0.0:
+            raise ValueError(
+                "every gradient of the run was 0, so nothing was trained and nothing is written: "
+                "look at the column weight, at the loss's arguments and at its metrics in the log."
+            )
         seconds = time.perf_counter() - self.started
         final = {
             "train_loss": counts.loss_sum / max(counts.step, 1),
@@ -273,14 +329,16 @@ class Loop:
         }
         self.history.add(final)
         if run.is_main:
-            ckpt.save_final(self.output_dir, run.step.trained(), run.tokenizer)
-            for provider in run.providers:
-                provider.save_final(self.output_dir)
-            ckpt.write_json(self.output_dir / "trainer_state.json", self._trainer_state())
+            ckpt.save_final(self.output, run.step.trained(), run.tokenizer, run.providers)
+            self.output.will_make([TRAINER_STATE])
+            with writing(self.output_dir / TRAINER_STATE):
+                ckpt.write_json(self.output_dir / TRAINER_STATE, self._trainer_state())
             if self.config.plots:
                 from .plots import plot_history
 
-                plot_history(self.history.rows, self.output_dir)
+                plotted = plot_history(self.history.rows, self.output_dir)
+                self.output.will_make(path.name for path in plotted.files)
+            self.output.finish()
         run.accelerator.wait_for_everyone()
         return {**final, "log_history": self.history.rows}
 
@@ -324,47 +382,6 @@ def count_steps(run: Run) -> int:
 def window(step: int, logging_steps: int) -> int:
     """Steps that the row logged at `step` is a mean of."""
     return (step - 1) % logging_steps + 1
-
-
-def make_optimizer(
-    step: PreferenceStep, config: TrainConfig, total_steps: int
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with decay on matrices only, groups of the providers' own, and the schedule."""
-    from transformers import get_scheduler
-    from transformers.trainer_pt_utils import get_parameter_names
-
-    no_decay = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-    decayed = set(get_parameter_names(step, [nn.LayerNorm], no_decay))
-    groups: dict[str, dict[str, Any]] = {
-        "decay": {"params": [], "weight_decay": config.weight_decay},
-        "no_decay": {"params": [], "weight_decay": 0.0},
-    }
-    for name, parameter in step.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        own = [found for p in step.providers if (found := p.parameter_group(name)) is not None]
-        group, options = own[0] if own else ("decay" if name in decayed else "no_decay", {})
-        groups.setdefault(group, {"params": [], **options})["params"].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [group for group in groups.values() if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-    )
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
-    scheduler = get_scheduler(
-        config.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=warmup,
-        num_training_steps=total_steps,
-    )
-    return optimizer, scheduler
-
-
-def clip(step: nn.Module, limit: float) -> Tensor:  # []
-    """Gradient norm before clipping; with limit 0 nothing is clipped."""
-    parameters = [p for p in step.parameters() if p.grad is not None]
-    return nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
 
 
 def gather_objects(run: Run, value: Any) -> list[Any]:

@@ -3,54 +3,154 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..integrations import hf
+from . import noise
 from .config import TrainConfig
 
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-# Plain float attributes that modelling files hand to functional dropout or attention.
-_DROPOUT_ATTRIBUTES = (
-    "dropout", "attention_dropout", "attn_dropout", "hidden_dropout", "resid_dropout",
-    "activation_dropout", "dropout_p", "dropout_prob", "attn_pdrop",
-)  # fmt: skip
+
+def check_name(name: str) -> None:
+    """Refuses a path without a folder behind it at once, where the hub would be asked five times.
+
+    A name with one slash is a path where its first part is a folder here.
+    """
+    path = Path(name)
+    if name and path.is_dir():
+        return
+    if path.is_file():
+        raise ValueError(f"{name} is a file; pass the model folder that from_pretrained reads.")
+    first, _, rest = name.partition("/")
+    local = not name or name.startswith(("/", ".", "~")) or "/" in rest or "\\" in name
+    if local or (rest and Path(first).is_dir()):
+        raise ValueError(f"there is no model folder {name!r} (here: {Path.cwd()}).")
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model folder or hub name."""
+    """The tokenizer of a model folder or hub name.
+
+    Raises:
+        ValueError: there is none, or its files cannot be read.
+    """
     from transformers import AutoTokenizer
 
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
-        raise ValueError(f"there is no model folder {name}.")  # no five retries against the hub
-    return AutoTokenizer.from_pretrained(name)
+    check_name(name)
+    with told(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+@contextmanager
+def told(name: str, what: str = "model") -> Iterator[None]:
+    """Whatever a library raises while it reads a folder comes out as one line that names it."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        for file in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []:
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except (SafetensorError, OSError) as broken:
+                reason = f"{file} is damaged or not whole ({broken})"
+        raise ValueError(f"the {what} of {name} cannot be loaded: {reason}") from error
+
+
+def load_whole(kind: Any, name: str, config: TrainConfig) -> hf.Model:
+    """A transformers model of the auto class `kind`, every weight of it out of the checkpoint.
+
+    Raises:
+        ValueError: weights are missing or of another shape (transformers would draw them at
+            random), the model is an encoder-decoder, or its files cannot be read.
+    """
+    from transformers import AutoConfig
+
+    check_name(name)
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": False}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    with told(name):
+        settings = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if getattr(settings, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} ({settings.model_type}) is an encoder-decoder model; prefkern needs a decoder."
+        )
+    with told(name):
+        model, found = kind.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    lacking = sorted(found["missing_keys"])
+    lacking += sorted(str(key) for key in found.get("mismatched_keys", ()))
+    if lacking or found.get("error_msgs"):
+        what = ", ".join(lacking[:3]) + (" ..." if len(lacking) > 3 else "")
+        raise ValueError(
+            f"{name}: {len(lacking)} weights of {type(model).__name__} are not in the checkpoint, "
+            f"or have another shape there ({what}); they would be random. Fetch or save the model "
+            "again, or correct its config.json (tie_word_embeddings, number of layers)."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"{name} is an adapter; fetch it into a folder and pass the folder.")
+    return model
 
 
 def load_causal_lm(name: str, config: TrainConfig) -> hf.Model:
-    """A transformers causal model with its weights in `config.dtype`."""
+    """A transformers causal model with its weights in `config.dtype`; raises as `load_whole`."""
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
-    if config.attn_implementation is not None:
-        options["attn_implementation"] = config.attn_implementation
-    return AutoModelForCausalLM.from_pretrained(name, **options)
+    return load_whole(AutoModelForCausalLM, name, config)
+
+
+def is_adapter(name: str | Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def adapter_base(name: str | Path) -> str:
+    """The model that an adapter folder names as its base."""
+    from peft import PeftConfig
+
+    with told(str(name), "adapter"):
+        base = PeftConfig.from_pretrained(str(name)).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{name}/adapter_config.json names no base model.")
+    return str(base)
 
 
 def load_model(name: str, config: TrainConfig, *, trainable: bool = False) -> hf.Model:
     """A model folder or hub name; with adapter_config.json in it, base plus PEFT adapter."""
-    if not (Path(name) / "adapter_config.json").is_file():
+    if not is_adapter(name):
         return load_causal_lm(name, config)
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
-    base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    return PeftModel.from_pretrained(load_causal_lm(base, config), name, is_trainable=trainable)
+    base = load_causal_lm(adapter_base(name), config)
+    with told(name, "adapter"):
+        model = PeftModel.from_pretrained(base, name, is_trainable=trainable)
+        wanted = get_peft_model_state_dict(model).keys()
+        stored = Path(name) / "adapter_model.safetensors"
+        if stored.is_file():
+            with safe_open(stored, "pt") as file:
+                lacking = sorted(wanted - set(file.keys()))
+            if lacking:
+                raise ValueError(
+                    f"{len(lacking)} weights are not in {stored} ({', '.join(lacking[:3])})"
+                )
+    return model
 
 
 def load_policy(config: TrainConfig, checkpoint: Path | None) -> hf.Model:
     """The model to train: fresh, with a new adapter if asked for, or as a checkpoint left it."""
+    if checkpoint is not None and is_adapter(checkpoint):
+        own = adapter_base(config.model) if is_adapter(config.model) else config.model
+        if (named := adapter_base(checkpoint)) != own:
+            raise ValueError(f"{checkpoint} holds an adapter of {named}, the run's model is {own}.")
     model = load_model(str(checkpoint or config.model), config, trainable=True)
     if config.lora_r and not hasattr(model, "peft_config"):
         from peft import LoraConfig, get_peft_model
@@ -66,28 +166,18 @@ def load_policy(config: TrainConfig, checkpoint: Path | None) -> hf.Model:
                 target_modules=list(config.lora_target_modules) or "all-linear",
             ),
         )
-    if config.disable_dropout:
-        disable_dropout(model)
     if config.gradient_checkpointing:
         # non-reentrant: works with frozen embeddings and keeps DDP's hooks in order
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         enable = getattr(inner, "activation_checkpointing_enable", None)  # the name since 5.2x
         (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
+    if config.disable_dropout:
+        noise.silence(model)
     return model.train()
 
 
 def freeze(model: hf.Model) -> hf.Model:
     return model.requires_grad_(False).eval()
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0, in modules and in attributes of attention layers."""
-    for module in model.modules():
-        if isinstance(module, _DROPOUTS):
-            module.p = 0.0
-        for name in _DROPOUT_ATTRIBUTES:
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -31,6 +31,35 @@ def check_first_batch(model: hf.Model, examples: list[Example], config: TrainCon
     )
 
 
+@torch.no_grad()
+def check_noise(policy: hf.Model, examples: list[Example], config: TrainConfig) -> None:
+    """Refuses a policy whose forward in training mode is not the one that it is evaluated with.
+
+    Policy and reference would differ before the first step. Evaluated twice, it may itself differ
+    by the noise of atomic sums. Dropout that was asked for is no such noise.
+    """
+    if not config.disable_dropout:
+        return
+    batch = collate(examples[:1], packed=False).to(next(policy.parameters()).device)
+    training, found = policy.training, []
+    for mode in (False, True):
+        policy.train(mode)
+        found.append(
+            hf.fused_logps(
+                policy, batch.input_ids, batch.targets, position_ids=batch.position_ids,
+                attention_mask=batch.attention_mask, backend=config.backend,
+            )
+        )  # fmt: skip
+    policy.train(training)
+    difference = (found[0] - found[1]).abs().max().item()
+    if not difference <= PACKING_LIMIT[next(policy.parameters()).dtype]:
+        raise ValueError(
+            f"{type(hf.causal_lm(policy)).__name__} gives other log-probabilities in training mode "
+            f"(by {difference:.3g} nats) though every dropout is off: it draws noise of its own, "
+            "which policy and reference would not share; pass --no-disable-dropout to accept it."
+        )
+
+
 def packing_difference(model: hf.Model, examples: list[Example], config: TrainConfig) -> float:
     """Largest difference in nats between packed log-probabilities and each sequence alone."""
     sequences = [s for e in examples[:2] for s in e.sequences][:4]
@@ -94,6 +123,7 @@ def open_frozen(
     hf.refuse_unsupported(model)
     check_first_batch(model, examples, config)
     check_pairing(name, model, policy)
+    check_tokens(name, config, examples)
     if packed:
         inner = hf.causal_lm(model)
         if hf.text_config(policy)._attn_implementation == packed_attention.NAME:
@@ -104,6 +134,25 @@ def open_frozen(
                 f"{name} cannot read packed batches (difference {found:.3g} nats); use packing=off."
             )
     return model
+
+
+def check_tokens(name: str, config: TrainConfig, examples: list[Example]) -> None:
+    """Refuses a model whose tokenizer has other tokens at the ids that the data hold."""
+    if name == config.model:
+        return
+    own = models.load_tokenizer(config.model)
+    try:
+        other = models.load_tokenizer(name)
+    except ValueError:
+        return  # a folder of weights alone: there is nothing to compare
+    used = sorted({int(i) for e in examples for s in e.sequences for i in s.input_ids})
+    mine, theirs = (t.convert_ids_to_tokens(used) for t in (own, other))
+    for number, a, b in zip(used, mine, theirs, strict=True):
+        if a != b:
+            raise ValueError(
+                f"the tokenizers of {config.model} and {name} differ: id {number} is {a!r} in the "
+                f"one and {b!r} in the other; both models must read the same tokens."
+            )
 
 
 def check_pairing(name: str, model: hf.Model, policy: hf.Model) -> None:

@@ -13,6 +13,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .output import check_writable
+
+_SOURCE = "prefkern plot"  # in the text of a picture: such a one may be drawn again
+
 Rows = Iterable[Mapping[str, Any]]
 
 # Okabe and Ito's palette: distinct for the colour-blind and in grey.
@@ -158,6 +162,7 @@ def plot_history(
     if not drawn:  # a run is not to fail at its end for a log without numbers
         return Plotted([], notes)
     out_dir = Path(out_dir)
+    check_writable(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     files = [_write([item], out_dir / f"{item[0].stem}.png", columns=1) for item in drawn]
     if len(drawn) > 1:
@@ -170,20 +175,35 @@ def _curves(run: str, rows: list[Mapping[str, Any]], panel: Panel, notes: list[s
     for key, name in panel.keys:
         for held_out in (False, True):
             full = "eval_" + key if held_out else key
-            steps, values, lost = [], [], 0
+            steps, values, lost, unplaced = [], [], 0, 0
             for index, row in enumerate(rows):
-                value = row.get(full)
-                if isinstance(value, bool) or not isinstance(value, int | float):
+                value, step = _number(row.get(full)), _number(row.get("step", index))
+                if value is None:
                     continue
-                steps.append(float(row.get("step", index)))
-                values.append(float(value) if math.isfinite(value) else math.nan)
+                if step is None or not math.isfinite(step):
+                    unplaced += 1
+                    continue
+                steps.append(step)
+                values.append(value if math.isfinite(value) else math.nan)
                 lost += not math.isfinite(value)
+            where = f" of {run}" if run else ""
+            if unplaced:
+                notes.append(f"{full}{where}: {unplaced} rows without a step are left out")
             if lost:
-                where = f" of {run}" if run else ""
                 notes.append(f"{full}{where}: {lost} of {len(values)} values are not finite")
             if len(values) > lost:
                 curves.append(Curve(run, name, held_out, steps, values))
     return curves
+
+
+def _number(value: Any) -> float | None:
+    """A number as a float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # JSON has integers of any size
+        return math.inf
 
 
 def _write(items: list[tuple[Panel, list[Curve]]], path: Path, columns: int) -> Path:
@@ -198,8 +218,12 @@ def _write(items: list[tuple[Panel, list[Curve]]], path: Path, columns: int) -> 
         _draw(axes, panel, curves)
     for axes in grid[len(items) :]:
         axes.set_axis_off()
+    if path.exists() and _SOURCE.encode() not in path.read_bytes()[:4096]:
+        raise ValueError(
+            f"{path} is no picture of prefkern plot and is not replaced; move it away."
+        )
     # Without the software entry the same rows give the same bytes under every version.
-    figure.savefig(path, metadata={"Software": None})
+    figure.savefig(path, metadata={"Software": None, "Source": _SOURCE})
     return path
 
 

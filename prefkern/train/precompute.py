@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..integrations import hf
-from . import models, pairing, reference_cache
+from . import models, output, pairing, reference_cache
 from .config import TrainConfig
 from .run import make_accelerator, make_loader, pad_id
 
@@ -17,6 +17,8 @@ def precompute(config: TrainConfig) -> list[Path]:
 
     The reference is `ref_model`, else `model`, as it would be in training.
     """
+    output.check_writable(Path(config.output_dir))
+    output.check_inputs(config)
     accelerator = make_accelerator(config)
     if accelerator.num_processes > 1:
         raise ValueError("precompute runs in one process; start it without torchrun.")
@@ -38,7 +40,7 @@ def precompute(config: TrainConfig) -> list[Path]:
         size = config.per_device_eval_batch_size
         steps = tqdm(range(0, len(examples), size), disable=config.disable_tqdm)
         stored = reference_cache.compute(
-            model, examples, config, packed=packed, pad_id=pad_id(tokenizer), progress=steps
+            model, examples, config, packed=packed, pad_id=pad_id(tokenizer, model), progress=steps
         )
         key = reference_cache.cache_key(examples, model, config)
         about = {"rows": reference_cache.rows_key(examples)}

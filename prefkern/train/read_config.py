@@ -42,7 +42,10 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         if kind is bool and isinstance(value, bool):
             return value
     elif kind is float and isinstance(value, int | float | str):
-        return float(value)  # YAML 1.1 reads 1e-6 as a string
+        try:
+            return float(value)  # YAML 1.1 reads 1e-6 as a string
+        except (ValueError, OverflowError):
+            raise ValueError(f"{name} must be a number, got {value!r}.") from None
     elif kind is int and isinstance(value, int):
         return value
     elif kind is str and isinstance(value, str | int | float):

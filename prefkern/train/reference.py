@@ -39,6 +39,7 @@ def choose_mode(
     needs: ReferenceNeeds,
     *,
     has_adapter: bool,
+    given_adapter: bool = False,
     moves: bool = False,
     further: Sequence[str] = (),
 ) -> str:
@@ -47,6 +48,8 @@ def choose_mode(
     Args:
         config, needs: Of the run.
         has_adapter: Whether the policy has one.
+        given_adapter: Whether it came with the model. Switched off, it is not the model as given,
+            so the reference is then a model of its own.
         moves: Whether the reference must have weights of its own.
         further: What is read of it that only a model gives, in words.
     """
@@ -56,7 +59,7 @@ def choose_mode(
             mode = "none"
         elif config.precomputed_ref:
             mode = "cache"
-        elif has_adapter and config.ref_model is None and not moves:
+        elif has_adapter and not given_adapter and config.ref_model is None and not moves:
             mode = "adapter"
         else:
             mode = "model"

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from ..ops.segment_sum import segment_sum
 from .config import TrainConfig, short_hash
 from .data import Example, collate, data_hash
 from .models import weights_hash
+from .output import writing
 from .reference import token_logps
 
 FORMAT = "prefkern-reference-logps-1"
@@ -65,7 +67,7 @@ def read(path: str, key: dict[str, str]) -> StoredLogps:
             f"{file} does not exist: no reference log-probabilities for this data, model and "
             "precision; write them with `prefkern precompute` and the same options."
         )
-    with safe_open(file, "pt") as stored:
+    with _opened(file) as stored:
         found = stored.metadata() or {}
         different = [name for name, value in key.items() if found.get(name) != value]
         if different:
@@ -74,6 +76,22 @@ def read(path: str, key: dict[str, str]) -> StoredLogps:
                 "write it again with `prefkern precompute`."
             )
         return StoredLogps(stored.get_tensor("logp"), stored.get_tensor("cu_seqlens"))
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A cache to read from.
+
+    Raises:
+        ValueError: it is damaged, or holds something else.
+    """
+    try:
+        with safe_open(file, "pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} is not a whole file of `prefkern precompute` ({error}); write it again."
+        ) from error
 
 
 def find(path: str | Path, examples: list[Example], *, same_tokens: bool) -> StoredLogps:
@@ -95,7 +113,7 @@ def find(path: str | Path, examples: list[Example], *, same_tokens: bool) -> Sto
     data, rows = data_hash(examples), rows_key(examples)
     found: list[tuple[str, StoredLogps]] = []
     for file in files:
-        with safe_open(file, "pt") as stored:
+        with _opened(file) as stored:
             about = stored.metadata() or {}
             fits = about.get("data") == data or (not same_tokens and about.get("rows") == rows)
             if about.get("format") == FORMAT and fits:
@@ -186,9 +204,13 @@ def write(
 
     `about` goes into the metadata beside the key and is not part of the name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / cache_name(key)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(stored._asdict(), partial, metadata=key | (about or {}))
-    os.replace(partial, path)
+    partial = path.with_name(f".prefkern-{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(stored._asdict(), partial, metadata=key | (about or {}))
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     return path

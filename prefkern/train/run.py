@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ import torch
 from ..integrations import hf
 from ..losses.record import Loss
 from . import checkpoint as ckpt
-from . import demands, models, pairing, reference_cache
+from . import demands, models, output, pairing, reference_cache
 from .config import TrainConfig
 from .data import Example, Loaded, Loader, SkipReport, collate, data_hash
+from .data.read import check_source
+from .data.unread import TEXTS
 from .data_providers import Columns
 from .facts import facts_of
 from .models import autocast
@@ -84,7 +86,7 @@ class Run:
 
     @property
     def pad_id(self) -> int:
-        return pad_id(self.tokenizer)
+        return pad_id(self.tokenizer, self.step.policy)
 
     def count_items(self, examples: list[Example]) -> dict[str, int]:
         """Denominators of `examples`, all of one step."""
@@ -115,9 +117,12 @@ def say(accelerator: Any, text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def pad_id(tokenizer: Any) -> int:
-    """A tokenizer without pad pads with 0: masked positions are never read."""
-    return tokenizer.pad_token_id or 0
+def pad_id(tokenizer: Any, model: hf.Model) -> int:
+    """0 where the tokenizer has no pad token, or one that the embedding has no row for: masked
+    positions are looked up and never read."""
+    rows = hf.causal_lm(model).get_input_embeddings().weight.shape[0]
+    found = tokenizer.pad_token_id
+    return found if found is not None and found < rows else 0
 
 
 def prepare(config: TrainConfig, *, training: bool = True) -> Run:
@@ -131,16 +136,14 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
             "num_rounds, round_data: a run of rounds is started by prefkern.train.train."
         )
     records, providers = plan(config)
-    resume = _resume(config) if training else None
+    check_sources(config)
+    resume, notes = _resume(config) if training else (None, [])
     accelerator = make_accelerator(config)
+    tell = partial(say, accelerator)
+    for note in notes:
+        tell(note)
     tokenizer, policy = open_policy(config, providers, resume, accelerator.num_processes)
-    mode = choose_mode(
-        config,
-        demands.ReferenceNeeds.of(config),
-        has_adapter=hasattr(policy, "peft_config"),
-        moves=any(provider.moves_reference for provider in providers),
-        further=[p.wants_reference for p in providers if p.wants_reference],
-    )
+    mode = mode_of(config, providers, policy, training, tell)
     data, eval_data = open_data(config, providers, tokenizer, policy)
     demands.check_layout(records, data.layout)
     if mode == "model" and not training and config.ref_model is None:
@@ -149,9 +152,9 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
             "trained from (a model compared with itself has margins of 0)."
         )
     own_hash = data_hash(data.examples, columns=True)
-    tell = partial(say, accelerator)
     policy.to(accelerator.device)
     difference = pairing.check_first_batch(policy, data.examples, config)
+    pairing.check_noise(policy, data.examples, config)
     packed = pairing.choose_packing(tell, policy, data.examples, config)
     if mode == "cache":
         data, eval_data = with_stored_reference(config, data, eval_data)
@@ -161,8 +164,8 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
     reference = open_reference(mode, config, providers, policy, frozen)
     opened = Opened(
         policy=policy, reference=reference, examples=data.examples, packed=packed,
-        pad_id=pad_id(tokenizer), device=accelerator.device, world=accelerator.num_processes,
-        training=training, resume=resume, say=tell, frozen=frozen,
+        pad_id=pad_id(tokenizer, policy), device=accelerator.device,
+        world=accelerator.num_processes, training=training, resume=resume, say=tell, frozen=frozen,
     )  # fmt: skip
     for provider in providers:
         provider.open(opened)
@@ -176,6 +179,29 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
     )  # fmt: skip
 
 
+def mode_of(
+    config: TrainConfig,
+    providers: Sequence[Provider],
+    policy: hf.Model,
+    training: bool,
+    tell: Callable[[str], None],
+) -> str:
+    """Where the reference comes from, and a word where it is not the model as given."""
+    given_adapter = models.is_adapter(config.model)
+    mode = choose_mode(
+        config,
+        demands.ReferenceNeeds.of(config),
+        has_adapter=hasattr(policy, "peft_config"),
+        # an evaluated adapter is compared with its base, as when it was trained
+        given_adapter=training and given_adapter,
+        moves=any(provider.moves_reference for provider in providers),
+        further=[p.wants_reference for p in providers if p.wants_reference],
+    )
+    if mode == "adapter" and given_adapter:
+        tell(f"the reference is {models.adapter_base(config.model)}, without adapter.")
+    return mode
+
+
 def plan(config: TrainConfig) -> tuple[list[Loss], list[Provider]]:
     """Losses and providers of a run; what can be refused before anything loads is refused."""
     records = demands.losses_of(config)
@@ -184,22 +210,55 @@ def plan(config: TrainConfig) -> tuple[list[Loss], list[Provider]]:
     return records, providers
 
 
-def _resume(config: TrainConfig) -> Path | None:
-    output_dir = Path(config.output_dir)
-    resume = ckpt.find_resume(config.resume_from_checkpoint, output_dir)
-    fresh = config.resume_from_checkpoint is None and not config.overwrite_output_dir
-    if fresh and ckpt.list_checkpoints(output_dir):
-        raise ValueError(
-            f"{output_dir} holds checkpoints of an earlier run; pass --resume-from-checkpoint auto "
-            "to continue it, --overwrite-output-dir to start afresh, or another --output-dir."
-        )
-    return resume
+def check_sources(config: TrainConfig) -> None:
+    """Refuses names of models, data and files that lead nowhere, before one of them is loaded.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for option in ("model", "ref_model", "aux_model", "judge_model", "judge_ref_model"):
+        with _of_option(option):
+            if (name := getattr(config, option)) is not None:
+                models.check_name(name)
+    for option in ("dataset", "eval_dataset"):
+        with _of_option(option):
+            if (source := getattr(config, option)) is not None:
+                check_source(source)
+    for option in ("precomputed_ref", "precomputed_aux", "fused_ref"):
+        value = getattr(config, option) or ()
+        for path in value if isinstance(value, tuple) else (value,):
+            if not Path(path).exists():
+                raise ValueError(
+                    f"{option}: there is no {path}; `prefkern precompute` writes such files."
+                )
+
+
+@contextmanager
+def _of_option(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _resume(config: TrainConfig) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from, and what to say of it; the output folder is checked."""
+    folder = Path(config.output_dir)
+    output.check_inputs(config)
+    resume, notes = ckpt.find_resume(config.resume_from_checkpoint, folder)
+    output.check_free(
+        folder,
+        overwrite=config.overwrite_output_dir,
+        resume=resume,
+        auto=config.resume_from_checkpoint is not None,
+    )
+    return resume, notes
 
 
 def make_accelerator(config: TrainConfig) -> Any:
     """The processes and trackers of a run."""
     from accelerate import Accelerator, tracking
-    from accelerate.utils import DistributedType, InitProcessGroupKwargs
+    from accelerate.utils import DistributedType
 
     # accelerate leaves out trackers that are not installed without a word
     known_trackers = ["all", *(str(name) for name in tracking.get_available_trackers())]
@@ -208,12 +267,7 @@ def make_accelerator(config: TrainConfig) -> Any:
             f"report_to: {', '.join(lacking)} is not installed here or no tracker of accelerate's; "
             f"available: {', '.join(known_trackers[1:]) or 'none'}."
         )
-    handlers = []
-    if config.round_data == "online":
-        # one process judges while the others wait, which may take longer than NCCL's 10 minutes
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(hours=12)))
     accelerator = Accelerator(
-        kwargs_handlers=handlers,
         cpu=config.device == "cpu",
         mixed_precision="no",  # autocast is the step's own, so that evaluation has the same
         log_with=list(config.report_to) or None,
@@ -261,6 +315,8 @@ def make_loader(
         seed=config.seed,
         append_eos=config.append_eos,
         list_labels=config.list_labels,
+        label_range=demands.label_range(config),
+        renamed={k: v for k, v in config.columns.items() if k in TEXTS},
         score_prompt=config.score_prompt,
         columns=[] if columns is None else list(columns.columns.values()),
         roles={} if columns is None else columns.roles,
@@ -288,6 +344,11 @@ def open_data(
     if eval_data.layout != data.layout:
         raise ValueError(
             f"dataset holds {data.layout}, eval_dataset holds {eval_data.layout}: they must match."
+        )
+    if eval_data.report.ordered != data.report.ordered:
+        raise ValueError(
+            "the labels of dataset and eval_dataset are on two scales, one of them beyond what the "
+            "loss's gains are for; pass --list-labels order or --list-labels scores for both."
         )
     return data, eval_data
 

@@ -79,7 +79,16 @@ def test_the_log_is_a_mean_over_its_window(tmp_path, materials):
 
 def test_the_logged_rate_is_the_one_of_the_step(tmp_path, materials):
     def rates(**options):
-        result = train(config(tmp_path, *materials, max_steps=4, learning_rate=0.4, **options))
+        result = train(
+            config(
+                tmp_path,
+                *materials,
+                max_steps=4,
+                learning_rate=0.4,
+                overwrite_output_dir=True,
+                **options,
+            )
+        )
         return [row["learning_rate"] for row in steps_of(result)]
 
     assert rates() == pytest.approx([0.4, 0.3, 0.2, 0.1])

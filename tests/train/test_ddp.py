@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -15,20 +14,18 @@ import pytest
 from online_model import JUDGE, letters_model, write_rows
 from safetensors.torch import load_file
 from tiny_models import config, save_model, write_data
+from torch.distributed import TCPStore
 
 from prefkern.train import train
 
 WORKER = Path(__file__).resolve().parent / "ddp_worker.py"
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def two_ranks(settings: Path, folder: Path) -> None:
-    port, ranks = str(free_port()), []
+    # The store binds its port itself and keeps it, as torchrun's does: a port that is free when it
+    # is asked for may be another's when the ranks come to it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks: list[subprocess.Popen] = []
     for rank in ("0", "1"):
         environment = os.environ | {
             "RANK": rank,
@@ -36,7 +33,8 @@ def two_ranks(settings: Path, folder: Path) -> None:
             "WORLD_SIZE": "2",
             "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
             "OMP_NUM_THREADS": "1",
             # both ranks are on this machine: no network interface can come between them
             "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",

@@ -294,7 +294,7 @@ def test_trackers_get_the_rows(tmp_path, model, pairs, monkeypatch):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, model, pairs):
-    with pytest.raises(ValueError, match=r"the loss became .* by step"):
+    with pytest.raises(ValueError, match=r"the loss became .* at step 2, rows"):
         train(
             config(
                 tmp_path / "out", model, pairs, learning_rate=1e30, max_grad_norm=0.0, max_steps=9

@@ -61,7 +61,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     for name in names:
         assert (a / name).read_bytes() == (b / name).read_bytes(), f"{name} differs"
     assert logged(a) == logged(b)
-    assert not list(b.glob("tmp-*"))
+    assert not list(b.glob(".prefkern-*"))
 
 
 class Killed(BaseException):
@@ -138,10 +138,10 @@ def test_half_written_checkpoints_are_never_read(tmp_path):
     model, data = materials(tmp_path)
     out = tmp_path / "out"
     train(config(out, model, data, **COMMON | {"max_steps": 4}))
-    assert checkpoint.find_resume("auto", out).name == "checkpoint-4"
+    assert checkpoint.find_resume("auto", out)[0].name == "checkpoint-4"
     (out / "tmp-checkpoint-6").mkdir()
-    assert checkpoint.find_resume("auto", out).name == "checkpoint-4"
-    assert checkpoint.find_resume("auto", tmp_path / "empty") is None
+    assert checkpoint.find_resume("auto", out)[0].name == "checkpoint-4"
+    assert checkpoint.find_resume("auto", tmp_path / "empty") == (None, [])
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

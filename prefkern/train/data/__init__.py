@@ -1,7 +1,7 @@
 """Preference data: reading, checking, tokenising, planning batches and collating them."""
 
 from .batches import IGNORE, collate, plan_batches, plan_in_order
-from .load import Loader, data_hash, length_baseline
+from .load import Loader, data_hash, length_baseline, load_examples
 from .records import (
     LAYOUTS,
     Encoded,
@@ -23,6 +23,7 @@ __all__ = [
     "collate",
     "data_hash",
     "length_baseline",
+    "load_examples",
     "plan_batches",
     "plan_in_order",
 ]

@@ -9,14 +9,18 @@ conversation the chat template decides.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
-import jinja2
 import numpy as np
 
+from ...prep.messages import with_text_arguments
 from .columns import fit_tokens, is_per_token
 from .records import Encoded, Example
+from .rendered import check_rendered, check_tools
 from .rows import BadRow, Messages, ParsedRow
 
 # The answers of a row that share a prompt, and whether max_length cut one of them.
@@ -61,6 +65,9 @@ class Encoder:
         self.limit = max_length if max_length is not None else model_context
         self.vocab_size = vocab_size
         self.append_eos, self.score_prompt = append_eos, score_prompt
+        self.roles: set[str] = set()  # those that the chat template was seen to write
+        self.ends = _end_marks(tokenizer)
+        self.notes: Counter[str] = Counter()  # what was done to texts that hold marks already
 
     def encode(self, rows: list[tuple[int, ParsedRow]]) -> list[Example | BadRow]:
         """The example of every (number, row), or the reason why a row cannot be used."""
@@ -109,9 +116,29 @@ class Encoder:
             ids = [list(x) for x in encoded[at : at + 1 + len(row.responses)]]
             at += len(ids)
             if self.append_eos:
-                ids[1:] = [x if x and x[-1] == eos else [*x, eos] for x in ids[1:]]
-            out.append(ids)
+                ids[1:] = [
+                    self._ended(x, str(response))
+                    for x, response in zip(ids[1:], row.responses, strict=True)
+                ]
+            out.append(self._begun(ids))
         return out
+
+    def _ended(self, ids: list[int], response: str) -> list[int]:
+        """The ids with EOS, unless the answer ends with a mark of its end already."""
+        if ids and ids[-1] == self.tokenizer.eos_token_id:
+            return ids
+        if self.ends and response.rstrip().endswith(self.ends):
+            self.notes["answers end with a special token of their own, so no EOS was added"] += 1
+            return ids
+        return [*ids, self.tokenizer.eos_token_id]
+
+    def _begun(self, ids: list[list[int]]) -> list[list[int]]:
+        """The ids without the BOS that the tokenizer puts before one that the text holds."""
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if bos is None or not all(x[:2] == [bos, bos] for x in ids):
+            return ids
+        self.notes["prompts begin with BOS, so no second one was added"] += 1
+        return [x[1:] for x in ids]
 
     def _chat_ids(self, row: ParsedRow) -> list[list[int]]:
         if getattr(self.tokenizer, "chat_template", None) is None:
@@ -119,32 +146,53 @@ class Encoder:
                 "the data are conversations and this tokenizer has no chat template; set "
                 "tokenizer.chat_template, or pass data with plain-text prompts."
             )
-        prompt = cast(Messages, row.prompt)
-        ends_open = prompt[-1]["role"] == "assistant"
         try:
-            ids = [
-                self._template(
-                    prompt,
-                    row,
-                    add_generation_prompt=not ends_open,
-                    continue_final_message=ends_open,
-                )
-            ]
-            ids += [
-                self._template([*prompt, *cast(Messages, response)], row)
-                for response in row.responses
-            ]
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            # Templates refuse what they do not know: roles that do not alternate, and the like.
+            return self._rendered(row)
+        except TypeError:  # a template that joins the arguments of tool calls to strings
+            prompt = with_text_arguments(cast(Messages, row.prompt))
+            answers = [with_text_arguments(cast(Messages, r)) for r in row.responses]
+        try:
+            return self._rendered(replace(row, prompt=prompt, responses=[*answers]))
+        except TypeError as error:
             raise BadRow("prompt", "refused by the chat template", str(error)) from error
-        return ids
 
-    def _template(self, messages: Messages, row: ParsedRow, **options: Any) -> list[int]:
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, **options, **row.template_args
+    def _rendered(self, row: ParsedRow) -> list[list[int]]:
+        prompt = cast(Messages, row.prompt)
+        ends_open = bool(prompt) and prompt[-1]["role"] == "assistant"
+        open_end = dict(add_generation_prompt=not ends_open, continue_final_message=ends_open)
+        texts = [self._template(prompt, row, **open_end)]
+        check_rendered(
+            prompt, "prompt", texts[0], lambda m: self._template(m, row, **open_end), self.roles
+        )
+        for place, response in zip(row.places, row.responses, strict=True):
+            answer = cast(Messages, response)
+            texts.append(self._template([*prompt, *answer], row))
+            check_rendered(
+                answer, place, texts[-1], lambda m: self._template([*prompt, *m], row), self.roles
+            )
+        tools = row.template_args.get("tools", ())
+        check_tools(
+            tools, texts[0], lambda kept: self._template(prompt, _with(row, kept), **open_end)
         )
         # The template writes its own special tokens.
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return [
+            list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            for text in texts
+        ]
+
+    def _template(self, messages: Messages, row: ParsedRow, **options: Any) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, **options, **row.template_args
+            )
+        except TypeError:
+            raise
+        except Exception as error:
+            # Templates refuse what they do not know (roles that do not alternate, and the like),
+            # and what a row hands them may divide by 0 or recurse without end.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise BadRow("prompt", "refused by the chat template", reason) from error
+        return str(text)
 
     def _sequences(self, row: ParsedRow, ids: list[list[int]]) -> Part:
         start = common_prefix(ids)
@@ -185,7 +233,8 @@ class Encoder:
                 "max_length to truncate",
             )
         count = len(tokens) - start
-        appended = self.append_eos and isinstance(row.prompt, str)
+        plain = self.append_eos and isinstance(row.prompt, str)
+        appended = plain and tokens[-1] == self.tokenizer.eos_token_id
         if count < 1 + appended:
             raise BadRow(place, "no tokens", "has no token left in this tokenizer")
         if self.vocab_size is not None and max(tokens) >= self.vocab_size:
@@ -228,6 +277,21 @@ def _example(number: int, row: ParsedRow, parts: list[Part | BadRow]) -> Example
         text=int.from_bytes(hashlib.blake2b(texts, digest_size=8).digest(), "big"),
         truncated=truncated,
     )
+
+
+def _with(row: ParsedRow, tools: Sequence[Any]) -> ParsedRow:
+    return replace(row, template_args={**row.template_args, "tools": list(tools)})
+
+
+def _end_marks(tokenizer: Any) -> tuple[str, ...]:
+    """Special tokens by which a text may end a turn: all but those of beginning and padding."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    found = {str(token) for token in added if getattr(token, "special", False)}
+    found |= set(getattr(tokenizer, "all_special_tokens", ()))
+    names = ("bos_token", "pad_token", "unk_token", "mask_token")
+    found -= {getattr(tokenizer, name, None) for name in names}
+    found.add(getattr(tokenizer, "eos_token", None) or "")
+    return tuple(sorted(mark for mark in found if mark))
 
 
 def common_prefix(ids: list[list[int]]) -> int:

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...prep.cells import is_scored
+from . import unread
 from .columns import Column, check_alike, read_columns, reorder
 from .encode import Encoder
 from .read import RawRow, raw_rows
@@ -51,7 +53,10 @@ class Loader:
     """Score the prompt's tokens too, all but the very first."""
     list_labels: str = "scores"
     """"scores" as given (ranks count from the worst, 0), or "order": 0 for the worst of the list, 1
-    for the next, equal scores equal. Data whose scores have several scales want "order"."""
+    for the next, equal scores equal. Data whose scores have several scales want "order". "auto" is
+    "scores", and "order" for a data set with labels outside `label_range`, which is noted."""
+    label_range: tuple[float, float] | None = None
+    """Labels that the losses were made for; None: any."""
     shuffle_lists: bool = True
     """False keeps the stored order, for losses in which it has a meaning."""
     labelled: bool = True
@@ -61,14 +66,18 @@ class Loader:
     """Columns that losses read beside the texts."""
     roles: Mapping[str, Column] = field(default_factory=dict)
     """Answers of a pair beside chosen and rejected, and their columns."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Text columns under other names: `unread.TEXTS` -> column."""
 
     def __post_init__(self) -> None:
         if self.layout != "auto" and self.layout not in LAYOUTS:
             raise ValueError(
                 f"layout must be auto or one of {', '.join(LAYOUTS)}, got {self.layout!r}."
             )
-        if self.list_labels not in ("scores", "order"):
-            raise ValueError(f"list_labels must be 'scores' or 'order', got {self.list_labels!r}.")
+        if self.list_labels not in ("auto", "scores", "order"):
+            raise ValueError(
+                f"list_labels must be 'auto', 'scores' or 'order', got {self.list_labels!r}."
+            )
         self._encoder()
 
     def load(self, source: Any, split: str | None = None, limit: int | None = None) -> Loaded:
@@ -84,14 +93,19 @@ class Loader:
         """
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}.")
-        raw = raw_rows(source, split)
-        layout, implicit, raw = _find_layout(raw, self.layout, limit, self.labelled)
+        raw = self._renamed(raw_rows(source, split))
+        form, raw = _find_form(raw, self.layout, limit, self.labelled)
+        layout, implicit = form.layout, form.implicit and form.layout == "pairs"
         encoder, report = self._encoder(), SkipReport()
+        beside = unread.Beside(layout, self.columns, self.roles, self.renamed)
         examples: list[Example] = []
         for chunk in _chunks(raw, limit):
             # A damaged file is one entry of the report, not a row that was seen.
             report.rows += sum(row.kind != "damaged file" for row in chunk)
-            good, bad = self._parsed(chunk, layout, implicit)
+            for row in chunk:
+                if row.data is not None:
+                    beside.add(row.where, row.data, implicit=implicit)
+            good, bad = self._parsed(chunk, form)
             encoded = encoder.encode([(row.row, parsed) for row, parsed in good])
             for (row, _), result in zip(good, encoded, strict=True):
                 if isinstance(result, BadRow):
@@ -105,12 +119,45 @@ class Loader:
         report.truncated = sum(example.truncated for example in examples)
         if not examples:
             raise ValueError(f"no row of {_name(source)} can be used as {layout}: {report}")
+        beside.weigh(example.weight for example in examples)
+        report.notes += [f"{count} {note}" for note, count in encoder.notes.items()]
+        report.notes += beside.notes()
+        examples = self._graded(examples, report)
         if layout == "unpaired" and any(example.desirable is None for example in examples):
             examples = [replace(example, desirable=None) for example in examples]
         if self.columns:
             rows = [(f"row {e.row}", e.columns, e.sequences[0].numbers) for e in examples]
             check_alike(rows, self.columns)
         return Loaded(examples, layout, report)
+
+    def _renamed(self, rows: Iterator[RawRow]) -> Iterator[RawRow]:
+        """The rows with their text columns under the names that are read."""
+        for row in rows:
+            if self.renamed and row.data is not None:
+                moved = {name: row.data.get(column) for name, column in self.renamed.items()}
+                rest = {k: v for k, v in row.data.items() if k not in self.renamed.values()}
+                row = replace(row, data={**rest, **moved})
+            yield row
+
+    def _graded(self, examples: list[Example], report: SkipReport) -> list[Example]:
+        """Under "auto", only the order of labels that the losses were not made for, and a note."""
+        labels = [label for example in examples for label in example.relevance or ()]
+        if self.list_labels != "auto" or self.label_range is None or not labels:
+            return examples
+        low, high = self.label_range
+        if low <= min(labels) and max(labels) <= high:
+            return examples
+        report.ordered = True
+        report.notes.append(
+            f"labels from {min(labels):g} to {max(labels):g} are no grades on the scale from "
+            f"{low:g} to {high:g} that the loss's gains of 2^label are for, so only their order is "
+            "used; --list-labels scores takes them as they are, --list-labels order says it"
+        )
+        return [
+            replace(example, relevance=_ranks(example.relevance))
+            for example in examples
+            if example.relevance is not None
+        ]
 
     def _encoder(self) -> Encoder:
         return Encoder(
@@ -123,7 +170,7 @@ class Loader:
         )
 
     def _parsed(
-        self, chunk: list[RawRow], layout: str, implicit_prompt: bool
+        self, chunk: list[RawRow], form: Form
     ) -> tuple[list[tuple[RawRow, ParsedRow]], list[tuple[RawRow, BadRow]]]:
         """The rows of a chunk that can be used, and the reasons against the others."""
         good: list[tuple[RawRow, ParsedRow]] = []
@@ -133,13 +180,19 @@ class Loader:
                 bad.append((row, BadRow("", row.kind, row.detail)))
                 continue
             try:
+                is_list = form.layout == "lists"
+                if is_list and is_scored(row.data) != form.scored:
+                    here, first = ("has", "none") if form.scored is False else ("lacks", "some")
+                    raise BadRow(
+                        "scores", "in some rows only",
+                        f"the row {here} scores (or ranks) where the first row has {first}; "
+                        "answers without are stored best first",
+                    )  # fmt: skip
                 parsed = parse_row(
-                    row.data, layout, list_labels=self.list_labels, roles=self.roles,
-                    implicit_prompt=implicit_prompt, labelled=self.labelled,
+                    row.data, form.layout, list_labels=self.list_labels, roles=self.roles,
+                    implicit_prompt=form.implicit, labelled=self.labelled,
                 )  # fmt: skip
-                parsed.columns = read_columns(
-                    row.data, self.columns, parsed.places, layout == "lists"
-                )
+                parsed.columns = read_columns(row.data, self.columns, parsed.places, is_list)
                 good.append((row, parsed))
             except BadRow as reason:
                 bad.append((row, reason))
@@ -159,23 +212,32 @@ class Loader:
         )
 
 
-def _find_layout(
-    raw: Iterator[RawRow], layout: str, limit: int | None, labelled: bool
-) -> tuple[str, bool, Iterator[RawRow]]:
-    """The layout, whether prompts are implicit, and the rows from the start again.
+class Form(NamedTuple):
+    """What holds for all rows of a data set."""
 
-    Both are read off the first row that fits a layout (or the one asked for).
-    """
+    layout: str
+    implicit: bool  # pairs without a prompt of their own
+    scored: bool  # lists whose answers have scores or ranks
+
+
+def _find_form(
+    raw: Iterator[RawRow], layout: str, limit: int | None, labelled: bool
+) -> tuple[Form, Iterator[RawRow]]:
+    """The form of a data set, read off the first row that fits a layout (or the one asked for), and
+    the rows from the start again."""
     seen: list[RawRow] = []
     for row in raw:
         seen.append(row)
         found = layout_of(row.data, labelled=labelled) if row.data is not None else None
         if row.data is not None and found is not None and layout in ("auto", found):
-            return found, row.data.get("prompt") is None, chain(seen, raw)
+            form = Form(found, row.data.get("prompt") is None, is_scored(row.data))
+            return form, chain(seen, raw)
         if len(seen) == limit:
             break
+    if not seen:
+        raise ValueError("the data set holds no rows.")
     if layout != "auto":
-        return layout, False, iter(seen)  # every row is going to be reported
+        return Form(layout, False, False), iter(seen)  # every row is going to be reported
     columns = next((", ".join(map(repr, row.data)) for row in seen if row.data), "none")
     first = next((f"; {row.where}: {row.detail}" for row in seen if row.kind), "")
     raise ValueError(
@@ -196,6 +258,12 @@ def _chunks(raw: Iterator[RawRow], limit: int | None) -> Iterator[list[RawRow]]:
             chunk = []
     if chunk:
         yield chunk
+
+
+def _ranks(labels: tuple[float, ...]) -> tuple[float, ...]:
+    """0 for the lowest label, 1 for the next, equal ones equal."""
+    order = sorted(set(labels))
+    return tuple(float(order.index(label)) for label in labels)
 
 
 def _report(report: SkipReport, row: RawRow, bad: BadRow, strict: bool) -> None:
@@ -251,3 +319,17 @@ def data_hash(examples: list[Example], *, columns: bool = False) -> str:
             for name, numbers in seq.numbers.items():
                 digest.update(name.encode() + numbers.tobytes())
     return digest.hexdigest()
+
+
+def load_examples(rows: Any, *, tokenizer: Any, split: str | None = None, **options: Any) -> Loaded:
+    """The examples of any source with a tokenizer alone: `Loader(...).load(...)` in one call.
+
+    Args:
+        rows, split: See `raw_rows`.
+        tokenizer: A transformers tokenizer.
+        options: Fields of `Loader`, such as max_length.
+
+    Raises:
+        ValueError: as `Loader` and `Loader.load`.
+    """
+    return Loader(tokenizer=tokenizer, **options).load(rows, split)

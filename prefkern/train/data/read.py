@@ -71,36 +71,61 @@ def _pick_split(splits: Mapping[str, Any], split: str | None) -> Any:
     return splits[name]
 
 
+def check_source(source: str | Path) -> None:
+    """Refuses a path that can be seen to lead nowhere, before anything else is read.
+
+    Raises:
+        ValueError: it has the form of a path and there is nothing.
+    """
+    path, text = Path(source), str(source)
+    if path.exists():
+        return
+    local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1
+    if local or path.suffix == ".parquet" or path.name.endswith(JSON_SUFFIXES) or not text:
+        raise ValueError(f"there is no file {text!r}; check the path (here: {Path.cwd()}).")
+
+
 def _hub_or_folder(source: str | Path, split: str | None) -> Iterator[RawRow]:
     path, text = Path(source), str(source)
-    if not path.is_dir() and (
-        path.is_absolute()
-        or text.startswith(".")
-        or path.suffix == ".parquet"
-        or path.name.endswith(JSON_SUFFIXES)
-    ):
-        raise ValueError(f"there is no file {text}; check the path (here: {Path.cwd()}).")
+    check_source(source)
     import datasets
 
     if path.is_dir() and (
         (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
     ):
-        stored = datasets.load_from_disk(text)
+        try:
+            stored = datasets.load_from_disk(text)
+        except Exception as error:  # whatever arrow, json or datasets make of a broken folder
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"{text} holds no rows, or is not a whole folder of Dataset.save_to_disk: {reason}"
+            ) from error
         if isinstance(stored, Mapping):
             stored = _pick_split(stored, split)
         return _mapping_rows(stored, path.name)
     try:
         data = datasets.load_dataset(text, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except Exception as error:  # of datasets, of the hub's client, of a reader of files
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"datasets could not load {text!r}, split {split or 'train'!r}: {error} "
+            f"datasets could not load {text!r}, split {split or 'train'!r}: {reason} "
             "Pass a path to a JSON-lines or Parquet file if one was meant."
         ) from error
     return _mapping_rows(data, text)
 
 
 def _mapping_rows(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
-    for index, data in enumerate(rows):
+    iterator, index = iter(rows), -1
+    while True:
+        index += 1
+        try:
+            data = next(iterator)
+        except StopIteration:
+            return
+        except (OSError, ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+            # a file of `datasets` that ends early, a picture that cannot be decoded
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{name}[{index}] cannot be read: {reason}") from error
         where = f"{name}[{index}]"
         if isinstance(data, Mapping):
             yield RawRow(where, index, data)
@@ -182,7 +207,7 @@ def _json_row(path: Path, number: int, line: bytes) -> Iterator[RawRow]:
         yield RawRow(where, number, None, "not UTF-8", detail)
         return
     except json.JSONDecodeError as error:
-        if number == 1 and line.strip() == b"[":
+        if number == 1 and line.lstrip().startswith(b"["):
             raise ValueError(
                 f"{path} begins a JSON array; write one object per line (JSON lines)."
             ) from error

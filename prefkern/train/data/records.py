@@ -68,6 +68,8 @@ class SkipReport:
         counts: Left-out rows per reason, the reason without the row's own numbers.
         examples: One line per left-out row, "file.jsonl.gz:17 column 'chosen': reason", at most
             `max_examples` of them.
+        notes: Columns that act, columns that are not read, what was done to texts and labels.
+        ordered: Whether of the labels of lists only their order was kept.
     """
 
     rows: int = 0
@@ -75,6 +77,8 @@ class SkipReport:
     truncated: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    ordered: bool = False
     max_examples: int = 50
 
     @property
@@ -95,6 +99,7 @@ class SkipReport:
             "truncated": self.truncated,
             "reasons": dict(sorted(self.counts.items())),
             "examples": list(self.examples),
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -107,6 +112,7 @@ class SkipReport:
         hidden = self.total - len(self.examples)
         if hidden > 0:
             lines.append(f"    and {hidden} more")
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 
 

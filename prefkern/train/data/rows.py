@@ -27,7 +27,17 @@ from ...prep.cells import (
     number,
     text,
 )
+from ...prep.messages import from_json, without_nulls
 from .columns import Column
+
+# Arguments of apply_chat_template that a row may not bring.
+_NOT_OF_A_ROW = frozenset(
+    {
+        "chat_template", "conversation", "add_generation_prompt", "continue_final_message",
+        "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+        "return_assistant_tokens_mask", "tokenizer_kwargs",
+    }
+)  # fmt: skip
 
 __all__ = ["BadRow", "Messages", "ParsedRow", "Text", "layout_of", "parse_row", "split_prompt"]
 
@@ -127,13 +137,18 @@ def _pair(data: Mapping[str, Any], implicit_prompt: bool, roles: Mapping[str, Co
     chosen, rejected = _text(data, "chosen"), _text(data, "rejected")
     absent = implicit_prompt and data.get("prompt") is None
     prompt = None if absent else _text(data, "prompt")
-    # As TRL does: a plain prompt beside conversational answers repeats what the answers hold.
+    # As TRL does: a plain prompt repeats what conversational answers begin with.
     if prompt is None or (
-        isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list)
+        isinstance(prompt, str)
+        and isinstance(chosen, list)
+        and isinstance(rejected, list)
+        and chosen[:1] == rejected[:1] != []
+        and chosen[0]["role"] in ("system", "developer", "user")
     ):
         if roles or data.get("prompt_rejected") is not None:
             raise BadRow("prompt", "missing", "must stand in a column of its own, as the answers")
         prompt, chosen, rejected = split_prompt(chosen, rejected)
+    prompt = _as_messages(prompt, [chosen, rejected])
     prompts = {"chosen": prompt, "rejected": prompt}
     answers = {"chosen": chosen, "rejected": rejected}
     if data.get("prompt_rejected") is not None:
@@ -163,6 +178,13 @@ def _pair(data: Mapping[str, Any], implicit_prompt: bool, roles: Mapping[str, Co
         prompt, list(answers.values()), list(answers), token_weights=weights,
         ref_seq_logp=reference, prompts=own,
     )  # fmt: skip
+
+
+def _as_messages(prompt: Text, answers: list[Text]) -> Text:
+    """A plain prompt of answers that are all messages is what the user says."""
+    if isinstance(prompt, str) and prompt.strip() and all(isinstance(a, list) for a in answers):
+        return [{"role": "user", "content": prompt}]
+    return prompt
 
 
 def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
@@ -197,12 +219,14 @@ def _unpaired(data: Mapping[str, Any], labelled: bool) -> ParsedRow:
         if not isinstance(label, bool):
             raise BadRow("label", "wrong type", f"must be true or false, got {kind_of(label)}")
     weights = [_floats(data, "completion_weights")]
+    prompt = _as_messages(prompt, [completion])
     return ParsedRow(prompt, [completion], ["completion"], desirable=label, token_weights=weights)
 
 
 def _list(data: Mapping[str, Any], list_labels: str) -> ParsedRow:
     prompt = _text(data, list_prompt(data))
     texts, scores = list_texts(data), list_scores(data)
+    prompt = _as_messages(prompt, texts)
     places = [f"{list_column(data)}[{i}]" for i in range(len(texts))]
     if min(scores) == max(scores):
         raise BadRow("scores", "all scores equal", "are all equal, so nothing is preferred")
@@ -241,12 +265,27 @@ def _weight(data: Mapping[str, Any]) -> float:
 
 def template_args(data: Mapping[str, Any]) -> dict[str, Any]:
     """What a row gives its chat template beside the messages: tools and named arguments."""
-    args = data.get("chat_template_kwargs") or {}
+    args = from_json(data.get("chat_template_kwargs")) or {}
     if not isinstance(args, Mapping):
         raise BadRow(
             "chat_template_kwargs", "wrong type", f"must be an object, got {kind_of(args)}"
         )
-    args = dict(args)
-    if data.get("tools"):
-        args["tools"] = data["tools"]
+    args = without_nulls(args)
+    if taken := sorted(_NOT_OF_A_ROW & args.keys()):
+        raise BadRow(
+            "chat_template_kwargs",
+            "not a row's to give",
+            f"must not hold {', '.join(taken)}: a row brings no template and no option of "
+            "apply_chat_template",
+        )
+    tools = from_json(data.get("tools") or args.get("tools"))
+    if tools:
+        if isinstance(tools, list | tuple):
+            tools = [without_nulls(from_json(tool)) for tool in tools]
+        if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+            raise BadRow(
+                "tools", "wrong type",
+                f"must be a list of objects, or one as JSON text, got {kind_of(tools)}",
+            )  # fmt: skip
+        args["tools"] = tools
     return args

@@ -43,14 +43,21 @@ class KtoBaseline(Provider):
 
     def open(self, opened: Opened) -> None:
         self.opened = opened
-        if self.config.per_device_train_batch_size == 1:
-            opened.say(
-                "kto: with one row per micro-batch the mismatched answer is the row's own; "
-                "use >= 2."
+        if len(opened.examples) < 2:
+            raise ValueError(
+                "kto compares prompts with other rows' answers; the data have one row."
             )
 
+    def begin_step(self, examples: list[Example], progress: float | None) -> None:
+        # over the whole step, so that how it is cut into micro-batches changes no pairing
+        before = examples[-1:] + examples[:-1]
+        if len(examples) == 1:
+            before = [_neighbour(examples[0], self.opened.examples)]
+        self.before = {id(e): other for e, other in zip(examples, before, strict=True)}
+
     def arguments(self, micro: Micro, reference: ReferenceRows) -> dict[str, Any]:
-        rows = mismatch(micro.examples, self.config.max_length)
+        before = [self.before[id(example)] for example in micro.examples]
+        rows = mismatch(micro.examples, before, self.config.max_length)
         batch = collate(rows, packed=self.opened.packed, pad_id=self.opened.pad_id)
         ratios = self.opened.reference.logratio(batch.to(self.opened.device))
         count = ratios.new_tensor(float(ratios.numel()))
@@ -60,21 +67,27 @@ class KtoBaseline(Provider):
         return {"kl_baseline": baseline_from(total[0] / total[1])}
 
 
-def mismatch(examples: list[Example], max_length: int) -> list[Example]:
-    """Prompt i with the completion of prompt i - 1 (rotation by one), cut at `max_length`."""
-    rotated = []
-    for example, before in zip(examples, examples[-1:] + examples[:-1], strict=True):
-        own, other = example.sequences[0], before.sequences[0]
+def _neighbour(example: Example, examples: list[Example]) -> Example:
+    """The training example before the one of that row, or any other."""
+    place = next((i for i, other in enumerate(examples) if other.row == example.row), 0)
+    return examples[place - 1]
+
+
+def mismatch(examples: list[Example], before: list[Example], max_length: int) -> list[Example]:
+    """The prompt of each example with the answer of the one in `before`, cut at `max_length`."""
+    made = []
+    for example, answered in zip(examples, before, strict=True):
+        own, other = example.sequences[0], answered.sequences[0]
         ids = np.concatenate(
             [own.input_ids[: own.completion_start], other.input_ids[other.completion_start :]]
         )[:max_length]
         sequences = (Encoded(ids, own.completion_start),)
-        rotated.append(Example(row=example.row, sequences=sequences, desirable=example.desirable))
-    return rotated
+        made.append(Example(row=example.row, sequences=sequences, desirable=example.desirable))
+    return made
 
 
 def baseline_from(mean_logratio: Tensor) -> Tensor:  # []
     """The baseline from the mean over all ranks, through the loss's own rule."""
-    # two equal rows: the warning about single-row batches is given once, when the run is opened
+    # two equal rows: of one row the loss would say that it has nothing to compare
     rows = mean_logratio.reshape(1).expand(2)
     return kl_baseline(SeqStats(logp=rows, ref_logp=torch.zeros_like(rows)))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import models
 from ..config import TrainConfig
+from ..output import new_folder, writing
 
 MERGED = "default"  # PEFT writes the adapter of this name into the folder itself
 
@@ -26,31 +31,52 @@ def merge_adapters(
         weights: One number per adapter, default 1 / their count.
 
     Raises:
-        ValueError: fewer than two adapters, weights that do not fit, different base models.
+        ValueError: fewer than two adapters, weights that do not fit or are not finite, different
+            base models, an output folder that is an input or not empty.
     """
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoTokenizer
+    from peft import PeftModel
 
     paths = [str(folder) for folder in folders]
     if len(paths) < 2:
         raise ValueError(f"merging needs at least two adapters, got {len(paths)}.")
     factors = [1.0 / len(paths)] * len(paths) if weights is None else [float(w) for w in weights]
+    if not all(math.isfinite(factor) for factor in factors):
+        raise ValueError(f"weights must be finite numbers, got {factors}.")
     if len(factors) != len(paths):
         raise ValueError(f"weights must have one number per adapter ({len(paths)}), got {factors}.")
     for path in paths:
         if not (Path(path) / "adapter_config.json").is_file():
             raise ValueError(f"{path} holds no adapter (no adapter_config.json); merge such only.")
-    bases = {PeftConfig.from_pretrained(path).base_model_name_or_path for path in paths}
+    target = new_folder(output, paths)
+    bases = {models.adapter_base(path) for path in paths}
     if len(bases) > 1:
         raise ValueError(
             f"the adapters belong to different base models: {sorted(map(str, bases))}."
         )
     base = models.load_causal_lm(str(bases.pop()), TrainConfig(model=paths[0], dataset=""))
     names = [f"part{i}" for i in range(len(paths))]
-    model = PeftModel.from_pretrained(base, paths[0], adapter_name=names[0])
+    with models.told(paths[0], "adapter"):
+        model = PeftModel.from_pretrained(base, paths[0], adapter_name=names[0])
     for name, path in zip(names[1:], paths[1:], strict=True):
-        model.load_adapter(path, adapter_name=name)
+        with models.told(path, "adapter"):
+            model.load_adapter(path, adapter_name=name)
     model.add_weighted_adapter(names, factors, adapter_name=MERGED, combination_type="cat")
-    model.save_pretrained(str(output), selected_adapters=[MERGED])
-    AutoTokenizer.from_pretrained(paths[0]).save_pretrained(output)
-    return Path(output)
+    tokenizer = models.load_tokenizer(paths[0])
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=".prefkern-merge-", dir=target.parent))
+        try:
+            model.save_pretrained(str(building), selected_adapters=[MERGED])
+            tokenizer.save_pretrained(building)
+            building.chmod(0o777 & ~_umask())
+            os.replace(building, target)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+    return target
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

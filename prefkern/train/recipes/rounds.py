@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,13 @@ from typing import Any
 
 from ...prep import curriculum, split_stages
 from .. import checkpoint as ckpt
-from .. import demands, models
+from .. import demands, models, output, sources
 from ..config import TrainConfig, check_same_run
 from ..data.read import raw_rows
 from ..loop import train_run
-from ..run import make_accelerator, plan, prepare
+from ..output import LOG, MARK, TRAINER_STATE, Output, writing
+from ..run import check_sources, make_accelerator, plan, prepare
+from ..waiting import others_wait
 from . import masks, sync, two_speeds
 from .online.makers import maker_of
 from .online.round_data import Start, make_round
@@ -31,7 +34,7 @@ from .options import OnlineOptions
 
 STATE, DATA, MADE = "rounds.json", "data.jsonl", "data.json"
 # Of a round's folder, what is not part of its final model.
-_NOT_MODEL = {"log_history.jsonl", "trainer_state.json", DATA, MADE}
+_NOT_MODEL = {LOG, TRAINER_STATE, MARK, DATA, MADE}
 # Options that mean something to the sequence of rounds alone, as one run of them has them.
 _PLAIN = {option.name: option.default for option in dataclasses.fields(OnlineOptions)}
 
@@ -49,11 +52,16 @@ def train_rounds(config: TrainConfig) -> dict[str, Any]:
         ValueError: options that do not go together, output of an earlier run, bad data.
     """
     check(config)
+    check_sources(config)
     rounds = Rounds(config, make_accelerator(config))
-    rounds.open()
-    for number in range(len(rounds.done), rounds.count):
-        rounds.one(number)
-    return rounds.finish()
+    try:
+        rounds.open()
+        for number in range(len(rounds.done), rounds.count):
+            rounds.one(number)
+        return rounds.finish()
+    finally:
+        if rounds.output is not None:
+            rounds.output.close()
 
 
 def check(config: TrainConfig) -> None:
@@ -101,6 +109,7 @@ class Rounds:
     def __init__(self, config: TrainConfig, accelerator: Any) -> None:
         self.config, self.accelerator = config, accelerator
         self.out, self.main = Path(config.output_dir), accelerator.is_main_process
+        self.output: Output | None = None  # of the main process
         self.done = _resume(config, self.out)
         self.stages = _stages(config) if config.round_data == "stages" else []
         self.count = config.num_rounds or len(self.stages)
@@ -125,19 +134,25 @@ class Rounds:
         self.accelerator.wait_for_everyone()
         if not self.main:
             return
-        if not self.done and self.config.overwrite_output_dir:
-            for folder in self.out.glob("round-*"):
+        fresh = not self.done and self.config.overwrite_output_dir
+        if fresh:
+            _refuse_foreign(self.out)
+        self.output = Output(
+            self.out, overwrite=fresh, continues=self.config.resume_from_checkpoint is not None
+        )
+        if fresh:
+            for folder in _rounds_in(self.out):
                 shutil.rmtree(folder)
-            (self.out / STATE).unlink(missing_ok=True)
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.output.will_make([STATE])
+        self.contents = sources.contents(self.config)
         self._write()  # before the first round: what it makes is of these options
 
     def one(self, number: int) -> None:
         """Makes the data of a round where it has its own, and runs it."""
         config, start = self.config, self.start
         self.accelerator.wait_for_everyone()
-        made = self._make_data(number)
-        self.accelerator.wait_for_everyone()
+        with others_wait(self.accelerator, f"prefkern-round-{number}"):
+            made = self._make_data(number)
         has_data = config.round_data != "same"
         run = prepare(round_config(config, number, start, has_data=has_data))
         run.say(f"round {number + 1} of {self.count}: from {start}, data {run.config.dataset}")
@@ -185,18 +200,24 @@ class Rounds:
         return str(target)
 
     def _write(self) -> None:
-        _write_json(self.out / STATE, {"config": self.config.as_dict(), "rounds": self.done})
+        state = {"config": self.config.as_dict(), "rounds": self.done, "contents": self.contents}
+        _write_json(self.out / STATE, state)
 
     def finish(self) -> dict[str, Any]:
         """The last model and the log of all rounds into the output folder."""
-        if self.main:
-            _copy_model(Path(self.start), self.out)
-            lines = "".join(json.dumps(row) + "\n" for row in self.history)
-            (self.out / "log_history.jsonl").write_text(lines, encoding="utf-8")
+        if self.output is not None:
+            with writing(self.out):
+                building = self.output.partial("final")
+                _copy_model(Path(self.start), building)
+                lines = "".join(json.dumps(row) + "\n" for row in self.history)
+                (building / LOG).write_text(lines, encoding="utf-8")
+                self.output.install(building)
             if self.config.plots:
                 from ..plots import plot_history
 
-                plot_history(self.history, self.out)
+                plotted = plot_history(self.history, self.out)
+                self.output.will_make(path.name for path in plotted.files)
+            self.output.finish()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         final = self.done[-1]["final"] if self.done else {}
@@ -230,6 +251,8 @@ def round_config(
             changes["ref_model"] = start
         elif not _base_is_start(config):
             changes["ref_model"] = config.ref_model or config.model
+        elif config.reference == "auto":  # the base without its adapter, as in the first round
+            changes["reference"] = "adapter"
     return dataclasses.replace(config, **changes)
 
 
@@ -272,18 +295,37 @@ def _resume(config: TrainConfig, out: Path) -> list[dict[str, Any]]:
         raise ValueError(
             f"a run of rounds continues with resume_from_checkpoint=auto, got {resume!r}."
         )
+    output.check_inputs(config)
+    if resume is None or not (out / STATE).is_file():
+        output.check_free(
+            out,
+            overwrite=config.overwrite_output_dir,
+            auto=resume is not None,
+            names=output.NAMES | {STATE},
+            patterns=("round-*",),
+        )
     if resume is None:
-        if not config.overwrite_output_dir and any(out.glob("round-*")):
-            raise ValueError(
-                f"{out} holds rounds of an earlier run; pass --resume-from-checkpoint auto to "
-                "continue it, --overwrite-output-dir to start afresh, or another --output-dir."
-            )
         return []
     if not (out / STATE).is_file() or not any(out.glob("round-*")):
         return []
     saved = ckpt.read_json(out / STATE)
     check_same_run(saved["config"], config)
+    sources.check_same(saved["contents"], config)
     return saved["rounds"]
+
+
+def _rounds_in(out: Path) -> list[Path]:
+    return [p for p in sorted(out.glob("round-*")) if re.fullmatch(r"round-\d+", p.name)]
+
+
+def _refuse_foreign(out: Path) -> None:
+    """A folder round-N without a run's mark or its data is nobody's to remove here."""
+    for path in _rounds_in(out):
+        if path.is_symlink() or not ((path / MARK).is_file() or (path / MADE).is_file()):
+            raise ValueError(
+                f"{path} was not written by this trainer and is not removed; move it away, or "
+                "choose another --output-dir."
+            )
 
 
 def _rows(config: TrainConfig) -> Rows:
@@ -330,9 +372,10 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _in_one_step(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    write(partial)
-    os.replace(partial, path)
+    partial = path.with_name(f".prefkern-{path.name}.tmp")
+    with writing(path):
+        write(partial)
+        os.replace(partial, path)
 
 
 def _copy_model(model: Path, out: Path) -> None:

@@ -289,7 +289,6 @@ PREP: list[Row] = [
         ("if len(given) == 2:", "if len(given) == 3:"),
         ("if isinstance(value, bool) or not", "if not"),
         ("    if not math.isfinite(found):", "    if found is None:"),
-        ("if v is not None} for", "if v is not 0} for"),
     ),
     *of(
         "prefkern/prep/table.py",

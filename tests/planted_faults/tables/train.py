@@ -40,7 +40,7 @@ DATA: list[Row] = [
         ("start >= self.max_length", "start > self.max_length"),
         ("[: len(kept) - start]", "[start - len(kept) :]"),
         ("count < 1 + appended", "count < 1"),
-        ("x if x and x[-1] == eos else [*x, eos]", "[*x, eos]"),
+        ("if ids and ids[-1] == self.tokenizer.eos_token_id:", "if not ids:"),
         ("weights = [*weights, 1.0]", "weights = [1.0, *weights]"),
         ("max(tokens) >= self.vocab_size", "max(tokens) > 300 + self.vocab_size"),
         ("len(x) > len(seq.input_ids) for", "len(x) >= len(seq.input_ids) for"),
@@ -108,24 +108,29 @@ LOOP: list[Row] = [
         ("config.gradient_accumulation_steps * run.world", "run.world"),
         ("return (step - 1) % logging_steps + 1", "return logging_steps"),
         ("math.ceil(part *", "math.floor(part *"),
-        ("limit if limit > 0 else math.inf", "limit"),
         ("loop.counts.step == 0", "loop.counts.step == 1"),
         ("if last or step % config.logging_steps == 0:", "if step % config.logging_steps == 0:"),
         ("step % config.eval_steps == 0)", "step % config.eval_steps == 1)"),
         ("step % config.save_steps == 0:", "step % config.save_steps == 1:"),
-        ("config.warmup_steps or math", "config.warmup_steps and math"),
         ("example.num_tokens for example in groups", "1 for example in groups"),
         ("counts.epoch + counts.step_in_epoch / steps_in_epoch", "counts.epoch + 1.0"),
         ("(counts.groups - before.groups) / seconds", "counts.groups * seconds"),
+        ("counts.loss_sum / max(counts.step, 1)", "counts.loss_sum"),
+        ("None if config.token_budget else config", "None if False else config"),
+        ("epoch=epoch,", "epoch=0,"),
+    ),
+    *of(
+        f"{TRAIN}optimizer.py",
+        f"{TESTS}test_counts.py {TESTS}test_loop.py {TESTS}test_finite.py",
+        ("limit if limit > 0 else math.inf", "limit"),
+        ("config.warmup_steps or math", "config.warmup_steps and math"),
         (
             '"decay" if name in decayed else "no_decay"',
             '"no_decay" if name in decayed else "decay"',
         ),
-        ("counts.loss_sum / max(counts.step, 1)", "counts.loss_sum"),
-        ("None if config.token_budget else config", "None if False else config"),
-        ("epoch=epoch,", "epoch=0,"),
         ("lr=config.learning_rate,", "lr=config.learning_rate / 2,"),
         ("num_warmup_steps=warmup", "num_warmup_steps=0"),
+        ("(values > 512 * rate)", "(values > 256 * rate)"),
     ),
     *of(
         f"{TRAIN}loop.py",
@@ -137,15 +142,16 @@ LOOP: list[Row] = [
         ('if saved["data"] != run.data_hash:', 'if saved["data"] == "":'),
         ('if saved["packed"] != run.packed:', 'if saved["packed"] is None:'),
         ('check_same_run(saved["config"], run.config)', "pass"),
-        ("if run.resume is None and config.overwrite", "if config.overwrite"),
         ("name: saved[name] for name in names}", "name: 0 for name in names}"),
     ),
     *of(
         f"{TRAIN}checkpoint.py",
         f"{TESTS}test_resume.py {TESTS}test_loop.py {TESTS}recipes/test_sync.py",
-        ("list_checkpoints(output_dir)[:-keep]", "list_checkpoints(output_dir)[: -keep - 1]"),
-        ("[(int(m[1]), p) for p", "[(m[1], p) for p"),
-        ("return found[-1] if found", "return found[0] if found"),
+        ("output.checkpoints()[:-keep]", "output.checkpoints()[: -keep - 1]"),
+        (
+            "in reversed(list_checkpoints(output_dir)):\n        if (why",
+            "in list_checkpoints(output_dir):\n        if (why",
+        ),
         ('torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))', "pass"),
         ("    scheduler.load_state_dict(read_json", "    dict(read_json"),
         ("if world != len(rng):", "if world > 100:"),
@@ -153,6 +159,11 @@ LOOP: list[Row] = [
         ("state.setdefault(order.index(name), {})", "state.setdefault(0, {})"),
         ("            module.load_state_dict(load_file", "            dict(load_file"),
         ("        part.save(building)", "        pass"),
+    ),
+    *of(
+        f"{TRAIN}output.py",
+        f"{TESTS}test_resume.py {TESTS}test_loop.py {TESTS}recipes/test_sync.py",
+        ("[(int(m[1]), p) for p", "[(m[1], p) for p"),
     ),
     *of(
         f"{TRAIN}config.py",
@@ -215,7 +226,6 @@ LOOP: list[Row] = [
         ("labelled=columns is not None and columns.labelled", "labelled=True"),
         ("score_prompt=config.score_prompt,", "score_prompt=False,"),
         ("config.eval_split, config.eval_limit", "config.eval_split, None"),
-        ("if fresh and ckpt.list", "if not fresh and ckpt.list"),
         (
             "models.freeze(models.load_model(config.ref_model or config.model, config))",
             "models.freeze(models.load_model(config.model, config))",
@@ -255,7 +265,10 @@ LOOP: list[Row] = [
     *of(
         f"{TRAIN}reference.py",
         f"{TESTS}test_reference.py {TESTS}test_loop.py",
-        ("elif has_adapter and config.ref_model is None and not moves:", "elif has_adapter:"),
+        (
+            "elif has_adapter and not given_adapter and config.ref_model is None and not moves:",
+            "elif has_adapter:",
+        ),
         ("            stack.callback(self.policy.train, self.policy.training)\n", ""),
         ("            self.policy.eval()  # no dropout in a reference\n", ""),
         ("            stack.enter_context(hf.adapter_off(self.policy))\n", ""),
@@ -288,8 +301,6 @@ LOOP: list[Row] = [
     *of(
         f"{TRAIN}models.py",
         f"{TESTS}test_models.py {TESTS}test_resume.py",
-        ("            module.p = 0.0", "            pass"),
-        ("setattr(module, name, 0.0)", "pass"),
         ("enabled=config.bf16", "enabled=False"),
         ("str(checkpoint or config.model)", "str(config.model)"),
         ("return model.requires_grad_(False).eval()", "return model.eval()"),
@@ -318,4 +329,80 @@ LOOP: list[Row] = [
     ),
 ]
 
-MUTANTS: list[Row] = [*DATA, *LOOP]
+# What a user would lose, or be trained on, without an error.
+KINDS: list[Row] = [
+    *of(
+        f"{TRAIN}output.py",
+        f"{TESTS}test_output.py {TESTS}test_damage.py",
+        ('glob(f".prefkern-{self.run}-*")', 'glob("*-*")'),
+        ("if _owner(p) == self.run]", "]"),
+        ("taken = sorted(n for n in names - self.made", "taken = sorted(n for n in names - names"),
+        ("fcntl.LOCK_EX)", "fcntl.LOCK_SH)"),
+        ("if path.is_symlink() or _owner(path) is None:", "if path.is_symlink():"),
+        ("for name in [*sorted(names - set(last)), *last]:", "for name in sorted(names):"),
+        ("path.is_dir() and path in out.parents", "False"),
+        ("found[:4]", "found[:0]"),
+        ('if mark is not None and mark["run"] != _owner(resume):', "if False:"),
+    ),
+    *of(
+        f"{TRAIN}checkpoint.py",
+        f"{TESTS}test_output.py {TESTS}test_damage.py",
+        ("crc = zlib.crc32(block, crc)", "crc = 0"),
+        ("if size != files[name][0]:", "if False:"),
+        ("shutil.rmtree(building, ignore_errors=True)  # a full", "pass  # a full"),
+    ),
+    *of(
+        f"{TRAIN}loop.py",
+        f"{TESTS}test_finite.py {TESTS}test_loading.py",
+        ("if finite.is_finite(found):", 'if math.isfinite(found["loss"]):'),
+        ("if counts.largest_norm == 0.0:", "if False:"),
+        ('sources.check_same(saved["contents"], run.config)', "pass"),
+    ),
+    *of(
+        f"{TRAIN}finite.py",
+        f"{TESTS}test_finite.py",
+        ("not bool(parameter.isfinite().all())", "False"),
+    ),
+    *of(
+        f"{TRAIN}models.py",
+        f"{TESTS}test_loading.py",
+        ('lacking = sorted(found["missing_keys"])', "lacking = []"),
+        (
+            '{"dtype": getattr(torch, config.dtype), "trust_remote_code": False}',
+            '{"dtype": getattr(torch, config.dtype)}',
+        ),
+        ('if getattr(settings, "is_encoder_decoder", False):', "if False:"),
+        ("            if lacking:\n", "            if False:\n"),
+    ),
+    *of(
+        f"{TRAIN}noise.py",
+        f"{TESTS}test_noise.py",
+        ("nn.Module.train(model, False)", "nn.Module.train(model, mode)"),
+        ("            module.training = True\n", "            pass\n"),
+        ("        setattr(config, name, value)\n", "        pass\n"),
+        ("                setattr(config, name, 0.0)\n", "                pass\n"),
+    ),
+    *of(
+        f"{TRAIN}data/unread.py",
+        f"{TESTS}data/test_unread.py",
+        ("if name in self.read:", "if True:"),
+        ("and not _DIALOGUE.match(chosen)", "and False"),
+        ("any(isinstance(item, bytes | bytearray) for item in value.values())", "False"),
+    ),
+    *of(
+        f"{TRAIN}data/rendered.py",
+        f"{TESTS}data/test_unread.py",
+        ("lost = _same(text, render, probe)", "lost = False"),
+        ("not any(name in text for name in names)", "False"),
+        ("        if names:\n", "        if False:\n"),
+    ),
+    *of(
+        "prefkern/prep/messages.py",
+        f"{TESTS}data/test_unread.py",
+        ("for k, v in value.items() if v is not None}", "for k, v in value.items()}"),
+        ("if isinstance(arguments, str) and", "if False and"),
+        ('message["content"] = ""', 'message["content"] = "None"'),
+    ),
+]
+
+MUTANTS: list[Row] = [*DATA, *LOOP, *KINDS]

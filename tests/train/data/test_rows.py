@@ -228,7 +228,7 @@ BAD_LISTS = {
     "no scores": (
         {"responses": None, "completions": ["a", "b"], "scores": None},
         "scores",
-        "so is",
+        "lacks scores (or ranks) where the first row has some",
     ),
     "no rank": (
         {"responses": None, "scores": None, "completions": [{"completion": "a"}] * 2},

@@ -19,7 +19,7 @@ def unpaired(prompt: list[int], answer: list[int], row: int) -> Example:
 
 def test_mismatched_completions_rotate_by_one():
     rows = [unpaired([1, 2], [3], 0), unpaired([4], [5, 6, 7], 1), unpaired([8], [9], 2)]
-    made = mismatch(rows, 4)
+    made = mismatch(rows, rows[-1:] + rows[:-1], 4)
     assert [e.sequences[0].input_ids.tolist() for e in made] == [[1, 2, 9], [4, 3], [8, 5, 6, 7]]
     assert [e.sequences[0].completion_start for e in made] == [2, 1, 1]
 
@@ -33,7 +33,9 @@ def test_mismatched_logratio_against_full_logits(packed):
         unpaired([11], [12], 2),
     ]
     reference = Reference("model", config("out", "m", "d"), policy=policy, model=other)
-    found = reference.logratio(collate(mismatch(rows, 64), packed=packed, pad_id=0))
+    found = reference.logratio(
+        collate(mismatch(rows, rows[-1:] + rows[:-1], 64), packed=packed, pad_id=0)
+    )
 
     def logp(model, ids, start):
         with torch.no_grad():
@@ -42,7 +44,7 @@ def test_mismatched_logratio_against_full_logits(packed):
 
     want = [
         logp(policy, s.input_ids, s.completion_start) - logp(other, s.input_ids, s.completion_start)
-        for s in (e.sequences[0] for e in mismatch(rows, 64))
+        for s in (e.sequences[0] for e in mismatch(rows, rows[-1:] + rows[:-1], 64))
     ]
     assert found.tolist() == pytest.approx(want, abs=1e-4)
     assert baseline_from(torch.tensor(-3.0)).item() == 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import math
@@ -86,9 +87,8 @@ class RewardModel:
         from transformers import AutoModelForSequenceClassification
 
         self.tokenizer = models.load_tokenizer(name)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=getattr(torch, config.dtype)
-        )
+        plain = dataclasses.replace(config, attn_implementation=None)
+        model = models.load_whole(AutoModelForSequenceClassification, name, plain)
         if model.config.num_labels != 1:
             raise ValueError(
                 f"judge_model must have one output, {name} has {model.config.num_labels}."

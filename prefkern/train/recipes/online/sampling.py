@@ -173,7 +173,10 @@ def _continued(
 ) -> list[list[int]]:
     """The tokens that `generate` adds to each prompt, all those of a prompt behind each other."""
     device = next(policy.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    rows = hf.causal_lm(policy).get_input_embeddings().weight.shape[0]
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= rows:  # a pad token that the embedding has no row for
+        pad = eos[0]
     tokens, mask = _left_padded(ids, pad, device)
     every = mask.repeat_interleave(options["num_return_sequences"], 0)
     out = policy.generate(

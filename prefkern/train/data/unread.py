@@ -1,0 +1,148 @@
+"""What stands in the rows of a data set beside what is read of them: told, or refused.
+
+A column that carries the task under a name nobody reads, pictures that a text model cannot see and
+a column whose common name changes the loss would all train something else without an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .columns import Column
+
+# Columns that may stand under another name, by --column NAME=COLUMN.
+TEXTS = ("prompt", "chosen", "rejected", "completion", "label", "responses", "scores", "weight")
+_READ = {
+    "pairs": (
+        "prompt", "chosen", "rejected", "prompt_rejected", "chosen_weights", "rejected_weights",
+        "ref_chosen_logps", "ref_rejected_logps",
+    ),
+    "unpaired": ("prompt", "completion", "label", "completion_weights"),
+    "lists": ("prompt", "context", "completions", "responses", "scores", "ranks"),
+}  # fmt: skip
+_EVERYWHERE = ("weight", "tools", "chat_template_kwargs", "stage")
+# Columns that act by their name alone, and how.
+_ACTS = {
+    "weight": "multiplies the loss of its row",
+    "prompt_rejected": "is the prompt of the rejected answer",
+    "chosen_weights": "weighs the tokens of chosen",
+    "rejected_weights": "weighs the tokens of rejected",
+    "completion_weights": "weighs the tokens of completion",
+    "ref_chosen_logps": "is read with --reference columns",
+    "tools": "is handed to the chat template",
+    "chat_template_kwargs": "is handed to the chat template",
+    "stage": "orders the rounds of --round-data stages",
+}
+_MEDIA = re.compile(
+    r"(images?|audios?|videos?|pictures?|pixel_values)(_(paths?|urls?|files?|bytes|data))?",
+    re.IGNORECASE,
+)
+# How a plain text begins that holds a dialogue, and so its prompt.
+_DIALOGUE = re.compile(
+    r"\W*(human|user|question|q|system|instruction|prompt|inst|below is an instruction|"
+    r"(im_|start_)?(start|header_id|of_turn))\b",
+    re.IGNORECASE,
+)
+_SHOWN = 8
+
+
+class Beside:
+    """Collects, over the rows of one data set, what is not read and what acts."""
+
+    def __init__(
+        self,
+        layout: str,
+        columns: Iterable[Column],
+        roles: Mapping[str, Column],
+        renamed: Mapping[str, str],
+    ) -> None:
+        self.layout = layout
+        self.read = {*_READ[layout], *_EVERYWHERE, *renamed.values()}
+        for column in (*columns, *roles.values()):
+            name = column.column
+            self.read |= {name, f"chosen_{name}", f"rejected_{name}", f"prompt_{name}"}
+            self.read.add(f"{name}_weights")
+        self.unread: Counter[str] = Counter()
+        self.acting: Counter[str] = Counter()
+        self.weights: list[float] = []
+
+    def add(self, where: str, data: Mapping[str, Any], *, implicit: bool) -> None:
+        """One row.
+
+        Raises:
+            ValueError: it holds pictures or sound, or its question stands in a column that is not
+                read while what its answers happen to share would be taken for the prompt.
+        """
+        found = []
+        for name, value in data.items():
+            if value is None:
+                continue
+            if name in _ACTS:
+                self.acting[name] += 1
+            if name in self.read:
+                continue
+            if _holds_media(str(name), value):
+                raise ValueError(
+                    f"{where}: column {name!r} holds pictures, sound or other bytes, which are not "
+                    "read here; a run on the text alone would train something else. Drop the "
+                    "column if the text is enough."
+                )
+            if _has_text(value):
+                found.append(name)
+        self.unread.update(found)
+        chosen = data.get("chosen")
+        no_prompt = implicit and data.get("prompt") is None
+        if found and no_prompt and isinstance(chosen, str) and not _DIALOGUE.match(chosen):
+            raise ValueError(
+                f"{where}: there is no column 'prompt', and the columns "
+                f"{', '.join(map(repr, found[:_SHOWN]))} hold text that is not read; what the two "
+                "answers share would be taken for the prompt. Name it: --column prompt="
+                f"{found[-1] if 'question' not in found else 'question'}, or drop these columns."
+            )
+
+    def weigh(self, weights: Iterable[float]) -> None:
+        """The weights of the rows that are kept."""
+        self.weights = list(weights)
+
+    def notes(self) -> list[str]:
+        """What to say before the first step, a line each."""
+        found = []
+        for name, count in sorted(self.acting.items()):
+            line = f"column {name!r} (in {count} rows) {_ACTS[name]}"
+            if name == "weight" and self.weights:
+                zeros = sum(w == 0.0 for w in self.weights)
+                line += f": from {min(self.weights):g} to {max(self.weights):g}, 0 in {zeros}"
+                line += "" if any(self.weights) else ", so nothing is trained"
+            found.append(line)
+        if self.unread:
+            names = [repr(name) for name, _ in self.unread.most_common()]
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            found.append(f"columns with text that is not read: {', '.join(names[:_SHOWN])}{more}")
+        return found
+
+
+def _holds_media(name: str, value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_holds_media(name, item) for item in value)
+    if isinstance(value, bytes | bytearray) or hasattr(value, "getpixel"):
+        return True
+    if isinstance(value, Mapping):
+        return any(isinstance(item, bytes | bytearray) for item in value.values()) or (
+            bool(_MEDIA.fullmatch(name)) and any(v is not None for v in value.values())
+        )
+    # a number or a flag under such a name is about pictures and not one
+    return bool(_MEDIA.fullmatch(name)) and isinstance(value, str) and bool(value)
+
+
+def _has_text(value: Any, depth: int = 4) -> bool:
+    """Whether there is a letter in a value."""
+    if isinstance(value, str):
+        return any(character.isalpha() for character in value)
+    if depth and isinstance(value, Mapping):
+        return any(_has_text(item, depth - 1) for item in value.values())
+    if depth and isinstance(value, list | tuple):
+        return any(_has_text(item, depth - 1) for item in value)
+    return False

@@ -1,0 +1,56 @@
+"""What a run says when a loss, a gradient or a weight is no number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from .checkpoint import last_whole
+from .data import Example
+
+_SHOWN = 8
+
+
+def is_finite(found: Mapping[str, float]) -> bool:
+    return all(map(math.isfinite, found.values()))
+
+
+def message_of(
+    found: Mapping[str, float], step: int, examples: Sequence[Example], lists: bool, left: str
+) -> str:
+    """Which number of a step it was, of which rows, what to do and what is left.
+
+    Args:
+        found: "loss" and "grad_norm" of the step.
+        step: Its number, from 1.
+        examples: Those of the step.
+        lists: Whether they are ranked lists.
+        left: What can be continued from.
+    """
+    loss, norm = found["loss"], found["grad_norm"]
+    what = f"gradient norm became {norm:g} (loss {loss:g})"
+    if not math.isfinite(loss):
+        what = f"loss became {loss:g} (gradient norm {norm:g})"
+    rows = ", ".join(str(example.row) for example in examples[:_SHOWN])
+    rows += " ..." if len(examples) > _SHOWN else ""
+    advice = "lower the learning rate, or look at these rows"
+    if lists:
+        advice += "; labels that are no small grades want --list-labels order"
+    return f"the {what} at step {step}, rows {rows}: {advice}; {left}."
+
+
+def check_weights(module: nn.Module, step: int, folder: Path) -> None:
+    """Refuses trained weights that are no numbers.
+
+    Raises:
+        ValueError: naming the first of them, the step and what can be continued from.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+            raise ValueError(
+                f"{name} is not finite after step {step} and is not written: lower the learning "
+                f"rate; {last_whole(folder)}."
+            )

@@ -1,0 +1,74 @@
+"""AdamW with its schedule, the clipping of gradients, and what rounding leaves of an update."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .step import PreferenceStep
+
+
+def make_optimizer(
+    step: PreferenceStep, config: TrainConfig, total_steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW with decay on matrices only, groups of the providers' own, and the schedule."""
+    from transformers import get_scheduler
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    no_decay = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    decayed = set(get_parameter_names(step, [nn.LayerNorm], no_decay))
+    groups: dict[str, dict[str, Any]] = {
+        "decay": {"params": [], "weight_decay": config.weight_decay},
+        "no_decay": {"params": [], "weight_decay": 0.0},
+    }
+    for name, parameter in step.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        own = [found for p in step.providers if (found := p.parameter_group(name)) is not None]
+        group, options = own[0] if own else ("decay" if name in decayed else "no_decay", {})
+        groups.setdefault(group, {"params": [], **options})["params"].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [group for group in groups.values() if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+    try:
+        scheduler = get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=total_steps,
+        )
+    except (TypeError, ValueError) as error:  # of schedules with settings of their own
+        raise ValueError(f"lr_scheduler_type {config.lr_scheduler_type}: {error}") from error
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        raise ValueError(
+            f"lr_scheduler_type {config.lr_scheduler_type} follows a metric, which no step has; "
+            "choose one that follows the step number (linear, cosine, constant_with_warmup, ...)."
+        )
+    return optimizer, scheduler
+
+
+@torch.no_grad()
+def rounded_away(step: nn.Module, rate: float) -> float:
+    """Share of trained bfloat16 weights that an Adam update of size `rate` leaves as they are, read
+    off at most 65536 of each matrix: half a unit in the last place is at least |w| / 512."""
+    stuck = total = 0
+    for parameter in step.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            values = parameter.flatten()[:: max(1, parameter.numel() // 65536)].float().abs()
+            stuck += int((values > 512 * rate).sum())
+            total += values.numel()
+    return stuck / max(total, 1)
+
+
+def clip(step: nn.Module, limit: float) -> Tensor:  # []
+    """Gradient norm before clipping; with limit 0 nothing is clipped."""
+    parameters = [p for p in step.parameters() if p.grad is not None]
+    return nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)

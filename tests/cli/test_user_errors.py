@@ -1,0 +1,168 @@
+"""One line and status 2 for every mistake on a command line, before the work that it wastes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_models import save_model, write_data
+
+from prefkern.cli.main import main
+from prefkern.train.plots import plot_history
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("materials")
+    return save_model(folder / "model"), write_data(folder / "pairs.jsonl")
+
+
+def told(capsys, *args: object) -> str:
+    """The one line of a mistake."""
+    status = main([str(a) for a in args])
+    lines = [x for x in capsys.readouterr().err.splitlines() if "error:" in x]
+    assert status == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+def options(materials, folder, *more: object) -> list[object]:
+    return [
+        "train", "--model", materials[0], "--dataset", materials[1], "--output-dir", folder,
+        "--device", "cpu", "--disable-tqdm", "--max-length", 64, "--max-steps", 1, "--no-plots",
+        *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--loss-arg", "beta="], "beta of loss dpo must be a number, got None"),
+        (["--loss-arg", "beta=abc"], "beta of loss dpo must be a number, got 'abc'"),
+        (["--loss-arg", "beta=[0.1]"], "beta of loss dpo must be a number, got [0.1]"),
+        (["--loss-arg", "beta=true"], "beta of loss dpo must be a number, got True"),
+        (["--loss-arg", "beta=[1"], "'[1' is no value"),
+        (["--loss-arg", "beta=.inf"], "loss_args must be finite, got inf"),
+        (["--num-train-epochs", "inf"], "num_train_epochs must be finite"),
+        (["--learning-rate", "nan"], "learning_rate must be finite"),
+        (["--adam-beta1", "1.0"], "adam_beta1 must be in [0, 1)"),
+        (["--weight-decay", "-1"], "weight_decay must be >= 0"),
+        (["--seed", "-1"], "seed must be >= 0"),
+        (["--lr-scheduler-type", "quadratic"], "lr_scheduler_type quadratic"),
+        (["--lr-scheduler-type", "warmup_stable_decay"], "lr_scheduler_type warmup_stable_decay"),
+        (["--lr-scheduler-type", "reduce_lr_on_plateau"], "follows a metric"),
+        (["--ref-model", "/no/folder"], "ref_model: there is no model folder '/no/folder'"),
+        (["--model", "/no/folder"], "model: there is no model folder '/no/folder'"),
+        (["--dataset", "none.jsonl"], "dataset: there is no file 'none.jsonl'"),
+        (["--eval-dataset", "/none"], "eval_dataset: there is no file '/none'"),
+        (["--precomputed-ref", "none"], "precomputed_ref: there is no none"),
+        (["--attn-implementation", "flash_attention_9"], "cannot be loaded"),
+        (["--column", "promt=x"], "reads no column for 'promt'; nearest: prompt"),
+        (["--resume-from-checkpoint", "/none/checkpoint-3"], "is not a checkpoint"),
+    ],
+    ids=lambda given: "" if isinstance(given, str) else " ".join(given),
+)
+def test_options(capsys, tmp_path, materials, given, words):
+    assert words in told(capsys, *options(materials, tmp_path / "out", *given))
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("learning_rate: abc", "learning_rate must be a number, got 'abc'"),
+        ("learning_rate: [1]", "learning_rate must be float"),
+        ("max_steps: 1.5", "max_steps must be int, got 1.5"),
+        ("loss_args: 3", "loss_args must be dict"),
+        ("a: b: c", "not a readable YAML file"),
+    ],
+)
+def test_yaml(capsys, tmp_path, materials, line, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {materials[0]}\ndataset: {materials[1]}\n{line}\n")
+    assert words in told(capsys, "train", path)
+
+
+def test_merge(capsys, tmp_path, materials):
+    folders = []
+    for seed in (1, 2):
+        folder = tmp_path / f"a{seed}"
+        more = ["--lora-r", 2, "--seed", seed, "--learning-rate", 1e-2]
+        assert main([str(x) for x in options(materials, folder, *more)]) == 0
+        folders.append(folder)
+    capsys.readouterr()
+    for number in ("nan", "inf"):
+        line = told(
+            capsys, "merge", *folders, "--output-dir", tmp_path / "m", "--weights", number, 1
+        )
+        assert "weights must be finite" in line
+    before = (folders[0] / "adapter_model.safetensors").read_bytes()
+    for target, words in (
+        (folders[0], "is, or lies in, the input"),
+        (folders[1] / "in", "is, or lies in, the input"),
+        (tmp_path, "is not empty"),
+    ):
+        assert words in told(capsys, "merge", *folders, "--output-dir", target)
+    assert (folders[0] / "adapter_model.safetensors").read_bytes() == before
+    assert main(["merge", *map(str, folders), "--output-dir", str(tmp_path / "m")]) == 0
+    assert (tmp_path / "m" / "adapter_model.safetensors").is_file()
+    (folders[1] / "adapter_model.safetensors").write_bytes(b"\0" * 20)
+    assert "a2" in told(capsys, "merge", *folders, "--output-dir", tmp_path / "n")
+    assert not (tmp_path / "n").exists()
+
+
+def test_precompute_is_told_before_it_computes(capsys, tmp_path, materials):
+    (tmp_path / "taken").write_text("x")
+    line = told(
+        capsys, "precompute", "--model", materials[0], "--dataset", materials[1], "--output-dir",
+        tmp_path / "taken", "--device", "cpu",
+    )  # fmt: skip
+    assert "is not a folder" in line and "rows kept" not in capsys.readouterr().out
+
+
+def test_plot_of_odd_rows(tmp_path):
+    rows = [
+        {"loss": 1.0, "step": None}, {"loss": 0.9, "step": 2}, {"loss": 0.8, "step": "3"},
+        {"loss": 0.7, "step": 10**400}, {"loss": 10**400, "step": 4}, {"loss": 0.5, "step": 5},
+    ]  # fmt: skip
+    path = tmp_path / "log_history.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plotted = plot_history(path, tmp_path)
+    assert [p.name for p in plotted.files] == ["loss.png"]
+    assert "loss: 3 rows without a step are left out" in plotted.notes
+    assert "loss: 1 of 3 values are not finite" in plotted.notes
+
+
+def test_memory_and_interruption(capsys, monkeypatch):
+    from prefkern.cli import main as module
+
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    def raises(error):
+        def verb(args):
+            raise error
+
+        return verb
+
+    monkeypatch.setitem(module.VERBS, "env", (raises(OutOfMemoryError("3 GiB")), ""))
+    assert "out of memory (3 GiB)" in told(capsys, "env")
+    monkeypatch.setitem(module.VERBS, "env", (raises(KeyboardInterrupt()), ""))
+    assert main(["env"]) == 130 and capsys.readouterr().err == "prefkern env: interrupted\n"
+    monkeypatch.setitem(module.VERBS, "env", (raises(RuntimeError("a fault of ours")), ""))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["env"])
+
+
+def test_what_leads_nowhere_is_told_before_anything_is_loaded(
+    capsys, tmp_path, materials, monkeypatch
+):
+    from prefkern.train import models
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model or tokenizer was loaded")
+
+    monkeypatch.setattr(models, "load_whole", loaded)
+    monkeypatch.setattr(models, "load_tokenizer", loaded)
+    for option in ("--eval-dataset", "--ref-model", "--precomputed-ref", "--dataset"):
+        line = told(capsys, *options(materials, tmp_path / "out", option, "/none/at/all"))
+        assert "/none/at/all" in line and option[2:].replace("-", "_") in line
