@@ -1,6 +1,6 @@
-"""What a loss needs from a transformers model: backbone hidden states and the head, never logits.
+"""What is read of a transformers model's modules and config; no forward, and no head, is run here.
 
-Shapes: B rows of T tokens (a packed batch has B = 1), D hidden size, V vocabulary.
+Shapes: D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..head import Head
 from ..shard import is_distributed
-from . import packed_attention
 
 # A transformers causal model, or a PEFT model around one. nn.Module would be less than the truth:
 # the checker would know neither config nor base_model.
@@ -45,9 +43,9 @@ def text_config(model: Model) -> Any:
     return causal_lm(model).config.get_text_config()
 
 
-def logit_options(config: Any, *, at_head: bool = False) -> tuple[float, float | None]:
-    """(scale, softcap) that the family applies to its logits, read from the text config. at_head:
-    without what it applies to the hidden states before they reach the head."""
+def logit_options(config: Any) -> tuple[float, float | None]:
+    """(scale, softcap) that the family applies to what its head returns, read from the text config;
+    what it applies to the hidden states before is not among them."""
     skip = _NOT_APPLIED.get(config.model_type, frozenset())
     scale = 1.0
     for name in _MULTIPLIES:
@@ -55,7 +53,7 @@ def logit_options(config: Any, *, at_head: bool = False) -> tuple[float, float |
         if value is not None and name not in skip:
             scale *= float(value)
     divisor = getattr(config, "logits_scaling", None)
-    if divisor is not None and not (at_head and config.model_type in _DIVIDES_BEFORE_HEAD):
+    if divisor is not None and config.model_type not in _DIVIDES_BEFORE_HEAD:
         multiplies = config.model_type in _MULTIPLIES_BY_LOGITS_SCALING
         scale = scale * float(divisor) if multiplies else scale / float(divisor)
     caps = [getattr(config, name, None) for name in _SOFT_CAPS]
@@ -127,18 +125,6 @@ def refuse_unsupported(model: Model) -> None:
         )
 
 
-def read_head(model: Model) -> Head:
-    """The head's live parameters and the constants of its logits."""
-    layer = output_layer(model)
-    config = text_config(model)
-    scale, softcap = logit_options(config)
-    weight, bias = layer.weight, getattr(layer, "bias", None)
-    real = getattr(config, "unpadded_vocab_size", None)
-    if real is not None and real < weight.shape[0]:  # the model cuts its logits there
-        weight, bias = weight[:real], None if bias is None else bias[:real]
-    return Head(weight, bias, scale=scale, softcap=softcap)
-
-
 def backbone(model: Model) -> Model:
     """The module below the head, adapters included."""
     base = causal_lm(model)
@@ -158,25 +144,6 @@ def takes_position_ids(model: Model) -> bool:
     return "position_ids" in inspect.signature(backbone(model).forward).parameters
 
 
-def hidden_states(
-    model: Model,
-    input_ids: Tensor,  # [B, T]
-    *,
-    position_ids: Tensor | None,  # [B, T]
-    attention_mask: Tensor | None,  # [B, T]
-    layers: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # [B, T, D], [L, B, T, D] or None
-    """Last hidden states, as they enter the head, and those after every block when asked for."""
-    arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if position_ids is not None and takes_position_ids(model):
-        arguments["position_ids"] = position_ids
-    with packed_attention.arguments(causal_lm(model), position_ids, attention_mask) as extra:
-        out = backbone(model)(
-            **arguments, **extra, use_cache=False, output_hidden_states=layers, return_dict=True
-        )
-    return out.last_hidden_state, torch.stack(out.hidden_states[1:]) if layers else None
-
-
 def adapter_off(model: Model) -> AbstractContextManager:
     """Context in which a PEFT model is its base model; a plain model is refused."""
     peft = sys.modules.get("peft")
@@ -186,71 +153,3 @@ def adapter_off(model: Model) -> AbstractContextManager:
             "use reference=model."
         )
     return model.disable_adapter()
-
-
-@torch.no_grad()
-def fused_logps(
-    model: Model,
-    input_ids: Tensor,  # [B, T]
-    targets: Tensor,  # [B, T]
-    *,
-    position_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    backend: str = "auto",
-) -> Tensor:  # [B, T]
-    """Log-probabilities of the targets from hidden states and head; 0 where ignored."""
-    import prefkern
-
-    hidden, _ = hidden_states(
-        model, input_ids, position_ids=position_ids, attention_mask=attention_mask
-    )
-    head = read_head(model)
-    stats = prefkern.linear_logps(hidden, head, targets, backend=backend)
-    assert stats.logp is not None
-    return stats.logp
-
-
-@torch.no_grad()
-def check_head(
-    model: Model,
-    input_ids: Tensor,  # [B, T]
-    targets: Tensor,  # [B, T]
-    *,
-    position_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    limit: float = 1e-4,
-    backend: str = "auto",
-) -> float:
-    """Largest difference between fused log-probabilities and those of the model's own logits.
-
-    Raises ValueError beyond `limit` (nats) plus what rounding logits to a 16-bit dtype costs: the
-    family does something to its logits that the config does not say.
-    """
-    arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if position_ids is not None and takes_position_ids(model):
-        arguments["position_ids"] = position_ids
-    was_training = model.training
-    model.eval()
-    with torch.autocast(input_ids.device.type, enabled=False):
-        logits = causal_lm(model)(**arguments, use_cache=False).logits.float()  # [B, T, V]
-        fused = fused_logps(
-            model, input_ids, targets,
-            position_ids=position_ids, attention_mask=attention_mask, backend=backend,
-        )  # fmt: skip
-    model.train(was_training)
-    scored = targets != -100
-    own = logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    difference = (own - fused)[scored].abs().max().item() if bool(scored.any()) else 0.0
-    dtype = read_head(model).weight.dtype
-    # Own logits come rounded to the working dtype: eps * |z| each, in the target and in the lse.
-    slack = 0.0 if dtype in (torch.float32, torch.float64) else 2 * torch.finfo(dtype).eps
-    allowed = limit + slack * logits[scored].abs().max().item() if bool(scored.any()) else limit
-    if not difference <= allowed:
-        scale, softcap = logit_options(text_config(model))
-        raise ValueError(
-            f"{type(causal_lm(model)).__name__}: log-probabilities from hidden states and head "
-            f"differ from the model's own logits by {difference:.3g} nats (limit {allowed:.2g}), "
-            f"with scale={scale:g}, softcap={softcap} read from the config; this family treats its "
-            "logits in a way prefkern does not know, so training it would be wrong."
-        )
-    return difference

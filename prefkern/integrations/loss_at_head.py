@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..objective.preference_loss import preference_loss
 from ..ops.linear_stats import linear_logps
-from .head import Compute, View
-from .reference import Reference, constant
+from . import hf
+from .head import Compute, Result, View
+from .reference import Constant, constant
 
-Other = Reference | Tensor | None
+Other = Constant | Tensor | None
 
 
 @torch.no_grad()
@@ -29,14 +30,14 @@ def read_other(
     distribution: bool,
     layers: bool = False,
     backend: str = "auto",
-) -> Reference | Tensor:
+) -> Constant | Tensor:
     """What losses read of a frozen model, one forward of it without gradient.
 
     Args:
         model: The reference or a third model, given `at_head`; inside its wrapper if it has one.
         inputs: Its forward's arguments.
         targets: Labels already shifted.
-        distribution: Its whole distribution is wanted, in the policy's call: a `Reference`.
+        distribution: Its whole distribution is wanted, in the policy's call: a `Constant`.
             Otherwise its log-probabilities `[B, T]`, and nothing else is kept.
         layers: Its hidden states after every block as well.
         backend: As in `linear_logps`.
@@ -74,7 +75,7 @@ def loss_at_head(
         given = dict(arguments)
         at = targets.to(view.hidden.device)
         with ExitStack() as stack:
-            if isinstance(reference, Reference):
+            if isinstance(reference, Constant):
                 given["ref_hidden"] = reference.hidden
                 given["ref_head"] = stack.enter_context(reference.gathered())
                 if masks is not None:
@@ -82,7 +83,7 @@ def loss_at_head(
                     given |= masks(reference.layers, (at != -100).flatten())
             elif reference is not None:
                 given["ref_logp"] = reference
-            if isinstance(aux, Reference):
+            if isinstance(aux, Constant):
                 given["aux_hidden"] = aux.hidden
                 given["aux_head"] = stack.enter_context(aux.gathered())
             elif aux is not None:
@@ -90,3 +91,21 @@ def loss_at_head(
             return preference_loss(view.hidden, view.head, at, **given)
 
     return compute
+
+
+def with_router_loss(
+    model: Any, out: Result, *, share: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics) of a call with `loss_at_head`, with what a mixture's routers add.
+
+    Args:
+        model: Whose config names the coefficient.
+        out: What the call returned.
+        share: Of this call in the loss of a step, where several make one up.
+    """
+    loss, metrics = out.value
+    if out.aux_loss is None:
+        return loss, metrics
+    coefficient = getattr(hf.text_config(model), "router_aux_loss_coef", 0.0)
+    loss = loss + coefficient * share * out.aux_loss
+    return loss, {**metrics, "aux_loss": out.aux_loss.detach()}

@@ -47,6 +47,12 @@ class OutputLayer:
         return self.chain[-1]
 
     @property
+    def vocabulary(self) -> int:
+        """Entries of the model's logits."""
+        stored = int(self.linear.weight.shape[0])
+        return stored if self.rows is None else min(self.rows, stored)
+
+    @property
     def parameters(self) -> list[Any]:
         """Weight, bias or None, right factors of the adapters."""
         own = [self.linear.weight, getattr(self.linear, "bias", None)]
@@ -77,7 +83,7 @@ def resolve(model: Any) -> OutputLayer:
             hidden W^T + s drop(hidden) A^T B^T, quantised and custom heads, by name.
     """
     config = hf.text_config(model)
-    scale, softcap = hf.logit_options(config, at_head=True)
+    scale, softcap = hf.logit_options(config)
     chain, adapters = _adapted(hf.output_layer(model))
     hf.check_linear(model, chain[-1])
     options = {"scale": scale, "softcap": softcap}

@@ -65,8 +65,10 @@ def use(model: Any, max_length: int) -> bool:
         for name in ("sliding_window", "attention_chunk_size")
         if getattr(config, "use_sliding_window", True)
     ]
-    body = inspect.signature(model.base_model.forward).parameters.values()
-    takes_options = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in body)
+    takes_options = all(
+        any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())
+        for module in (model, model.base_model)
+    )
     if (
         config._attn_implementation != "sdpa"
         or not takes_options

@@ -19,7 +19,7 @@ from .. import losses
 from ..stats import ONE_MODEL_STATS
 from . import hf, packed_attention
 from .head import at_head, shifted
-from .loss_at_head import Other, loss_at_head, read_other
+from .loss_at_head import Other, loss_at_head, read_other, with_router_loss
 from .verify import verify_head
 
 # Arguments of a call that preference_loss reads, beside those of the losses.
@@ -152,12 +152,7 @@ class PreferenceModel(nn.Module):
             aux = self._read_other(self._others[1], arguments, targets, self._third == "head")
         objective = loss_at_head(targets, reference=reference, aux=aux, **{**self._call, **given})
         out = self.model(**arguments, at_head=objective)
-        loss, metrics = out.value
-        if out.aux_loss is not None:
-            config = hf.text_config(self.model)
-            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * out.aux_loss
-            metrics = {**metrics, "aux_loss": out.aux_loss.detach()}
-        return PreferenceOutput(loss, metrics)
+        return PreferenceOutput(*with_router_loss(self.model, out))
 
     def _read_reference(self, arguments: dict[str, Any], targets: Tensor) -> Other:
         if not self._reference:

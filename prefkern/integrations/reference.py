@@ -1,4 +1,4 @@
-"""A reference model beside the policy: its hidden states, and its head inside the policy's call.
+"""A frozen model beside the policy: its hidden states, and its head inside the policy's call.
 
 Shapes: B rows of T tokens, D hidden size, V vocabulary, L blocks, r rank of an adapter.
 """
@@ -18,8 +18,8 @@ from .head import View
 from .output_layer import OutputLayer
 
 
-class Reference(NamedTuple):
-    """What `constant` keeps of a reference model's call."""
+class Constant(NamedTuple):
+    """What `constant` keeps of a frozen model's call."""
 
     hidden: Tensor  # [B, T, D]
     left: list[Tensor]  # [B, T, r] left factors of the adapters on its head
@@ -28,7 +28,7 @@ class Reference(NamedTuple):
 
     @contextmanager
     def gathered(self) -> Iterator[Head]:
-        """The reference's head as plain, constant tensors, whoever shards them; for use inside the
+        """Its head as plain, constant tensors, whoever shards them; for use inside the
         policy's call. A forward that keeps its own would find its storage freed.
 
         Raises:
@@ -40,11 +40,11 @@ class Reference(NamedTuple):
             yield self.source.head([_plain(p) for p in parameters], self.left)
 
 
-def constant(view: View) -> Reference:
+def constant(view: View) -> Constant:
     """For at_head=: what a two-model statistic needs of a reference, without gradient."""
     left = [u.detach() for u, _ in view.head.low_rank]
     layers = None if view.layers is None else view.layers.detach()
-    return Reference(view.hidden.detach(), left, view.source, layers)
+    return Constant(view.hidden.detach(), left, view.source, layers)
 
 
 def _plain(parameter: Any) -> Any:

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from .. import linear_logps
-from ..integrations import hf
+from ..integrations.head import View, at_head
 from . import demo_task
 from .config import TrainConfig
 from .data import Example, Loader, collate, length_baseline, plan_batches
+from .forward import inputs_of
 from .output import Output, check_writable, read_mark
 from .plots import Panel, plot_history
 
@@ -269,16 +270,13 @@ def _padded(examples: list[Example], tokenizer: Any) -> Any:
 
 
 def _logp(model: Any, batch: Any) -> torch.Tensor:  # [B, T], 0 where nothing is scored
-    hidden, _ = hf.hidden_states(
-        model,
-        batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask,
-    )
-    head = hf.read_head(model)
-    stats = linear_logps(hidden, head, batch.targets, num_scored=batch.num_scored)
-    assert stats.logp is not None
-    return stats.logp
+    def logps(view: View) -> torch.Tensor:
+        stats = linear_logps(view.hidden, view.head, batch.targets, num_scored=batch.num_scored)
+        assert stats.logp is not None
+        return stats.logp
+
+    with inputs_of(model, batch) as inputs:
+        return model(**inputs, at_head=logps).value
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -289,7 +287,9 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def _load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    at_head(model)
+    return model
 
 
 @contextmanager

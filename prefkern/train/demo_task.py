@@ -117,9 +117,12 @@ def make_tokenizer() -> Any:
 
 
 def make_model(tokenizer: Any, seed: int, *, hidden: int = 128, layers: int = 2) -> Any:
-    """A Llama-architecture model with random weights, about 340 000 parameters by default."""
+    """A Llama-architecture model with random weights, about 340 000 parameters by default, and the
+    keyword `at_head`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ..integrations.head import at_head
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -136,4 +139,6 @@ def make_model(tokenizer: Any, seed: int, *, hidden: int = 128, layers: int = 2)
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+    at_head(model)
+    return model

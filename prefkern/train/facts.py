@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..integrations import hf
+from ..integrations.output_layer import resolve
 from .config import TrainConfig
 from .data import Loaded
 from .data_providers import Columns
@@ -24,7 +25,8 @@ def facts_of(
     eval_data: Loaded | None,
 ) -> dict[str, Any]:
     """The model's head, where the reference comes from, columns and counts, as plain values."""
-    head = hf.read_head(step.policy)
+    layer = resolve(step.policy)
+    weight, bias = layer.parameters[:2]
     inner = hf.causal_lm(step.policy)
     parameters = list(step.parameters())
     columns = [c for p in providers if isinstance(p, Columns) for c in p.columns.values()]
@@ -33,13 +35,13 @@ def facts_of(
         "parameters": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "head": {
-            "vocabulary": head.weight.shape[0],
-            "hidden": head.weight.shape[1],
-            "dtype": str(head.weight.dtype).removeprefix("torch."),
-            "bias": head.bias is not None,
-            "scale": head.scale,
-            "softcap": head.softcap,
-            "tied": head.weight is inner.get_input_embeddings().weight,
+            "vocabulary": layer.vocabulary,
+            "hidden": weight.shape[1],
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "bias": bias is not None,
+            "scale": layer.options["scale"],
+            "softcap": layer.options["softcap"],
+            "tied": weight is inner.get_input_embeddings().weight,
             "largest_difference_to_own_logits": head_difference,
         },
         "reference": mode,

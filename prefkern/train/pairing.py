@@ -1,5 +1,5 @@
-"""Checks of models on data before the first step: the head read right, batches packed or padded,
-two models that can be compared. Each refuses with what to do."""
+"""Checks of models before the first step: the head read right, batches packed or padded, two models
+that can be compared. Each refuses with what to do."""
 
 from __future__ import annotations
 
@@ -8,27 +8,31 @@ from collections.abc import Callable
 import torch
 
 from ..integrations import hf, packed_attention
+from ..integrations.head import at_head
+from ..integrations.output_layer import resolve
+from ..integrations.verify import verify_head
 from . import models
 from .config import TrainConfig
 from .data import Example, collate
+from .forward import target_logps
 
 # Packed and alone differ by rounding alone; a leak between sequences costs tenths of a nat.
 PACKING_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
-def check_first_batch(model: hf.Model, examples: list[Example], config: TrainConfig) -> float:
-    """The model's own logits against the fused head on the first group, at most 256 tokens each."""
-    batch = collate(examples[:1], packed=False).to(next(model.parameters()).device)
-    longest = 256 if batch.targets[:, :256].ne(-100).any() else batch.targets.shape[1]
-    assert batch.attention_mask is not None  # padded
-    return hf.check_head(
-        model,
-        batch.input_ids[:, :longest],
-        batch.targets[:, :longest],
-        position_ids=batch.position_ids[:, :longest],
-        attention_mask=batch.attention_mask[:, :longest],
-        backend=config.backend,
-    )
+def check_own_logits(model: hf.Model, config: TrainConfig) -> float:
+    """Largest difference in nats between log-probabilities at the head and by the own logits.
+
+    Raises:
+        ValueError: a difference beyond rounding, logits that are not finite.
+    """
+    difference = verify_head(model, backend=config.backend)
+    if difference is None:
+        raise ValueError(
+            f"the logits of {type(hf.causal_lm(model)).__name__} are not finite on arbitrary "
+            "tokens; check its weights."
+        )
+    return difference
 
 
 @torch.no_grad()
@@ -44,12 +48,7 @@ def check_noise(policy: hf.Model, examples: list[Example], config: TrainConfig) 
     training, found = policy.training, []
     for mode in (False, True):
         policy.train(mode)
-        found.append(
-            hf.fused_logps(
-                policy, batch.input_ids, batch.targets, position_ids=batch.position_ids,
-                attention_mask=batch.attention_mask, backend=config.backend,
-            )
-        )  # fmt: skip
+        found.append(target_logps(policy, batch, backend=config.backend))
     policy.train(training)
     difference = (found[0] - found[1]).abs().max().item()
     if not difference <= PACKING_LIMIT[next(policy.parameters()).dtype]:
@@ -70,11 +69,7 @@ def packing_difference(model: hf.Model, examples: list[Example], config: TrainCo
 
     def logps(examples: list[Example]) -> torch.Tensor:  # [n], scored rows
         batch = collate(examples, packed=True).to(device)
-        out = hf.fused_logps(
-            model, batch.input_ids, batch.targets,
-            position_ids=batch.position_ids, attention_mask=None, backend=config.backend,
-        )  # fmt: skip
-        return out[batch.targets != -100]
+        return target_logps(model, batch, backend=config.backend)[batch.targets != -100]
 
     packed = logps(alone)
     single = torch.cat([logps([example]) for example in alone])
@@ -120,8 +115,8 @@ def open_frozen(
 ) -> hf.Model:
     """A further model without gradients on the policy's device, checked like and beside it."""
     model = models.freeze(models.load_model(name, config)).to(next(policy.parameters()).device)
-    hf.refuse_unsupported(model)
-    check_first_batch(model, examples, config)
+    at_head(model)
+    check_own_logits(model, config)
     check_pairing(name, model, policy)
     check_tokens(name, config, examples)
     if packed:
@@ -157,7 +152,7 @@ def check_tokens(name: str, config: TrainConfig, examples: list[Example]) -> Non
 
 def check_pairing(name: str, model: hf.Model, policy: hf.Model) -> None:
     """Refuses a model whose log-probabilities cannot be compared with the policy's."""
-    own, other = (hf.read_head(m).weight.shape[0] for m in (policy, model))
+    own, other = (resolve(m).vocabulary for m in (policy, model))
     if own != other:
         raise ValueError(
             f"{name} has a head of {other} entries, the policy's has {own}: their "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..integrations import hf
+from ..integrations.head import at_head
 from . import models, output, pairing, reference_cache
 from .config import TrainConfig
 from .run import make_accelerator, make_loader, pad_id
@@ -25,7 +25,7 @@ def precompute(config: TrainConfig) -> list[Path]:
     name = config.ref_model or config.model
     tokenizer = models.load_tokenizer(config.model)
     model = models.freeze(models.load_model(name, config)).to(accelerator.device)
-    hf.refuse_unsupported(model)
+    at_head(model)
     sources = [(config.dataset, config.dataset_split, config.limit)]
     if config.eval_dataset is not None:
         sources.append((config.eval_dataset, config.eval_split, config.eval_limit))
@@ -35,7 +35,7 @@ def precompute(config: TrainConfig) -> list[Path]:
         examples, _, report = loader.load(source, split, limit)
         print(f"{source}: {report}")
         if packed is None:
-            pairing.check_first_batch(model, examples, config)
+            pairing.check_own_logits(model, config)
             packed = pairing.choose_packing(print, model, examples, config)
         size = config.per_device_eval_batch_size
         steps = tqdm(range(0, len(examples), size), disable=config.disable_tqdm)

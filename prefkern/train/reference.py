@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..integrations import hf
+from ..integrations.loss_at_head import read_other
+from ..integrations.reference import Constant
 from ..objective.segments import segment_sum, sequence_boundaries
 from .config import TrainConfig
 from .data import PreferenceBatch
 from .demands import ReferenceNeeds
+from .forward import inputs_of, target_logps
 from .models import autocast
 
 CACHED = "ref_logp"  # under this name the numbers of precomputed_ref stand in a batch
@@ -27,11 +31,10 @@ CACHED = "ref_logp"  # under this name the numbers of precomputed_ref stand in a
 class ReferenceRows:
     """What the reference says of one batch; every tensor is a constant."""
 
-    hidden: Tensor | None = None  # [B, T, D]
-    head: hf.Head | None = None  # None: the policy's
+    # hidden states and head of a model; its layers [L, B, T, D] where a provider wants them
+    states: Constant | None = None
     logp: Tensor | None = None  # [B, T]
     seq_logp: Tensor | None = None  # [S]
-    layers: Tensor | None = None  # [L, B, T, D] after every block, where a provider wants them
 
 
 def choose_mode(
@@ -104,7 +107,7 @@ class Reference:
         mode: Of `choose_mode`.
         config: Of the run.
         policy: For the mode "adapter", and for `logratio`.
-        model: Frozen, for the mode "model".
+        model: Frozen, for the mode "model". Like the policy it was given `at_head`.
         layers: Whether the hidden states after every block are wanted.
         watch: Contexts that are open while the reference's forward runs.
     """
@@ -144,15 +147,9 @@ class Reference:
             self._enter(stack, batch)
             for watch in self.watch:
                 stack.enter_context(watch(model))
-            hidden, states = hf.hidden_states(
-                model,
-                batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=batch.attention_mask,
-                layers=self.layers,
-            )
-            head = hf.read_head(model) if self.mode == "model" else None
-        return ReferenceRows(hidden=hidden, head=head, layers=states)
+            inputs = stack.enter_context(inputs_of(model, batch))
+            states = read_other(model, inputs, batch.targets, distribution=True, layers=self.layers)
+        return ReferenceRows(states=cast(Constant, states))
 
     def _enter(self, stack: ExitStack, batch: PreferenceBatch) -> None:
         """The context in which the reference is called."""
@@ -179,16 +176,9 @@ class Reference:
 def token_logps(
     model: hf.Model, batch: PreferenceBatch, config: TrainConfig
 ) -> Tensor:  # [B, T], 0 where nothing is scored
-    """Log-probabilities of a batch's targets under any model."""
+    """Log-probabilities of a batch's targets under any model of the run, in its compute type."""
     with autocast(config, batch.input_ids.device.type):
-        return hf.fused_logps(
-            model,
-            batch.input_ids,
-            batch.targets,
-            position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask,
-            backend=config.backend,
-        )
+        return target_logps(model, batch, backend=config.backend)
 
 
 def sequence_sums(values: Tensor, batch: PreferenceBatch) -> Tensor:  # [B, T] -> [S] fp64

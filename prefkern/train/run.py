@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..integrations import hf
+from ..integrations.head import at_head
 from ..losses.record import Loss
 from . import checkpoint as ckpt
 from . import demands, models, output, pairing, reference_cache
@@ -105,7 +106,8 @@ class Run:
         with autocast(self.config, self.device.type):
             for provider in self.providers:
                 given |= provider.arguments(micro, reference)
-        reference.layers = None  # L hidden states: what is read of them was read
+        if reference.states is not None:  # L hidden states: what is read of them was read
+            reference.states = reference.states._replace(layers=None)
         return reference, given
 
     def say(self, text: str) -> None:
@@ -153,7 +155,7 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
         )
     own_hash = data_hash(data.examples, columns=True)
     policy.to(accelerator.device)
-    difference = pairing.check_first_batch(policy, data.examples, config)
+    difference = pairing.check_own_logits(policy, config)
     pairing.check_noise(policy, data.examples, config)
     packed = pairing.choose_packing(tell, policy, data.examples, config)
     if mode == "cache":
@@ -296,7 +298,7 @@ def open_policy(
     policy = models.load_policy(config, resume)
     for provider in providers:
         provider.on_policy(policy, resume, processes)
-    hf.refuse_unsupported(policy)
+    at_head(policy)
     return tokenizer, policy
 
 

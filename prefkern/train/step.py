@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..integrations import hf
+from ..integrations.head import Compute
+from ..integrations.loss_at_head import loss_at_head, with_router_loss
 from ..losses.record import Loss
-from ..objective.preference_loss import preference_loss
 from ..stats import SeqStats
 from .config import TrainConfig
-from .data import PreferenceBatch
+from .forward import inputs_of
 from .models import autocast
 from .providers import Micro, Provider
 from .reference import ReferenceRows
@@ -58,26 +59,29 @@ class PreferenceStep(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch over the denominators `num_items`."""
         batch = micro.batch
-        with autocast(self.config, batch.input_ids.device.type):
-            hidden, _ = hf.hidden_states(
-                self.policy,
-                batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=batch.attention_mask,
-            )
-            loss, found = self._loss(hidden, micro, reference, given, num_items)
+        with (
+            autocast(self.config, batch.input_ids.device.type),
+            inputs_of(self.policy, batch) as inputs,
+        ):
+            if getattr(hf.text_config(self.policy), "output_router_logits", False):
+                inputs["output_router_logits"] = True
+            objective = self._objective(micro, reference, given, num_items)
+            out = self.policy(**inputs, at_head=objective)
+        # the routers' loss is a mean over a batch; over a step it is the mean over its groups
+        share = len(micro.examples) / num_items["groups"] if out.aux_loss is not None else 1.0
+        loss, found = with_router_loss(self.policy, out, share=share)
         for provider in self.providers:
             found |= provider.metrics()
         return loss, found
 
-    def _loss(
+    def _objective(
         self,
-        hidden: Tensor,  # [B, T, D]
         micro: Micro,
         reference: ReferenceRows,
         given: Mapping[str, Any],
         num_items: Mapping[str, Any],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> Compute:
+        """What runs at the policy's head: the loss of a micro-batch, and its metrics."""
         batch = micro.batch
         learned = {k: v for p in self.providers for k, v in p.learned(batch).items()}
 
@@ -92,33 +96,24 @@ class PreferenceStep(nn.Module):
                 ).items()
             }
 
-        return preference_loss(
-            _packed(hidden, batch),
-            hf.read_head(self.policy),
-            _packed(batch.targets, batch),
-            batch.cu_seqlens,
+        return loss_at_head(
+            batch.targets,
+            reference=reference.logp if reference.states is None else reference.states,
+            cu_seqlens=batch.cu_seqlens,
             loss=list(self.config.loss),
             loss_weights=self.config.loss_weights and list(self.config.loss_weights),
-            ref_hidden=_packed(reference.hidden, batch),
-            ref_head=reference.head,
-            ref_logp=_packed(reference.logp, batch),
             ref_seq_logp=reference.seq_logp,
             layout=self.layout,
             cu_groups=batch.cu_groups,
             relevance=batch.relevance,
             desirable=batch.desirable,
-            token_weights=_packed(batch.token_weights, batch),
+            token_weights=batch.token_weights,
             item_weights=batch.weights,
             num_items=num_items,
-            likelihood_targets=_packed(batch.likelihood_targets, batch),
+            likelihood_targets=batch.likelihood_targets,
             memory_budget=self.config.memory_budget,
             tail_mass=self.config.tail_mass,
             backend=self.config.backend,
             state_arguments=from_statistics,
             **{**self.loss_args, **given, **learned},
         )
-
-
-def _packed(value: Any, batch: PreferenceBatch) -> Any:
-    """A tensor (or None) [1, T, ...] -> [T, ...] for packed batches; else as it is, [B, T, ...]."""
-    return value if value is None or batch.cu_seqlens is None else value.squeeze(0)

@@ -78,6 +78,6 @@ def test_the_list_of_families_names_treatments_of_logits():
     assert seen == {
         "llama": (1.0, None), "gemma2": (1.0, 3.0), "granite": (0.25, None),
         "cohere": (0.25, None), "hyperclovax": (0.5, None), "mpt": (1.0, None),
-        "minicpm3": (0.25, None), "falcon_h1": (0.5, None), "recurrent_gemma": (1.0, 30.0),
+        "minicpm3": (1.0, None), "falcon_h1": (0.5, None), "recurrent_gemma": (1.0, 30.0),
         "xlstm": (1.0, 30.0),
     }  # fmt: skip

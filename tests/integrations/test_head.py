@@ -377,9 +377,17 @@ def test_the_signature_stays_and_generation_works():
     assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), want)
 
 
-def test_under_the_wrappers_of_accelerate():
+@pytest.fixture
+def accelerate():
+    """Without the settings that other tests of this process left, and leaving none."""
+    module = pytest.importorskip("accelerate")
+    module.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield module
+    module.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_under_the_wrappers_of_accelerate(accelerate):
     """Its autocast stands before ours and can be taken off; device_map's hooks on the head run."""
-    accelerate = pytest.importorskip("accelerate")
     model = family_model("llama")
     at_head(model)
     inputs, targets = batch()

@@ -6,13 +6,16 @@ forward, one sequence at a time, log_softmax over the vocabulary, formulas writt
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import DATA, STORIES, config, save_model, write_data
+from tiny_tokenizer import byte_tokenizer
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from prefkern.train.loop import epoch_chunks, train_run
 from prefkern.train.run import Run, prepare
@@ -68,15 +71,16 @@ def simpo(groups) -> Tensor:
 LOSSES = {"dpo": dpo, "tdpo2": tdpo2, "simpo": simpo}
 
 
-def independent(run: Run, name: str) -> tuple[list[float], dict[str, Tensor]]:
+def independent(run: Run, name: str, base: str) -> tuple[list[float], dict[str, Tensor]]:
     """The same steps on the same batches; returns losses and final weights."""
-    from transformers import AutoModelForCausalLM
-
     settings = run.config
-    policy = AutoModelForCausalLM.from_pretrained(settings.model).train()
-    reference = AutoModelForCausalLM.from_pretrained(settings.model).eval()
-    decay = [p for n, p in policy.named_parameters() if p.dim() > 1]
-    plain = [p for n, p in policy.named_parameters() if p.dim() <= 1]
+    policy = AutoModelForCausalLM.from_pretrained(base).train()
+    reference = AutoModelForCausalLM.from_pretrained(base).eval()
+    if hasattr(run.step.policy, "peft_config"):
+        policy = copy.deepcopy(run.step.policy)  # with the adapter as the run starts it
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    decay = [p for p in trained if p.dim() > 1]
+    plain = [p for p in trained if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [
             {"params": decay, "weight_decay": settings.weight_decay},
@@ -109,7 +113,8 @@ def independent(run: Run, name: str) -> tuple[list[float], dict[str, Tensor]]:
     return losses, dict(policy.named_parameters())
 
 
-def compare(tmp_path, model: str, data: str, name: str, **options) -> None:
+def compare(tmp_path, model: str, data: str, name: str, base: str = "", **options) -> None:
+    """`base`: the folder of the reference, where that is not the model's."""
     settings = config(
         tmp_path / "out",
         model,
@@ -124,7 +129,8 @@ def compare(tmp_path, model: str, data: str, name: str, **options) -> None:
     )
     run = prepare(settings)
     assert run.packed
-    want_losses, want = independent(run, name)
+    want_losses, want = independent(run, name, base or model)
+    start = copy.deepcopy(run.step.policy)
     rows = train_run(run)["log_history"]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == STEPS
@@ -134,7 +140,6 @@ def compare(tmp_path, model: str, data: str, name: str, **options) -> None:
         error = (ours - want[parameter]).abs().max().item()
         assert error <= 1e-5, f"{parameter}: {error:.2e}"
     # the comparison means something: the weights went far from where they started
-    start = type(run.step.policy).from_pretrained(model)
     moved = max(
         (a - b).abs().max().item()
         for a, b in zip(start.parameters(), run.step.policy.parameters(), strict=True)
@@ -146,6 +151,42 @@ def compare(tmp_path, model: str, data: str, name: str, **options) -> None:
 def test_twenty_steps_on_a_random_model(tmp_path, name):
     model, data = save_model(tmp_path / "model"), write_data(tmp_path / "pairs.jsonl", rows=20)
     compare(tmp_path, model, data, name, learning_rate=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dpo", "tdpo2"])
+@pytest.mark.parametrize("targets", ["on the head", "on everything", "on a tied head"])
+def test_twenty_steps_of_lora_on_the_head(tmp_path, name, targets):
+    tied = targets == "on a tied head"
+    model = save_model(tmp_path / "model", tie_word_embeddings=tied)
+    data = write_data(tmp_path / "pairs.jsonl", rows=20)
+    modules = ("lm_head",) if targets == "on the head" else ("q_proj", "down_proj", "lm_head")
+    compare(tmp_path, model, data, name, learning_rate=1e-3, lora_r=4, lora_target_modules=modules)
+
+
+@pytest.mark.parametrize("name", ["dpo", "tdpo2"])
+def test_twenty_steps_of_a_head_in_modules_to_save(tmp_path, name):
+    """The adapter brings a head of its own; the reference has the base's."""
+    peft = pytest.importorskip("peft")
+    base, data = save_model(tmp_path / "base"), write_data(tmp_path / "pairs.jsonl", rows=20)
+    inner = AutoModelForCausalLM.from_pretrained(base)
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
+    adapted = peft.get_peft_model(inner, settings)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        own = adapted.base_model.model.lm_head.modules_to_save["default"].weight
+        own += 0.05 * torch.randn_like(own)
+    model = str(tmp_path / "adapter")
+    adapted.save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    compare(tmp_path, model, data, name, base, learning_rate=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dpo", "tdpo2"])
+def test_twenty_steps_with_a_soft_cap_and_tied_embeddings(tmp_path, name):
+    model, data = save_model(tmp_path / "model", "gemma2"), write_data(tmp_path / "p.jsonl")
+    compare(tmp_path, model, data, name, learning_rate=1e-4, packing="on")
 
 
 @pytest.mark.parametrize("name", ["dpo", "tdpo2"])

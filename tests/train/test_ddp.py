@@ -117,6 +117,27 @@ def test_two_ranks_stay_equal_and_equal_one_process(tmp_path, loss, layout, rows
         assert (value - both[name]).abs().max() < 1e-5, name
 
 
+def test_two_ranks_train_an_adapter_on_the_head_as_one_process(tmp_path):
+    model, data = save_model(tmp_path / "model"), write_data(tmp_path / "data.jsonl", rows=8)
+    common = dict(
+        loss=("tdpo2",), lora_r=4, lora_target_modules=("q_proj", "lm_head"), learning_rate=1e-3,
+        gradient_accumulation_steps=1,
+    )  # fmt: skip
+    train(config(tmp_path / "one", model, data, per_device_train_batch_size=4, **common))
+    two = config(tmp_path / "two", model, data, per_device_train_batch_size=2, **common)
+    settings = tmp_path / "two.json"
+    settings.write_text(json.dumps(two.as_dict()))
+    two_ranks(settings, tmp_path)
+    first, second = (load_file(tmp_path / f"rank{r}.safetensors") for r in (0, 1))
+    assert all((first[k] == second[k]).all() for k in first), "ranks drifted apart"
+    alone, both = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")
+    )
+    assert any("lm_head.lora_B" in name for name in alone)
+    for name, value in alone.items():
+        assert (value - both[name]).abs().max() < 1e-5, name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("losses", "rows", "accumulate", "updates"),

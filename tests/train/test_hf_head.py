@@ -8,17 +8,21 @@ from tiny_models import STORIES, VOCAB, tiny_model
 from torch import nn
 
 from prefkern.integrations import hf, packed_attention
+from prefkern.integrations.head import at_head
+from prefkern.integrations.output_layer import resolve
+from prefkern.integrations.verify import verify_head
 from prefkern.train.data import Encoded, Example, collate
+from prefkern.train.forward import inputs_of, target_logps
 
 FAMILIES = ("llama", "gemma2", "granite", "cohere", "hyperclovax", "minicpm3", "phi", "gpt2", "mpt")
-# the constant that each family's own modelling file applies
+# what each family's own modelling file applies to what its head returns
 OPTIONS = {
     "llama": (1.0, None),
     "gemma2": (1.0, 3.0),
     "granite": (0.25, None),
     "cohere": (0.25, None),
     "hyperclovax": (0.5, None),
-    "minicpm3": (0.25, None),
+    "minicpm3": (1.0, None),
     "phi": (1.0, None),
     "gpt2": (1.0, None),
     "mpt": (1.0, None),
@@ -33,41 +37,23 @@ def examples(lengths=(20, 33, 9, 47), seed=0) -> list[Example]:
     return [Example(row=i, sequences=(Encoded(ids, len(ids) // 3),)) for i, ids in enumerate(draw)]
 
 
-def check(model: nn.Module, **options) -> float:
-    batch = collate(examples(), packed=False)
-    return hf.check_head(
-        model,
-        batch.input_ids,
-        batch.targets,
-        position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask,
-        **options,
-    )
+def check(model: nn.Module) -> float:
+    at_head(model)
+    return verify_head(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fused_logps_are_those_of_the_models_own_logits(family):
+def test_logps_at_the_head_are_those_of_the_models_own_logits(family):
     model = tiny_model(family)
     assert check(model) < 1e-5
-    scale, softcap = hf.logit_options(hf.text_config(model))
-    assert (scale, softcap) == OPTIONS[family]
+    assert hf.logit_options(hf.text_config(model)) == OPTIONS[family]
 
 
-def test_bias_is_read():
-    assert hf.read_head(tiny_model("phi")).bias is not None
-    assert hf.read_head(tiny_model("llama")).bias is None
-
-
-def test_bfloat16_weights_get_the_slack_of_rounded_logits():
-    assert check(tiny_model("llama").to(torch.bfloat16)) < 0.1
-
-
-def test_a_family_that_does_something_else_to_its_logits_is_refused():
-    model = tiny_model("llama")
-    head = model.lm_head.forward
-    model.lm_head.forward = lambda hidden: 1.01 * head(hidden)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*differ.*own logits"):
-        check(model)
+def test_what_is_said_of_the_head():
+    phi, llama = (resolve(tiny_model(name)) for name in ("phi", "llama"))
+    assert phi.parameters[1] is not None and llama.parameters[1] is None
+    assert phi.vocabulary == llama.vocabulary == VOCAB
+    assert resolve(tiny_model("cohere")).options == {"scale": 0.25, "softcap": None}
 
 
 def test_unused_logit_scale_of_mpt_is_not_applied():
@@ -82,7 +68,7 @@ def test_model_without_output_embedding():
         hf.refuse_unsupported(model)
 
 
-def test_encoder_decoder_and_router_losses_are_refused():
+def test_encoder_decoder_models_are_refused():
     import transformers
 
     small = dict(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=VOCAB)
@@ -90,29 +76,6 @@ def test_encoder_decoder_and_router_losses_are_refused():
         hf.refuse_unsupported(
             transformers.T5ForConditionalGeneration(transformers.T5Config(**small))
         )
-    model = tiny_model("llama")
-    model.config.output_router_logits = True
-    with pytest.raises(ValueError, match="output_router_logits"):
-        hf.refuse_unsupported(model)
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"target_modules": ["lm_head"]}, r"adapter on the output embedding 'lm_head'"),
-        (
-            {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-            r"modules_to_save.*'lm_head'",
-        ),
-    ],
-)
-def test_adapters_on_the_head_are_refused_by_name(options, match):
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(
-        tiny_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM", **options)
-    )
-    with pytest.raises(ValueError, match=match):
-        hf.refuse_unsupported(model)
 
 
 def test_prompt_learning_is_refused():
@@ -123,39 +86,30 @@ def test_prompt_learning_is_refused():
         hf.refuse_unsupported(model)
 
 
-def test_adapter_off_is_the_base_model():
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
+def test_adapter_off_is_the_base_model(targets):
     peft = pytest.importorskip("peft")
     base = tiny_model("llama")
+    at_head(base)
     batch = collate(examples(), packed=False)
-    arguments = dict(position_ids=batch.position_ids, attention_mask=batch.attention_mask)
-    before = hf.fused_logps(base, batch.input_ids, batch.targets, **arguments)
+    before = target_logps(base, batch)
     settings = peft.LoraConfig(
-        task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False
+        task_type="CAUSAL_LM", target_modules=targets, init_lora_weights=False
     )
     model = peft.get_peft_model(base, settings).eval()
-    hf.refuse_unsupported(model)
     assert check(model) < 1e-5
     with hf.adapter_off(model):
-        assert torch.equal(
-            hf.fused_logps(model, batch.input_ids, batch.targets, **arguments), before
-        )
-    assert not torch.equal(
-        hf.fused_logps(model, batch.input_ids, batch.targets, **arguments), before
-    )
+        assert torch.equal(target_logps(model, batch), before)
+    assert not torch.equal(target_logps(model, batch), before)
     with pytest.raises(ValueError, match="reference=adapter"):
         hf.adapter_off(base)
 
 
 def packed_and_alone(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    at_head(model)
+
     def logps(batch):
-        out = hf.fused_logps(
-            model,
-            batch.input_ids,
-            batch.targets,
-            position_ids=batch.position_ids,
-            attention_mask=None,
-        )
-        return out[batch.targets != -100]
+        return target_logps(model, batch)[batch.targets != -100]
 
     alone = torch.cat([logps(collate([e], packed=True)) for e in examples()])
     return logps(collate(examples(), packed=True)), alone
@@ -206,9 +160,9 @@ def test_packed_attention_gives_the_gradients_of_sdpa():
         model.set_attn_implementation("sdpa")
         if name != "sdpa":
             packed_attention.use(model, 64)
-        hidden, _ = hf.hidden_states(
-            model, batch.input_ids, position_ids=batch.position_ids, attention_mask=None
-        )
+        at_head(model)
+        with inputs_of(model, batch) as inputs:
+            hidden = model(**inputs, at_head=lambda view: view.hidden).value
         (hidden * torch.linspace(-1, 1, hidden.shape[-1])).sum().backward()
         grads[name] = torch.cat([p.grad.flatten() for p in model.model.parameters()])
     assert (grads["sdpa"] - grads[packed_attention.NAME]).abs().max() < 1e-5 * grads[
@@ -219,11 +173,11 @@ def test_packed_attention_gives_the_gradients_of_sdpa():
 def test_packed_attention_leaves_padded_batches_and_other_models_alone():
     model = tiny_model("llama")
     batch = collate(examples(), packed=False)
-    arguments = dict(position_ids=batch.position_ids, attention_mask=batch.attention_mask)
+    at_head(model)
     model.set_attn_implementation("sdpa")
-    before = hf.fused_logps(model, batch.input_ids, batch.targets, **arguments)
+    before = target_logps(model, batch)
     assert packed_attention.use(model, 64)
-    assert torch.equal(hf.fused_logps(model, batch.input_ids, batch.targets, **arguments), before)
+    assert torch.equal(target_logps(model, batch), before)
     packed_attention.stop(model)
     assert model.config._attn_implementation == "sdpa"
     windowed = tiny_model("gemma2")

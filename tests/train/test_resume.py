@@ -41,6 +41,24 @@ COMMON = dict(
 )
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_on_the_head_resumes_to_the_same_bits(tmp_path, tied):
+    model = save_model(tmp_path / "model", attention_dropout=0.2, tie_word_embeddings=tied)
+    data = write_data(tmp_path / "pairs.jsonl", rows=11)
+    options = dict(
+        lora_r=4, lora_target_modules=("q_proj", "lm_head"), lora_dropout=0.1, max_steps=4,
+        save_steps=2, disable_dropout=False, loss=("tdpo2",), eval_dataset=data,
+    )  # fmt: skip
+    train(config(tmp_path / "whole", model, data, **options))
+    start = str(tmp_path / "whole" / "checkpoint-2")
+    train(config(tmp_path / "resumed", model, data, resume_from_checkpoint=start, **options))
+    whole, resumed = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        for name in ("whole", "resumed")
+    )
+    assert whole == resumed
+
+
 def materials(tmp_path) -> tuple[str, str]:
     # dropout on: the generators' state must be restored too
     model = save_model(tmp_path / "model", attention_dropout=0.2)

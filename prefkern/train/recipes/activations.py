@@ -45,18 +45,19 @@ class Activations(Provider):
 
     @contextmanager
     def watch(self, model: hf.Model) -> Iterator[None]:
-        self.model = model
         with record(model) as self.recorder:
             yield
 
     def arguments(self, micro: Micro, reference: ReferenceRows) -> dict[str, Any]:
-        assert reference.hidden is not None and reference.layers is not None
-        found = linear_logps(
-            reference.hidden, hf.read_head(self.model), micro.batch.targets, stats=("zmean",),
-            backend=self.config.backend,
-        )  # fmt: skip
+        states = reference.states
+        assert states is not None and states.layers is not None
+        with states.gathered() as head:
+            found = linear_logps(
+                states.hidden, head, micro.batch.targets, stats=("zmean",),
+                backend=self.config.backend,
+            )  # fmt: skip
         assert found.zmean is not None
-        return self.recorder.collect(reference.layers, found.zmean)
+        return self.recorder.collect(states.layers, found.zmean)
 
 
 class Recorder:

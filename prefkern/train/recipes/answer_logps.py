@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...integrations import hf
+from ...integrations.head import at_head
 from .. import models, reference_cache
 from ..config import TrainConfig
 from ..data import Loader
@@ -36,6 +37,7 @@ def answer_logps(
         model_context=models.context_length(model), append_eos=config.append_eos,
     )  # fmt: skip
     examples = loader.load(table).examples
+    at_head(model)
     training = model.training
     model.eval()
     with off():

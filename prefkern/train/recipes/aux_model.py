@@ -8,11 +8,14 @@ from typing import Any
 
 from ... import losses
 from ...integrations import hf
+from ...integrations.loss_at_head import read_other
+from ...integrations.output_layer import resolve
 from ...losses.record import Loss
 from .. import reference_cache
 from ..config import TrainConfig
 from ..data import Example
 from ..demands import calls_of, stats_of
+from ..forward import inputs_of
 from ..providers import Micro, Opened, Provider
 from ..reference import ReferenceRows, token_logps
 from .answer_logps import answer_logps
@@ -63,10 +66,10 @@ class AuxModel(Provider):
         self.model = opened.frozen(self.config.aux_model)
         if self.head:
             reference = opened.reference.model
-            ours = hf.read_head(opened.policy if reference is None else reference)
-            theirs = hf.read_head(self.model)
-            same = (ours.scale, ours.softcap) == (theirs.scale, theirs.softcap)
-            if theirs.bias is not None or ours.bias is not None or not same:
+            ours = resolve(opened.policy if reference is None else reference)
+            theirs = resolve(self.model)
+            biased = any(layer.parameters[1] is not None for layer in (ours, theirs))
+            if biased or ours.options != theirs.options:
                 raise ValueError(
                     f"loss {', '.join(self.config.loss)} forms the aux model's logits with the "
                     "reference's scale and cap and without a bias; --aux-model and --ref-model "
@@ -76,16 +79,10 @@ class AuxModel(Provider):
     def arguments(self, micro: Micro, reference: ReferenceRows) -> dict[str, Any]:
         batch, given = micro.batch, dict[str, Any]()
         if self.head:
-            hidden, _ = hf.hidden_states(
-                self.model,
-                batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=batch.attention_mask,
-            )
-            given["aux_hidden"] = hidden if batch.cu_seqlens is None else hidden.squeeze(0)
-            given["aux_head"] = hf.read_head(self.model)
+            with inputs_of(self.model, batch) as inputs:
+                given["aux"] = read_other(self.model, inputs, batch.targets, distribution=True)
         if self.logp:
-            if reference.hidden is None and reference.logp is None:
+            if reference.states is None and reference.logp is None:
                 raise ValueError(
                     "aux log-probabilities are compared with a reference; there is none."
                 )

@@ -56,9 +56,9 @@ class Masks(Provider):
             return
         first = opened.examples[: self.config.per_device_train_batch_size]
         batch = collate(first, packed=opened.packed, pad_id=opened.pad_id).to(opened.device)
-        layers = opened.reference.rows(batch).layers
-        assert layers is not None
-        if draws := redraw_dead(self.masks, layers[:, batch.targets != -100]):
+        states = opened.reference.rows(batch).states
+        assert states is not None and states.layers is not None
+        if draws := redraw_dead(self.masks, states.layers[:, batch.targets != -100]):
             opened.say(
                 f"sparsepo: masks that were 0 on nearly every token, drawn again {draws} time(s)."
             )
@@ -77,8 +77,9 @@ class Masks(Provider):
 
     def arguments(self, micro: Micro, reference: ReferenceRows) -> dict[str, Any]:
         # read where the masks run, inside the wrapped forward
-        assert reference.layers is not None
-        self.layers = reference.layers[:, micro.batch.targets != -100]
+        states = reference.states
+        assert states is not None and states.layers is not None
+        self.layers = states.layers[:, micro.batch.targets != -100]
         return {}
 
     def learned(self, batch: PreferenceBatch) -> dict[str, Any]:

@@ -133,7 +133,12 @@ def extrapolate(policy: hf.Model, before: hf.Model, alpha: float) -> None:
 
 
 def effective_parameters(model: hf.Model) -> dict[str, Tensor]:
-    """Parameters by their name in the plain model, with the active LoRA adapters added in."""
+    """Parameters by their name in the plain model, with the active LoRA adapters added in.
+
+    Raises:
+        ValueError: an adapter on one of two layers that share their weight: the plain model has no
+            place for it.
+    """
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(model, peft.PeftModel):
         return dict(model.named_parameters())
@@ -143,6 +148,7 @@ def effective_parameters(model: hf.Model) -> dict[str, Tensor]:
     adapted: dict[str, Any] = {
         name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)
     }
+    _refuse_shared(base, adapted)
     found: dict[str, Tensor] = {}
     for name, parameter in base.named_parameters():
         owner = next((a for a in adapted if name.startswith(f"{a}.")), None)
@@ -157,6 +163,19 @@ def effective_parameters(model: hf.Model) -> dict[str, Tensor]:
                     value = value + layer.get_delta_weight(adapter).to(value.dtype)
             found[f"{owner}.{plain}"] = value
     return found
+
+
+def _refuse_shared(base: nn.Module, adapted: dict[str, Any]) -> None:
+    every = list(base.named_parameters(remove_duplicate=False))
+    own = {f"{name}.base_layer.weight" for name in adapted}
+    weights = {id(parameter): name for name, parameter in every if name in own}
+    for name, parameter in every:
+        if (other := weights.get(id(parameter), name)) != name:
+            raise ValueError(
+                f"{other.removesuffix('.base_layer.weight')} has an adapter and shares its weight "
+                f"with {name} (tied embeddings), so the sum is no weight of the plain model; leave "
+                "it out of lora_target_modules."
+            )
 
 
 def shapes(parameters: dict[str, Tensor]) -> dict[str, list[int]]:

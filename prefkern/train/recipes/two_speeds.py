@@ -140,6 +140,12 @@ def add_slow_adapter(policy: hf.Model, folder: Path, processes: int = 1) -> None
         )
     if not hasattr(policy, "peft_config") or list(policy.peft_config) != [FAST]:
         raise ValueError("two speeds need a policy with one LoRA adapter; set lora_r.")
+    if policy.peft_config[FAST].modules_to_save:
+        raise ValueError(
+            "two speeds exchange LoRA matrices, and the adapter also trains whole modules "
+            f"({', '.join(policy.peft_config[FAST].modules_to_save)}); use one without "
+            "modules_to_save."
+        )
     from peft import set_peft_model_state_dict
 
     policy.add_adapter(SLOW, dataclasses.replace(policy.peft_config[FAST]))

@@ -45,8 +45,8 @@ RECIPES: list[Row] = [
         ('"lr": self.config.learning_rate if rate is None else rate,', '"lr": 0.0,'),
         ('"weight_decay": self.config.mask_weight_decay,', '"weight_decay": 0.0,'),
         (
-            "reference.layers[:, micro.batch.targets != -100]",
-            "reference.layers[:, micro.batch.targets == -100]",
+            "states.layers[:, micro.batch.targets != -100]",
+            "states.layers[:, micro.batch.targets == -100]",
         ),
         ("(rows == 0).double()", "(rows > 0).double()"),
         ("if stored.is_file():", "if not stored.name:"),
@@ -116,14 +116,14 @@ RECIPES: list[Row] = [
         f"{TESTS}recipes/test_fused_reference.py {TESTS}recipes/test_aux_model.py",
         ("return needed and NAME not in config.columns", "return needed"),
         ("token_logps(self.model, batch", "token_logps(self.opened_policy, batch"),
-        ("(ours.scale, ours.softcap) == (theirs.scale, theirs.softcap)", "True"),
+        ("if biased or ours.options != theirs.options:", "if biased:"),
         (
             '{**row, "chosen_aux_logp": one.tolist(), "rejected_aux_logp": other.tolist()}',
             '{**row, "chosen_aux_logp": other.tolist(), "rejected_aux_logp": one.tolist()}',
         ),
         (
-            "if reference.hidden is None and reference.logp is None:",
-            "if reference.hidden is batch:",
+            "if reference.states is None and reference.logp is None:",
+            "if reference.states is batch:",
         ),
         ("if not (self.logp or self.head):", "if self.logp and self.head:"),
         ("if config.aux_model is None and not stored:", "if not names:"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from prefkern.integrations import hf
+from prefkern.integrations.head import at_head
 from prefkern.train.recipes import activations
 
 
@@ -18,12 +18,15 @@ def test_activations_are_feature_means_of_every_place(family):
     def hooks() -> int:  # transformers keeps hooks of its own after the first such forward
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
-    hf.hidden_states(model, ids, position_ids=None, attention_mask=None, layers=True)
+    def states_of() -> torch.Tensor:
+        call = dict(input_ids=ids, output_hidden_states=True)
+        return model(**call, at_head=lambda view: view.layers).value
+
+    at_head(model)
+    states_of()
     before = hooks()
     with torch.no_grad(), activations.record(model) as recorder:
-        _, states = hf.hidden_states(
-            model, ids, position_ids=None, attention_mask=None, layers=True
-        )
+        states = states_of()
     found = recorder.collect(states, torch.zeros(2, 7))
     counts = torch.bincount(found["hook_type"], minlength=4).tolist()
     # 2 blocks: an MLP each; query, key, value, output each; the embedding and every block; logits

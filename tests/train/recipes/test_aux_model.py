@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import config, save_model, tiny_model, write_data
 
+from prefkern.integrations.head import at_head
 from prefkern.train.recipes.aux_model import AuxModel
 from prefkern.train.reference import token_logps
 from prefkern.train.run import plan, prepare
@@ -47,7 +48,9 @@ def test_its_log_probabilities_are_its_own(tmp_path, materials):
     run = prepare(config(tmp_path, model, data, loss=("tgdpo",), aux_model=aux))
     micro = run.micro_batch(run.examples[:3])
     _, given = run.constants(micro)
-    want = token_logps(tiny_model(seed=5), micro.batch, run.config)
+    other = tiny_model(seed=5)
+    at_head(other)
+    want = token_logps(other, micro.batch, run.config)
     assert torch.allclose(given["aux_logp"], want.flatten(), atol=1e-5)
     own = token_logps(run.step.policy, micro.batch, run.config).flatten()
     assert not torch.allclose(given["aux_logp"], own, atol=1e-2)
@@ -74,4 +77,5 @@ def test_a_distribution_is_read_with_the_references_scale(tmp_path, materials):
         prepare(config(tmp_path / "o", plain, data, aux_model=other, **options))
     run = prepare(config(tmp_path / "o", plain, data, aux_model=plain, **options))
     _, given = run.constants(run.micro_batch(run.examples[:2]))
-    assert given["aux_hidden"].dim() == 2 and given["aux_head"].scale == pytest.approx(0.25)
+    with given["aux"].gathered() as head:
+        assert head.scale == pytest.approx(0.25) and not head.requires_grad

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import config, tiny_model
 
+from prefkern.integrations.head import at_head
 from prefkern.train.data import Encoded, Example, collate
 from prefkern.train.recipes.kto_baseline import baseline_from, mismatch
 from prefkern.train.reference import Reference
@@ -27,6 +28,8 @@ def test_mismatched_completions_rotate_by_one():
 @pytest.mark.parametrize("packed", [True, False])
 def test_mismatched_logratio_against_full_logits(packed):
     policy, other = tiny_model("llama", 0), tiny_model("llama", 1)
+    at_head(policy)
+    at_head(other)
     rows = [
         unpaired([1, 2, 3], [4, 5], 0),
         unpaired([6, 7], [8, 9, 10], 1),

@@ -115,7 +115,7 @@ def test_a_trained_models_masks_come_with_it(tmp_path, materials):
 def test_they_read_the_scored_rows_of_the_reference(tmp_path, materials):
     run = run_of(tmp_path, materials)
     micro = run.micro_batch(run.examples[:2])
-    layers = run.reference.rows(micro.batch).layers
+    layers = run.reference.rows(micro.batch).states.layers
     reference, given = run.constants(micro)
-    assert reference.layers is None and not {"reward_mask", "kl_mask"} & given.keys()
+    assert reference.states.layers is None and not {"reward_mask", "kl_mask"} & given.keys()
     assert torch.equal(provider(run).layers, layers[:, micro.batch.targets != -100])

@@ -113,6 +113,16 @@ def test_models_that_do_not_match_are_refused_by_name():
         check_movable(tiny_model(), tiny_model(num_hidden_layers=1))
 
 
+def test_an_adapter_on_a_tied_head_has_no_place_in_the_plain_model():
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
+    tied, plain = (tiny_model(tie_word_embeddings=flag) for flag in (True, False))
+    policy = peft.get_peft_model(plain, settings)
+    check_movable(policy, tiny_model(tie_word_embeddings=False))
+    with pytest.raises(ValueError, match="lm_head has an adapter and shares its weight"):
+        check_movable(peft.get_peft_model(tied, settings), tiny_model(tie_word_embeddings=True))
+
+
 def test_extrapolation_and_copy_on_parameters():
     now, before, copy = tiny_model(seed=1), tiny_model(seed=0), tiny_model(seed=2)
     expected = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import config, save_model, write_data
+from tiny_models import config, save_model, tiny_model, write_data
 
 from prefkern.cli.main import main
 from prefkern.train import models, train
@@ -122,6 +123,16 @@ def test_resuming_and_rounds_keep_both(tmp_path, materials):
 def test_contradictions_are_refused(tmp_path, materials, changes, match):
     with pytest.raises(ValueError, match=match):
         prepare(two_speeds(tmp_path, materials, **changes))
+
+
+def test_whole_modules_beside_the_adapter_are_refused():
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
+    policy = peft.get_peft_model(tiny_model(), settings)
+    with pytest.raises(ValueError, match=r"whole modules \(lm_head\)"):
+        speeds.add_slow_adapter(policy, Path("none"))
 
 
 def test_adapters_of_two_domains_merge_exactly(tmp_path, materials, capsys):

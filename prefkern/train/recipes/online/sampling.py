@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ....integrations import hf
+from ....integrations.output_layer import resolve
 from ...data.rows import Text, template_args
 
 # A model folder's own generation settings would change the distribution that is sampled from.
@@ -199,7 +200,7 @@ def _check_mixture(policy: hf.Model, reference: hf.Model | None) -> None:
     if reference is None:
         hf.adapter_off(policy)  # refuses a policy without an adapter
         return
-    own, other = (hf.read_head(m).weight.shape[0] for m in (policy, reference))
+    own, other = (resolve(m).vocabulary for m in (policy, reference))
     if own != other:
         raise ValueError(f"a mixture needs one vocabulary, got heads of {own} and {other}.")
 
