@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from prefkern.backends import choice, list_options, tables
-from prefkern.backends.contract import NO_PLAN, HeadCall, Model, Problem, read_plan, write_plan
+from prefkern.backends.contract import HeadCall, Model, Problem
+from prefkern.backends.plan import NO_PLAN, read_plan, write_plan
 from prefkern.backends.tiled import tiling
 from prefkern.backends.tiled.epilogue import LogitOptions, Sweep, Tile
 from prefkern.ops import budget as budget_table

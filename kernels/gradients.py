@@ -194,7 +194,7 @@ def factor(
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """What multiplies the head's rows in one sum of a frozen head, `which` of FACTORS: mass e,
-    log e x, ref er, cross e (x - xr), each times the slope of the cap."""
+    log e x, gap e - er, cross e (x - xr), each times the slope of the cap."""
     dtype: tl.constexpr = maxima_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -209,13 +209,13 @@ def factor(
     f = tl.exp(x)
     if which == FACTOR.log:
         f = weighted(f, x)
-    if which >= FACTOR.ref:
+    if which >= FACTOR.gap:
         raw_r = load_products(xr_ptr, xr_stride, rows, cols, inside, dtype)
         zr = logits(raw_r, ref_bias_ptr, cols, col_ok, flags & FLAG.ref_bias,
                     tl.load(params_ptr + PARAM.ref_factor),
                     tl.load(params_ptr + PARAM.ref_top), inside)  # fmt: skip
         xr = zr - load_row(maxima_ptr, 1, max_stride, rows, row_ok)
-        f = tl.exp(xr) if which == FACTOR.ref else weighted(f, x - xr)
+        f = f - tl.exp(xr) if which == FACTOR.gap else weighted(f, x - xr)
     slope = tl.load(params_ptr + PARAM.slope)
     if slope != 0:
         u = z * slope
@@ -252,8 +252,8 @@ def raise_rows(
             total = tl.load(at_ptr, mask=on, other=0.0)
             if i == FACTOR.log:
                 total = fp[:, None] * (total + dp[:, None] * mass)
-            elif i == FACTOR.ref:
-                total = fr[:, None] * total
+            elif i == FACTOR.gap:
+                total = fr[:, None] * total + (fp - fr)[:, None] * mass
             else:
                 total = fp[:, None] * (total + (dp - dr)[:, None] * mass)
             tl.store(at_ptr, total, mask=on)

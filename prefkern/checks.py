@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Numbers of the logits: a quotient of two of them is a normal float32.
+SMALLEST, LARGEST = 1e-18, 1e18
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -115,6 +117,12 @@ def check_logit_options(
         raise ValueError(
             f"{prefix}softcap must be > 0 or None, got {softcap}; use None for no cap."
         )
+    for name, size in (("scale", abs(scale)), ("temperature", temperature), ("softcap", softcap)):
+        if size and not SMALLEST <= size <= LARGEST:
+            raise ValueError(
+                f"{prefix}{name} must be between {SMALLEST:g} and {LARGEST:g} in size, so that "
+                f"float32 holds it and its quotients, got {size}."
+            )
 
 
 def check_index_range(index: Tensor, vocabulary: int) -> None:
@@ -126,6 +134,13 @@ def check_index_range(index: Tensor, vocabulary: int) -> None:
             "absent "
             "entries any index with the value 0."
         )
+
+
+def check_count(name: str, count: object) -> None:
+    if count is None or (isinstance(count, torch.SymInt) and count >= 0):
+        return
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"{name} must be an int >= 0 or None, got {count!r}.")
 
 
 def check_num_scored(targets: Tensor, ignore_index: int, num_scored: int | None) -> None:
@@ -180,6 +195,13 @@ def check_cu_seqlens(
     if read and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
         check_boundaries(tensor, total, name=name, of=of)
     return tensor
+
+
+def narrow_boundaries(cu: Tensor, total: int) -> Tensor:
+    """int32, what is out of range staying so: 2^32 would become 0."""
+    if cu.dtype != torch.int32:
+        cu = cu.clamp(-1, total + 1).to(torch.int32)
+    return cu.contiguous()
 
 
 def check_boundaries(cu: Tensor, total: int, *, name: str, of: str) -> None:

@@ -129,9 +129,10 @@ TWO_MODEL_STATS = (
 )  # fmt: skip
 NO_GRADIENT = frozenset({"top1", "zmean", "ref_logp", "ref_lse"})
 # Statistics whose logit gradient is made of the policy's own probabilities: in 16 bits it may
-# read rounded logits, whose error then stays that of one rounding. All others are differences of
-# two distributions or hold a log-probability, and read fp32 products.
-OWN_PROBABILITY = frozenset({"logp", "lse", "zy", "col", "xent"})
+# read rounded logits, whose error then stays that of one rounding. All others are differences (of
+# two distributions; col of p and its mean, where rounded logits put 4 % on peaked rows) or hold a
+# log-probability, and read fp32 products.
+OWN_PROBABILITY = frozenset({"logp", "lse", "zy", "xent"})
 # Statistics whose logit gradient over a set of columns is bounded in L1 by the masses P and R of p
 # and r there, per unit of upstream gradient: logp, lse P; zy 0; xent P times the teacher's mass;
 # fkl P + R. So a backward may skip columns of small mass (`tail_mass`).
@@ -157,6 +158,8 @@ def parse_stats(stats: str | Iterable[str], *, allowed: Sequence[str]) -> tuple[
     """
     if isinstance(stats, str):
         stats = (stats,)
+    if not isinstance(stats, Iterable):
+        raise ValueError(f"stats must be a name or several, got {stats!r}; as in stats=('logp',).")
     found: dict[str, Stat] = {}
     for text in stats:
         name, _, raw = str(text).partition(":")

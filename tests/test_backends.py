@@ -22,17 +22,17 @@ PROBLEM = Problem(
 
 
 def recorder(name: str, served: list[str], reasons=()):
-    """A backend that notes who was called and lets the reference do the work."""
+    """A backend that notes who was called and lets the eager one do the work."""
     module = types.ModuleType(f"prefkern_test_{name}")
     reference = choice.load_backend("eager")
+    module.__dict__.update({name: getattr(reference, name) for name in reference.__all__})
 
-    def forward(*args):
+    def fold(*args):
         served.append(name)
-        return reference.linear_logps_fwd(*args)
+        return reference.fold(*args)
 
     module.unsupported = lambda problem: list(reasons)
-    module.linear_logps_fwd = forward
-    module.linear_logps_bwd = reference.linear_logps_bwd
+    module.fold = fold
     return module
 
 
@@ -207,16 +207,21 @@ def test_the_reference_serves_everything():
 
 
 def test_backends_have_the_functions_that_the_ops_call():
+    """A head op is a fold and an unfold, or both in one step; other ops are a function each way."""
+    head = ("fold", "fold_again", "unfold", "unsupported")
+    parts = {
+        "linear_logps": head,
+        "linear_divergence": head,
+        "segment_sum": ("segment_sum_fwd", "segment_sum_bwd"),
+        "list_rank": ("list_rank_fwd",),
+    }
     for name in choice.backend_names():
         module = choice.load_backend(name)
-        assert callable(module.unsupported)
-        for op in ("linear_logps", "linear_divergence", "logits_logps", "segment_sum"):
+        for op, functions in parts.items():
             if module.unsupported(Problem(op=op, device="cpu", dtype=torch.float32)):
                 continue
-            for part in ("fwd", "bwd"):
-                assert callable(getattr(module, f"{op}_{part}")), (
-                    f"{name} claims {op} without {op}_{part}"
-                )
+            lacking = [f for f in functions if not callable(getattr(module, f, None))]
+            assert not lacking, f"{name} claims {op} without {lacking}"
 
 
 def run_python(code: str, **environment) -> str:

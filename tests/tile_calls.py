@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prefkern.backends.contract import NO_PLAN, HeadCall, Model, read_plan, write_plan
+from prefkern.backends.contract import HeadCall, Model
+from prefkern.backends.plan import NO_PLAN, read_plan, write_plan
 from prefkern.backends.tiled.epilogue import Sweep
 from prefkern.backends.tiled.operands import gather
 from prefkern.stats import ONE_MODEL_STATS, TWO_MODEL_STATS, parse_stats

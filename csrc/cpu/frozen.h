@@ -1,6 +1,7 @@
 // Frozen head: while the first sweep runs, up to four sums of weighted head rows are kept relative
 // to the running maxima, like the scalar sums beside them, and no backward multiplies:
-//   mass = sum e^x W      log = sum e^x x W      ref = sum e^xr W      cross = sum e^x (x - xr) W
+//   mass = sum e^x W      log = sum e^x x W      gap = sum (e^x - e^xr) W      cross = sum e^x (x -
+//   xr) W
 // each term times dz/dx's variable part, W with its low-rank columns beside it.
 #pragma once
 
@@ -31,7 +32,7 @@ struct Frozen {
     };
     need(Factor::mass, true);
     need(Factor::log, c.stats.grows(Stat::ent));
-    need(Factor::ref, c.stats.grows(Stat::fkl));
+    need(Factor::gap, c.stats.grows(Stat::fkl));
     need(Factor::cross, c.stats.grows(Stat::rkl));
     width = c.model[0].depth + c.model[0].rank;
     for (int i = 0; i < count; ++i) {
@@ -73,11 +74,11 @@ struct Frozen {
     const T dp = T(safe_max(old_pol) - safe_max(s.pol.max));
     const T dr = T(safe_max(old_ref) - safe_max(s.ref.max));
     const auto row = [&](Factor f) { return total[int(f)] == nullptr ? nullptr : at(f, slot); };
-    T *mass = row(Factor::mass), *log = row(Factor::log), *ref = row(Factor::ref),
+    T *mass = row(Factor::mass), *log = row(Factor::log), *gap = row(Factor::gap),
       *cross = row(Factor::cross);
     for (int64_t d = 0; d < width; ++d) {
       if (log != nullptr) log[d] = fp * (log[d] + dp * mass[d]);
-      if (ref != nullptr) ref[d] *= fr;
+      if (gap != nullptr) gap[d] = fr * gap[d] + (fp - fr) * mass[d];
       if (cross != nullptr) cross[d] = fp * (cross[d] + (dp - dr) * mass[d]);
       mass[d] *= fp;
     }
@@ -129,16 +130,12 @@ struct Frozen {
     const Vec<T> cap = splat(T(capped ? model.temperature / model.softcap : 0.0));
     for (int64_t k = 0; k < t.blocks; ++k) {
       const Vec<T> zk = load(z + k * t.stride), x = zk - m;
-      Vec<T> e;
-      if (which == Factor::ref) {
-        e = exp_bounded(max(low, load(zr + k * t.ref_stride) - mr));
-      } else {
-        const Vec<T> xc = max(low, x);
-        e = exp_bounded(xc);
-        if (which == Factor::log) e = e * xc;
-        if (which == Factor::cross) {
-          e = e == zero ? zero : e * (x - (load(zr + k * t.ref_stride) - mr));
-        }
+      const Vec<T> xc = max(low, x);
+      Vec<T> e = exp_bounded(xc);
+      if (which == Factor::log) e = e * xc;
+      if (which == Factor::gap) e -= exp_bounded(max(low, load(zr + k * t.ref_stride) - mr));
+      if (which == Factor::cross) {
+        e = e == zero ? zero : e * (x - (load(zr + k * t.ref_stride) - mr));
       }
       if (capped) {
         const Vec<T> u = zk * cap;

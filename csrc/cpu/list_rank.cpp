@@ -60,6 +60,10 @@ std::tuple<Tensor, Tensor> list_rank_fwd(const Tensor& scores, const Tensor& lab
     check_shape(*topk, "topk", {call.groups});
     check_long(*topk, "topk");
     call.topk = static_cast<const int64_t*>(topk->const_data_ptr());
+    for (int64_t g = 0; g < call.groups; ++g) {
+      STD_TORCH_CHECK(call.topk[g] >= 1, "topk must be >= 1, got ", call.topk[g], " for group ", g,
+                      ".");
+    }
   }
   call.family = parse_list_family(family);
   call.options = parse_list_options(options);

@@ -6,8 +6,8 @@
 
 namespace prefkern {
 
-// x and xr relative to the row's maxima so far: mass e^x, log e^x x, ref e^xr, cross e^x (x - xr),
-// each times the part of dz/dx that is not constant.
+// x and xr relative to the row's maxima so far: mass e^x, log e^x x, gap e^x - e^xr, cross e^x (x -
+// xr), each times the part of dz/dx that is not constant.
 template <class E>
 struct FrozenFactor {
   using Args = FactorArgs;
@@ -23,7 +23,7 @@ struct FrozenFactor {
     const Reader row(a.model, r, int(begin), int(end));
     const bool counts = a.targets[r] != a.ignore;
     const bool two =
-        a.model[1].x != nullptr && (a.which == Factor::ref || a.which == Factor::cross);
+        a.model[1].x != nullptr && (a.which == Factor::gap || a.which == Factor::cross);
     b.each([&](int t) {
       const float m = a.maxima[r], mr = two ? a.maxima[a.maxima_stride + r] : 0.0f;
       char* dst = static_cast<char*>(a.out) + r * a.out_stride * bytes_of(a.out_type);
@@ -32,7 +32,11 @@ struct FrozenFactor {
         read_logits(row, in.of[0], i, a.model[0], a.v0, Dtype::f32, z);
         if (two) read_logits(row, in.of[1], i, a.model[1], a.v0, Dtype::f32, zr);
         PK_UNROLL
-        for (int j = 0; j < N; ++j) v[j] = exp_fast(a.which == Factor::ref ? zr[j] - mr : z[j] - m);
+        for (int j = 0; j < N; ++j) v[j] = exp_fast(z[j] - m);
+        if (a.which == Factor::gap) {
+          PK_UNROLL
+          for (int j = 0; j < N; ++j) v[j] -= exp_fast(zr[j] - mr);
+        }
         if (a.which == Factor::log) {
           PK_UNROLL
           for (int j = 0; j < N; ++j) v[j] = weighted(v[j], z[j] - m);
@@ -59,7 +63,7 @@ struct FrozenFactor {
 };
 
 // One row per block. With the mass t before the move: mass = fp t, log = fp (log + dp t),
-// ref = fr ref, cross = fp (cross + (dp - dr) t).
+// gap = fr gap + (fp - fr) t, cross = fp (cross + (dp - dr) t).
 struct RaiseRows {
   using Args = RaiseArgs;
   using Threads = Block<128>;
@@ -79,7 +83,8 @@ struct RaiseRows {
         sum(Factor::mass)[d] = fp * mass;
         if (a.at[int(Factor::log)] >= 0)
           sum(Factor::log)[d] = fp * (sum(Factor::log)[d] + dp * mass);
-        if (a.at[int(Factor::ref)] >= 0) sum(Factor::ref)[d] *= fr;
+        if (a.at[int(Factor::gap)] >= 0)
+          sum(Factor::gap)[d] = fr * sum(Factor::gap)[d] + (fp - fr) * mass;
         if (a.at[int(Factor::cross)] >= 0)
           sum(Factor::cross)[d] = fp * (sum(Factor::cross)[d] + (dp - dr) * mass);
       }

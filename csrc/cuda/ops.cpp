@@ -21,7 +21,7 @@ STABLE_TORCH_LIBRARY(prefkern_cuda, m) {
   m.def(
       "factor(Tensor x, Tensor? xr, Tensor? bias, Tensor? ref_bias, Tensor targets, "
       "Tensor maxima, Tensor(a!) out, int v0, int ignore, int which, float[] numbers) -> ()");
-  m.def("raise_rows(Tensor(a!) totals, Tensor shift, bool log, bool ref, bool cross) -> ()");
+  m.def("raise_rows(Tensor(a!) totals, Tensor shift, bool log, bool gap, bool cross) -> ()");
   m.def(
       "gradient(Tensor x, Tensor? xr, Tensor? xa, Tensor? adv, Tensor? bias, Tensor? ref_bias, "
       "Tensor? aux_bias, Tensor targets, Tensor coefficients, Tensor(a!) dx, int v0, int ignore, "

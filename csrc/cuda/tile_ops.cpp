@@ -205,15 +205,15 @@ void tile_factor(const Tensor& x, const OptTensor& xr, const OptTensor& bias,
   a.out = out.mutable_data_ptr();
   a.out_stride = out.stride(0);
   a.out_type = float_type(out, "out");
-  STD_TORCH_CHECK(xr.has_value() || (a.which != Factor::ref && a.which != Factor::cross),
-                  "ref and cross need the reference's tile.");
+  STD_TORCH_CHECK(xr.has_value() || (a.which != Factor::gap && a.which != Factor::cross),
+                  "gap and cross need the reference's tile.");
   const OnDevice here(x);
   frozen_factors(type, a, here.stream());
 }
 
-void tile_raise_rows(const Tensor& totals, const Tensor& shift, bool log, bool ref, bool cross) {
+void tile_raise_rows(const Tensor& totals, const Tensor& shift, bool log, bool gap, bool cross) {
   RaiseArgs a;
-  const bool there[kFactors] = {true, log, ref, cross};
+  const bool there[kFactors] = {true, log, gap, cross};
   int count = 0;
   for (int k = 0; k < kFactors; ++k) a.at[k] = there[k] ? count++ : -1;
   check(totals, "totals", {count, -1, -1});

@@ -25,7 +25,7 @@ void tile_factor(const Tensor& x, const OptTensor& xr, const OptTensor& bias,
                  const OptTensor& ref_bias, const Tensor& targets, const Tensor& maxima,
                  const Tensor& out, int64_t v0, int64_t ignore, int64_t which,
                  const std::vector<double>& numbers);
-void tile_raise_rows(const Tensor& totals, const Tensor& shift, bool log, bool ref, bool cross);
+void tile_raise_rows(const Tensor& totals, const Tensor& shift, bool log, bool gap, bool cross);
 // `rounds`: fp32 products are first rounded to dx's dtype.
 void tile_gradient(const Tensor& x, const OptTensor& xr, const OptTensor& xa, const OptTensor& adv,
                    const OptTensor& bias, const OptTensor& ref_bias, const OptTensor& aux_bias,

@@ -157,14 +157,14 @@ constexpr int kCoefs = 31;
 enum class Factor : int {
   mass,
   log,
-  ref,
+  gap,
   cross,
 };
 constexpr int kFactors = 4;
 constexpr const char* kFactorNames[kFactors] = {
   "mass",
   "log",
-  "ref",
+  "gap",
   "cross",
 };
 

@@ -47,11 +47,16 @@ def isa() -> str:
     """Instruction set of the kernels in use: baseline, avx2, avx512 or avx512bf16.
 
     Raises:
-        RuntimeError: the library is missing, or PREFKERN_CPU_ISA names what this machine lacks.
+        RuntimeError: the library is missing.
+        ValueError: PREFKERN_CPU_ISA names what this machine or build lacks. Automatic choice passes
+            it on: it would land on full logits for a misspelt name.
     """
     if error := load_error():
         raise RuntimeError(error)
-    return torch.ops.prefkern_native.cpu_isa()
+    try:
+        return torch.ops.prefkern_native.cpu_isa()
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[0]) from None
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -71,14 +76,16 @@ def unsupported(problem: Problem) -> list[str]:
                 f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got "
                 f"{dtype}"
             )
-    try:
+    if not reasons:
         isa()
-    except RuntimeError as error:  # PREFKERN_CPU_ISA asks for what is not there
-        reasons.append(str(error).splitlines()[0])
     return reasons
 
 
 def _ops() -> Any:
+    """The library's ops; loaded here too, for a compiled or exported program, which calls an op
+    without choosing a backend first."""
+    if error := load_error():
+        raise RuntimeError(error)
     return torch.ops.prefkern_native
 
 
@@ -148,7 +155,7 @@ def list_rank_fwd(
     options: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss [G], u [S])."""
-    return torch.ops.prefkern_native.list_rank_fwd(scores, labels, cu_groups, topk, family, options)
+    return _ops().list_rank_fwd(scores, labels, cu_groups, topk, family, options)
 
 
 def segment_sum_fwd(
@@ -157,7 +164,7 @@ def segment_sum_fwd(
     cu_seqlens: Tensor,  # [S+1] int32
 ) -> Tensor:
     """[m, S] float64."""
-    return torch.ops.prefkern_native.segment_sum_fwd(values, weights, cu_seqlens)
+    return _ops().segment_sum_fwd(values, weights, cu_seqlens)
 
 
 def segment_sum_bwd(
@@ -169,9 +176,7 @@ def segment_sum_bwd(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """(d_values [m, N], d_weights like weights); [0] where not needed."""
-    return torch.ops.prefkern_native.segment_sum_bwd(
-        d_out, values, weights, cu_seqlens, need_values, need_weights
-    )
+    return _ops().segment_sum_bwd(d_out, values, weights, cu_seqlens, need_values, need_weights)
 
 
 def error_sum_fwd(
@@ -183,7 +188,7 @@ def error_sum_fwd(
     stats: str,
 ) -> Tensor:
     """[n, B, num_segments] float64."""
-    return torch.ops.prefkern_native.error_sum_fwd(pred, target, ref, segments, num_segments, stats)
+    return _ops().error_sum_fwd(pred, target, ref, segments, num_segments, stats)
 
 
 def error_sum_bwd(
@@ -195,4 +200,4 @@ def error_sum_bwd(
     stats: str,
 ) -> Tensor:
     """d_pred like pred."""
-    return torch.ops.prefkern_native.error_sum_bwd(d_out, pred, target, ref, segments, stats)
+    return _ops().error_sum_bwd(d_out, pred, target, ref, segments, stats)

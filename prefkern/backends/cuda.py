@@ -86,6 +86,13 @@ def usable_on(device: torch.device) -> bool:
     return load_error(device.index) is None
 
 
+def _ops() -> Any:
+    """The library's ops; loaded here too, for an exported program, which chooses no backend."""
+    if not hasattr(torch.ops.prefkern_cuda, "fold") and (error := load_error()):
+        raise RuntimeError(error)
+    return torch.ops.prefkern_cuda
+
+
 def switched_off() -> str | None:
     """The variable that does."""
     return next((n for n in ("PREFKERN_NO_CUDA", "PREFKERN_NO_EXT") if env.flag(n)), None)
@@ -168,7 +175,7 @@ def seen_kernels() -> dict[str, int]:
     names = ran_on()
     if not hasattr(torch.ops.prefkern_cuda, "launches"):
         return dict.fromkeys(names, 0)
-    return {name: torch.ops.prefkern_cuda.launches(name) for name in names}
+    return {name: _ops().launches(name) for name in names}
 
 
 @functools.cache
@@ -188,7 +195,7 @@ class Kernels:
 
     # The driver's widest chunk: a block reads several anyway, and writes one.
     CHUNK = 4096
-    arithmetic: Arithmetic = NativeArithmetic(lambda: torch.ops.prefkern_cuda)
+    arithmetic: Arithmetic = NativeArithmetic(_ops)
 
     def chunk_columns(self, sweep: Sweep) -> int:
         return min(self.CHUNK, sweep.widest_chunk)
@@ -198,14 +205,14 @@ class Kernels:
     ) -> None:
         x, xr, xa = (*tile.x, None, None)[:3]
         code = CODES[sweep.call.working] if sweep.rounded else CODES[torch.float32]
-        torch.ops.prefkern_cuda.fold(
+        _ops().fold(
             x, xr, xa, tile.adv, *_biases(sweep), sweep.targets[tile.rows], fields, at, keep,
             tile.v0, self.chunk_columns(sweep), sweep.call.ignore_index, sweep.small_fold, code,
             sweep.call.plan.text, sweep.numbers,
         )  # fmt: skip
 
     def fold_again(self, sweep: Sweep, tile: Tile, norms: Tensor, fields: Tensor) -> None:
-        torch.ops.prefkern_cuda.fold_again(
+        _ops().fold_again(
             *tile.x, *_biases(sweep)[:2], sweep.targets[tile.rows], norms, fields, tile.v0,
             self.chunk_columns(sweep), sweep.call.ignore_index, sweep.call.plan.text,
             sweep.numbers,
@@ -213,18 +220,18 @@ class Kernels:
 
     def factor(self, sweep: Sweep, tile: Tile, maxima: Tensor, name: str, out: Tensor) -> None:
         x, xr = (*tile.x, None)[:2]
-        torch.ops.prefkern_cuda.factor(
+        _ops().factor(
             x, xr, *_biases(sweep)[:2], sweep.targets[tile.rows], maxima, out, tile.v0,
             sweep.call.ignore_index, tables.FACTORS.index(name), sweep.numbers,
         )  # fmt: skip
 
     def raise_rows(self, names: tuple[str, ...], totals: Tensor, shift: Tensor) -> None:
         there = (name in names for name in tables.FACTORS[1:])
-        torch.ops.prefkern_cuda.raise_rows(totals, shift, *there)
+        _ops().raise_rows(totals, shift, *there)
 
     def gradient(self, sweep: Sweep, tile: Tile, coefficients: Tensor, dx: Tensor) -> None:
         x, xr, xa = (*tile.x, None, None)[:3]
-        torch.ops.prefkern_cuda.gradient(
+        _ops().gradient(
             x, xr, xa, tile.adv, *_biases(sweep), sweep.targets[tile.rows], coefficients, dx,
             tile.v0, sweep.call.ignore_index, sweep.small_gradient, sweep.rounded,
             sweep.numbers,
@@ -248,7 +255,7 @@ def list_rank_fwd(
     options: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss [G], u [S])."""
-    return torch.ops.prefkern_cuda.list_rank_fwd(scores, labels, cu_groups, topk, family, options)
+    return _ops().list_rank_fwd(scores, labels, cu_groups, topk, family, options)
 
 
 def segment_sum_fwd(
@@ -257,7 +264,7 @@ def segment_sum_fwd(
     cu_seqlens: Tensor,  # [S+1] int32
 ) -> Tensor:
     """[m, S] float64."""
-    return torch.ops.prefkern_cuda.segment_sum_fwd(values, weights, cu_seqlens)
+    return _ops().segment_sum_fwd(values, weights, cu_seqlens)
 
 
 def segment_sum_bwd(
@@ -269,6 +276,4 @@ def segment_sum_bwd(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """(d_values [m, N], d_weights like weights); [0] where not needed."""
-    return torch.ops.prefkern_cuda.segment_sum_bwd(
-        d_out, values, weights, cu_seqlens, need_values, need_weights
-    )
+    return _ops().segment_sum_bwd(d_out, values, weights, cu_seqlens, need_values, need_weights)

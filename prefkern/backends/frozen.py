@@ -3,7 +3,7 @@
 The gradient of a statistic with respect to a hidden state is sum_v (d stat / dx_v) W_v, which for
 logp, lse, zy, ent, fkl and rkl is made of the target's row of W and up to four sums of rows:
 
-    mass: sum p W    log: sum p log p W    ref: sum r W    cross: sum p (log p - log r) W
+    mass: sum p W    log: sum p log p W    gap: sum (p - r) W    cross: sum p (log p - log r) W
 
 (each term times dz/dx's variable part). A fold gathers them relative to its maxima; `normalise`
 turns them into these; `gradient` puts them together with the coefficients that every other backward
@@ -25,29 +25,30 @@ def normalise(call: HeadCall, factors: Tensor, own: Tensor, sums: Tensor) -> Ten
     [FIELDS, M] the factors were gathered with; `sums`: those of the whole vocabulary (the same,
     unless a rank holds a part of it)."""
     f = dict(zip(call.plan.factors, factors.unbind(0), strict=True))
-    shift = _shift(call, own, sums, "", factors)
+    shift, dtype = _shift(call, own, sums, ""), factors.dtype
     scale = shift.exp()
-    f["mass"].mul_(scale)
-    if "log" in f:
-        f["log"].mul_(scale).addcmul_(f["mass"], shift)
-    if "ref" in f or "cross" in f:
-        ref_shift = _shift(call, own, sums, "ref_", factors)
-        if "ref" in f:
-            f["ref"].mul_(ref_shift.exp())
+    if "gap" in f or "cross" in f:  # differences in float64: they are 0 where the models are equal
+        ref_shift = _shift(call, own, sums, "ref_")
+        if "gap" in f:
+            ref_scale = ref_shift.exp()
+            f["gap"].mul_(ref_scale.to(dtype)).addcmul_(f["mass"], (scale - ref_scale).to(dtype))
         if "cross" in f:
-            f["cross"].mul_(scale).addcmul_(f["mass"], shift - ref_shift)
+            f["cross"].addcmul_(f["mass"], (shift - ref_shift).to(dtype)).mul_(scale.to(dtype))
+    f["mass"].mul_(scale.to(dtype))
+    if "log" in f:
+        f["log"].mul_(scale.to(dtype)).addcmul_(f["mass"], shift.to(dtype))
     return factors
 
 
-def _shift(call: HeadCall, own: Tensor, sums: Tensor, prefix: str, like: Tensor) -> Tensor:
-    """[M, 1]: what makes a log-probability of x, the logit less the maximum in `own`."""
+def _shift(call: HeadCall, own: Tensor, sums: Tensor, prefix: str) -> Tensor:
+    """[M, 1] float64: what makes a log-probability of x, the logit less the maximum in `own`."""
     at, total = (tables.FIELDS.index(f"{prefix}{name}") for name in ("max", "sum"))
     shift = -sums[total].log()
     if own is not sums:
         shift = shift + (_safe(own[at]) - _safe(sums[at]))
     if call.rows is None:  # rows that no fold computed have no sums
         shift = torch.where(call.targets != call.ignore_index, shift, 0.0)
-    return shift.to(like.dtype)[:, None]
+    return shift[:, None]
 
 
 def _safe(m: Tensor) -> Tensor:
@@ -70,14 +71,10 @@ def gradient(
         a0 = a0 + c("ent") * c("ent_value")
     if plan.grows("rkl"):
         a0 = a0 - c("rkl") * c("rkl_value")
-    if plan.grows("fkl"):
-        a0 = a0 + c("fkl")
     d = f["mass"] * a0[:, None]
-    for name, of in (("log", "ent"), ("cross", "rkl")):
+    for name, of in (("log", "ent"), ("gap", "fkl"), ("cross", "rkl")):
         if name in f:
             d.addcmul_(f[name], c(of)[:, None])
-    if "ref" in f:
-        d.addcmul_(f["ref"], c("fkl")[:, None], value=-1)
     targets = call.targets if call.rows is None else call.targets.index_select(0, call.rows)
     live = targets != call.ignore_index
     if plan.grows("logp") or plan.grows("zy"):

@@ -72,7 +72,12 @@ def pack(family: str, options: dict[str, Any]) -> str:
         value, default = options[name], ListOptions._field_defaults[name]
         _check(name, value, default)
         if value != default:
-            texts.append(f"{name}={int(value) if isinstance(default, bool) else value}")
+            # through the number's own type, which a compiler can turn to text where it is symbolic
+            if isinstance(default, float):
+                value = float(value)
+            elif not isinstance(default, str):
+                value = int(value)
+            texts.append(f"{name}={value}")
     found = ListOptions(**options)
     if found.form == "dcg2" and (found.topn or found.tie_rank != "position" or found.normalize):
         raise ValueError(

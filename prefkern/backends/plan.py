@@ -104,7 +104,7 @@ class Plan(NamedTuple):
         """Sums of head rows that a frozen head's gradient is made of."""
         if not self.frozen:
             return ()
-        wanted = {"log": "ent", "ref": "fkl", "cross": "rkl"}
+        wanted = {"log": "ent", "gap": "fkl", "cross": "rkl"}
         return tuple(f for f in tables.FACTORS if f == "mass" or self.grows(wanted[f]))
 
 

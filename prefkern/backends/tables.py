@@ -66,8 +66,9 @@ COEFFICIENTS = (
 )  # fmt: skip
 
 # Sums of head rows that the forward of a frozen head keeps, each term times dz/dx's variable part:
-# sum e W, sum e x W, sum er W, sum e (x - xr) W.
-FACTORS = ("mass", "log", "ref", "cross")
+# sum e W, sum e x W, sum (e - er) W, sum e (x - xr) W. Two models enter as differences of terms:
+# that of two sums would be the rounding of both where the models are close.
+FACTORS = ("mass", "log", "gap", "cross")
 
 # What the record of a call is made of: tensors by name, and numbers.
 TENSORS = (

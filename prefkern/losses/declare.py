@@ -48,6 +48,7 @@ class Family:
         weights: Callable[..., TokenWeights] | None = None,
         supervised: Supervised | None = None,
         update: Callable[..., Any] | None = None,
+        constant: tuple[str, ...] = (),
     ) -> Callable[[F], F]:
         """Declares the function below as a loss; the fields are those of `Loss`, None the usual.
 
@@ -74,7 +75,7 @@ class Family:
                 loss, self.name, source, status,
                 self.reads if reads is None else reads, reference, score or self.score,
                 rewards or self.rewards[reference is False], items or self.items,
-                weights, supervised, update,
+                weights, supervised, update, constant,
             )  # fmt: skip
             provisional = record.provisional
             loss.__doc__ = fn.__doc__ = docstrings.complete(record)

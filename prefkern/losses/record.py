@@ -64,6 +64,7 @@ class Loss:
     weights: Callable[..., TokenWeights] | None = None  # stage of prefkern.losses.weights
     supervised: Supervised | None = None
     update: Callable[..., Any] | None = None  # stateful losses: update(state, ...) -> state
+    constant: tuple[str, ...] = ()  # fields of `reads` that it reads without gradient
     inputs: Inputs = field(init=False)
 
     def __post_init__(self) -> None:

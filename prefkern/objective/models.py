@@ -111,7 +111,10 @@ def token_statistics(
         "num_scored": num_scored,
         "memory_budget": memory_budget,
     }
-    quiet: dict[str, Any] = {"no_grad_stats": tuple(logged), "tail_mass": tail_mass}
+    quiet: dict[str, Any] = {
+        "no_grad_stats": (*logged, *_constant_statistics(terms)),
+        "tail_mass": tail_mass,
+    }
     if len(own) + ("ref_logp" in wanted) < len(wanted):
         if models.ref_hidden is None:  # `ev` of given values reads no reference
             return linear_logps(
@@ -140,7 +143,7 @@ def token_statistics(
         with torch.no_grad():
             ref_logp = linear_logps(models.ref_hidden, ref_head, targets, **options).logp
     assert ref_logp is not None
-    if ref_logp.numel() != targets.numel():
+    if ref_logp.shape not in (targets.shape, (targets.numel(),)):
         raise ValueError(
             f"ref_logp must have the shape of targets {list(targets.shape)}, got "
             f"{checks.shape_text(ref_logp)}; for sums per sequence use ref_seq_logp."
@@ -158,6 +161,13 @@ def _loss_statistics(terms: list[Term]) -> dict[str, None]:
         if term.call.needs_reference:
             wanted["ref_logp"] = None
     return wanted
+
+
+def _constant_statistics(terms: list[Term]) -> list[str]:
+    """Statistics that no loss differentiates: the ops then keep and compute nothing for them."""
+    read = {s: all(s in t.record.constant for t in terms if s in t.call.stats)
+            for t in terms for s in t.record.constant}  # fmt: skip
+    return [name for name, quiet in read.items() if quiet]
 
 
 def _reads_reference_tokens(term: Term) -> bool:

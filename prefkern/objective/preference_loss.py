@@ -29,6 +29,7 @@ from .terms import (
     bind_terms,
     check_likelihood_targets,
     check_names,
+    check_num_items,
     only_scored,
     reduce,
     term_metrics,
@@ -131,6 +132,7 @@ def preference_loss(
     flat_args = {k: _flatten(v, targets.shape) for k, v in loss_args.items()}
     terms = bind_terms(loss, loss_weights, flat_args, stateful=state_arguments is not None)
     user = _user_weights(token_weights, terms)
+    counts = check_num_items(num_items)
     source = reference_source(models, terms, user, targets, ignore_index)
     wide = targets if likelihood_targets is None else likelihood_targets
     check_likelihood_targets(terms, wide, targets, ignore_index)
@@ -151,7 +153,7 @@ def preference_loss(
             tokens, targets, cu_seqlens, layout, cu_groups, relevance, desirable, ignore_index,
             user, item_weights, ref_seq_logp, likelihood,
         )  # fmt: skip
-        total, found = _total(terms, objective, num_items, metrics, state_arguments)
+        total, found = _total(terms, objective, counts, metrics, state_arguments)
         if metrics and active is not None:
             found["perf/active_share"] = active.double().sum() / objective.scored.sum().clamp(min=1)
     return total.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32), found
@@ -198,13 +200,14 @@ def loss_from_stats(
     flat_args = {k: _flatten(v, targets.shape) for k, v in loss_args.items()}
     terms = bind_terms(loss, loss_weights, flat_args, stateful=state_arguments is not None)
     user = _user_weights(token_weights, terms)
+    counts = check_num_items(num_items)
     _check_statistics(terms, tokens, targets, ref_seq_logp)
     with _on(backend):
         objective = Objective(
             tokens, targets, cu_seqlens, layout, cu_groups, relevance, desirable, ignore_index,
             user, item_weights, ref_seq_logp,
         )  # fmt: skip
-        total, found = _total(terms, objective, num_items, metrics, state_arguments)
+        total, found = _total(terms, objective, counts, metrics, state_arguments)
     wide = cast(Tensor, tokens.logp).dtype == torch.float64
     return total.to(torch.float64 if wide else torch.float32), found
 
@@ -236,7 +239,7 @@ class PreferenceLoss(nn.Module):
 def _total(
     terms: list[Term],
     objective: Objective,
-    num_items: Mapping[str, float | Tensor] | None,
+    num_items: dict[str, Any],
     metrics: bool,
     state_arguments: StateArguments | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -250,7 +253,7 @@ def _total(
         stage = weight_stage(term, objective)
         seq = objective.sequences(stage, read)
         term = with_state(term, seq, objective, state_arguments)
-        value, parts = reduce(term, seq, stage, objective, dict(num_items or {}))
+        value, parts = reduce(term, seq, stage, objective, num_items)
         total = total + term.weight * value
         if len(terms) > 1:
             found[f"loss/{term.record.name}"] = value.detach()

@@ -33,7 +33,7 @@ def sequence_boundaries(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     checks.check_same_device("cu_seqlens", cu_seqlens, "targets", targets)
     if cu_seqlens.numel() < 2:
         raise ValueError("the batch must hold at least one sequence, got none; skip empty batches.")
-    return cu_seqlens.to(torch.int32)
+    return checks.narrow_boundaries(cu_seqlens, targets.numel())
 
 
 def sequence_stats(

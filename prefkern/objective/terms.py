@@ -5,6 +5,7 @@ Shapes: N tokens, S sequences, P pairs, G groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -31,6 +32,35 @@ class Term(NamedTuple):
 
 # (record, detached statistics of its rows, hyper-parameters) -> arguments from the loss's state.
 StateArguments = Callable[[Loss, list[SeqStats], Mapping[str, Any]], Mapping[str, Any]]
+
+
+# Denominators: the items of some loss, or the tokens of a likelihood term.
+ITEMS = ("pairs", "groups", "sequences", "tokens", "scored_tokens")
+
+
+def check_num_items(num_items: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The caller's denominators; a name that no loss has would be left out in silence.
+
+    Raises:
+        ValueError: something other than a dict, an unknown name, a value that cannot divide.
+    """
+    if num_items is None:
+        return {}
+    if not isinstance(num_items, Mapping) or not set(num_items) <= set(ITEMS):
+        raise ValueError(
+            f"num_items must be a dict with names among {ITEMS}, got "
+            f"{list(num_items) if isinstance(num_items, Mapping) else repr(num_items)}; such as "
+            'num_items={"pairs": 64}.'
+        )
+    for name, count in num_items.items():
+        number = isinstance(count, (int, float, torch.SymInt)) and not isinstance(count, bool)
+        fits = count.numel() == 1 if isinstance(count, Tensor) else number and 0 < count < math.inf
+        if not fits:
+            raise ValueError(
+                f"num_items[{name!r}] must be a number > 0 or a tensor of one, got "
+                f"{checks.shape_text(count) if isinstance(count, Tensor) else repr(count)}."
+            )
+    return dict(num_items)
 
 
 # Tensors of a tokenwise loss that come from the objective.

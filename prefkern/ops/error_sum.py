@@ -91,6 +91,7 @@ def error_sum(
         before, after = pred.shape[1:segment_dim], pred.shape[segment_dim + 1 :]
         shape = (pred.shape[0], math.prod(before), pred.shape[segment_dim], math.prod(after))
     text = ",".join(names)
+    shared.refuse_forward_mode(pred)
     chosen = shared.resolve("error_sum", pred.device, pred.dtype, None, "", backend, None)
     sums = torch.ops.prefkern.error_sum_fwd(
         pred.reshape(shape).contiguous(),

@@ -224,6 +224,7 @@ def head_op(
 ) -> Tensor:  # [n, N]
     """The statistics of a call in the order of its plan."""
     tensors, numbers = call.pack()
+    shared.refuse_forward_mode(*tensors)
     leading = (numbers, plan, call.ignore_index, kept, num_scored, backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Head.apply(*leading, *tensors)[0]

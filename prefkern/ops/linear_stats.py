@@ -52,7 +52,8 @@ def linear_logps(
 
     Args:
         hidden: Last hidden states `[N, D]` or `[B, T, D]`; fp32, bf16, fp16 or fp64. Under autocast
-            the product runs in the autocast dtype.
+            the product runs in the autocast dtype. A product beyond fp16's 65504 makes the gradient
+            of its row NaN: use bf16 there.
         head: Weight `[V, D]`, an nn.Linear, or a `Head` with bias, scale, soft cap, temperature and
             low-rank terms.
         targets: Labels already shifted, in [0, V) or `ignore_index`. Ignored rows cost nothing,
@@ -121,7 +122,7 @@ def linear_divergence(
 
     p = softmax(z), r = softmax(z_ref); z as in `linear_logps`. The reference is a constant.
 
-    In a 16-bit dtype, a call with a gradient of any statistic but logp, lse, zy, col and xent keeps
+    In a 16-bit dtype, a call with a gradient of any statistic but logp, lse, zy and xent keeps
     or recomputes fp32 products, twice the bytes: of rounded ones, the gradient of a divergence
     would be a tenth off.
 
@@ -218,8 +219,7 @@ def _statistics(call: _Call, values: Values | None, *, aux: bool) -> TokenStats:
         shared.shape_for_message(n, v, head.weight.shape[1]),
     )  # fmt: skip
     flat = targets.reshape(-1).long().contiguous()
-    if call.num_scored is not None and call.num_scored < 0:
-        raise ValueError(f"num_scored must be >= 0 or None, got {call.num_scored}.")
+    checks.check_count("num_scored", call.num_scored)
     rows = None
     if not shared.compacts(chosen) and (place is None or place.tokens == "same"):
         rows = scored_rows(flat, call.ignore_index, call.num_scored)
@@ -373,6 +373,8 @@ def _check_values(
         checks.check_same_device("values[0] (index)", index, "targets", targets)
         checks.check_same_device("values[1] (value)", value, "targets", targets)
         k = index.shape[-1]
+        if k == 0:
+            raise ValueError("sparse values must have at least one entry per row, got none.")
         return value.reshape(-1, k).contiguous(), index.reshape(-1, k).long().contiguous()
     checks.check_float("values", values)
     checks.check_constant("values", values)

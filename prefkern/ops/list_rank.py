@@ -60,11 +60,12 @@ def list_rank(
     """
     cu_groups = check_lists(scores, relevance, cu_groups)
     text = list_options.pack(family, options)
+    shared.refuse_forward_mode(scores)
     chosen = shared.resolve("list_rank", scores.device, scores.dtype, None, "", backend, None)
     loss, _ = torch.ops.prefkern.list_rank_fwd(
         scores.contiguous(),
         relevance.to(scores.dtype).contiguous(),
-        cu_groups.to(torch.int32).contiguous(),
+        checks.narrow_boundaries(cu_groups, scores.shape[0]),
         _stages(topk, family, cu_groups),
         family,
         text,

@@ -118,8 +118,15 @@ def selective_log_softmax(
             f"index must be {list(lead)} or {list(lead)} + [K] to match logits "
             f"{checks.shape_text(logits)}, got {checks.shape_text(index)}."
         )
-    if row_mask is not None and tuple(row_mask.shape) != lead:
-        raise ValueError(f"row_mask must be {list(lead)}, got {checks.shape_text(row_mask)}.")
+    if row_mask is not None and (tuple(row_mask.shape) != lead or row_mask.dtype != torch.bool):
+        raise ValueError(
+            f"row_mask must be {list(lead)} bool, got {row_mask.dtype} "
+            f"{checks.shape_text(row_mask)}; write row_mask.bool()."
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have at least one column, got {checks.shape_text(logits)}.")
+    if index.numel() == 0:
+        return logits.new_zeros(index.shape)
     # Masked rows get a label that no caller can mean, so that any other bad label is refused.
     ignore = torch.iinfo(torch.int64).min
     flat = logits.reshape(-1, logits.shape[-1])

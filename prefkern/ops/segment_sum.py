@@ -55,6 +55,7 @@ def segment_sum(
         rows = rows.float()  # exact; backends sum fp32 and fp64
     if weights is not None and weights.dtype in (torch.bfloat16, torch.float16):
         weights = weights.float()
+    shared.refuse_forward_mode(values, weights)
     chosen = shared.resolve(
         "segment_sum",
         values.device,
@@ -65,7 +66,7 @@ def segment_sum(
         shared.shape_for_message(n, 0, 0),
     )
     out = torch.ops.prefkern.segment_sum_fwd(
-        rows.contiguous(), weights, cu_seqlens.to(torch.int32).contiguous(), chosen
+        rows.contiguous(), weights, checks.narrow_boundaries(cu_seqlens, n), chosen
     )
     return out.reshape(values.shape[:-1] + out.shape[-1:])
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..backends import choice
 from ..backends.contract import Problem
@@ -94,6 +95,20 @@ def to_token_stats(
         column = column.detach() if constant else column
         fields[stat.name] = column.reshape(shape)
     return TokenStats(**fields)
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raises where a derivative is pushed forward (torch.func.jvp, jacfwd, dual numbers): a custom
+    op would drop it, and the derivative be 0 in silence."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                "prefkern's fused ops have no forward-mode derivative (torch.func.jvp, jacfwd, "
+                "dual numbers); use backward, or compute the loss from full logits in plain "
+                "PyTorch where forward mode is needed."
+            )
 
 
 class _Once(torch.autograd.Function):

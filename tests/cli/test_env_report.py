@@ -44,17 +44,19 @@ def test_self_test_passes_on_every_backend_that_is_on(capsys):
 
 @pytest.mark.parametrize("fault", ["forward", "backward"])
 def test_self_test_catches_a_wrong_backend(fault, fresh_backend_module, capsys):
-    def forward(*args):
-        out, *rest = reference.linear_logps_fwd(*args)
-        return (out * 1.001, *rest) if fault == "forward" else (out, *rest)
+    def fold(call, kept):
+        found = reference.fold(call, kept)
+        wrong = fault == "forward" and call.ref is None
+        return found._replace(at=found.at * 1.001) if wrong else found
 
-    def backward(*args):
-        d_hidden, *rest = reference.linear_logps_bwd(*args)
-        return (d_hidden * 1.001, *rest) if fault == "backward" else (d_hidden, *rest)
+    def unfold(call, *args):
+        found = reference.unfold(call, *args)
+        wrong = fault == "backward" and call.ref is None and found.hidden is not None
+        return found._replace(hidden=found.hidden * 1.001) if wrong else found
 
     module = types.ModuleType("prefkern_planted_backend")
     module.__dict__.update({name: getattr(reference, name) for name in reference.__all__})
-    module.linear_logps_fwd, module.linear_logps_bwd = forward, backward
+    module.fold, module.unfold = fold, unfold
     fresh_backend_module(module, "planted")
     assert env_report.run(check=True) == 1
     out = capsys.readouterr().out

@@ -17,7 +17,8 @@ from tile_calls import call_of, sweep_of
 
 import prefkern
 from prefkern.backends import cuda, eager, tables
-from prefkern.backends.contract import Folded, Model, read_plan, written
+from prefkern.backends.contract import Folded, Model, written
+from prefkern.backends.plan import read_plan
 from prefkern.backends.tiled.epilogue import Tile
 
 OPS = torch.ops.prefkern_cuda

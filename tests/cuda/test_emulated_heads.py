@@ -32,7 +32,7 @@ pytestmark = [
 # products for different numbers of threads.
 OP_TESTS = (
     "linear_logps", "linear_divergence", "logits_logps", "expected_value", "record",
-    "record_dtypes", "tail_mass",
+    "record_dtypes", "tail_mass", "near_reference",
 )  # fmt: skip
 CHOICE = "cuda and not float64 and not thread_count and not several_N"
 

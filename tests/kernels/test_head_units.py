@@ -48,7 +48,7 @@ def test_units_of_a_tail_chunk_by_chunk_and_tile_by_tile(dtype, needed, tiles, m
     assert any(p.rows is not None for p in taken)
     found["tiles"] = run(1e12)
     assert len(taken) == tiles
-    assert any(p.tiling.rows < p.m if tiles == 5 else p.skipped is not None for p in taken)
+    assert any(p.plan.rows < p.m if tiles == 5 else p.skipped is not None for p in taken)
     found["all rows"] = run(0.0, wait=False)
     assert all(p.rows is None and p.skipped is not None for p in taken)
     _, whole = run_op("triton", inputs, stats, upstream, wanted=needed)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loss_examples import EVERY, PAIRWISE, POINTWISE, Example
+from loss_examples import ALL, EVERY, PAIRWISE, POINTWISE, Example
 from torch import Tensor
 
 import prefkern
@@ -52,6 +52,19 @@ def test_a_loss_looks_like_its_function(name):
     for parameter in inspect.signature(fn).parameters.values():
         assert f"{parameter.name}: {parameter.annotation!r}" in shown
     assert docstrings.read(fn.__doc__).formula.split("\n")[0].strip() in shown
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if LOSSES[name].stats])
+def test_statistics_without_gradient_are_declared(name):
+    """The ops keep and compute nothing for those; a loss that differentiates one would get 0."""
+    example = Example(name, offsets=(0.3, -0.2))
+    out = example()
+    if out.requires_grad:
+        out.sum().backward()
+    for field in set(LOSSES[name].stats) - {"logp"}:
+        leaves = [getattr(row, field) for row in example.rows]
+        reached = any(x is not None and x.grad is not None for x in leaves)
+        assert reached != (field in LOSSES[name].constant), field
 
 
 def test_help_of_dpo_by_hand():

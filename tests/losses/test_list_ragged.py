@@ -1,4 +1,4 @@
-"""Ranking losses in plain torch (prefkern.losses.ragged); likelihood terms of list losses."""
+"""Ranking losses in plain torch (prefkern.losses.lists); likelihood terms of list losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from closeness import assert_same_bits
 from list_oracles import lse, softplus
 
 from prefkern import losses
-from prefkern.losses import ragged
+from prefkern.losses import lists
 
 pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
 
@@ -43,7 +43,7 @@ every = pytest.mark.parametrize("loss", CASES)
 SIZES = [3, 0, 1, 6, 4, 12]
 
 
-def lists(sizes, seed=0, masked=True):
+def drawn(sizes, seed=0, masked=True):
     g = torch.Generator().manual_seed(seed)
     n = sum(sizes)
     scores = torch.randn(n, generator=g, dtype=torch.float64)
@@ -97,7 +97,7 @@ def oracle(name, s, y):
 @pytest.mark.parametrize("loss", [c for c in CASES if name_of(c.values[0]) in
                                   ("lipo", "pal", "rrhf", "nca", "pro")])  # fmt: skip
 def test_against_loops(loss):
-    scores, labels, bounds = lists(SIZES)
+    scores, labels, bounds = drawn(SIZES)
     found = loss(scores, labels, bounds)
     for g, (start, end) in enumerate(itertools.pairwise(bounds.tolist())):
         kept = [i for i in range(start, end) if not labels[i].isnan()]
@@ -110,9 +110,9 @@ def test_slopes_by_finite_differences(loss):
     if name_of(loss) == "knowpat":
         # Its anchors' weights are constant by definition: the vectors prove the slope.
         loss = functools.partial(loss, length=torch.ones(sum(SIZES)))
-        assert value_and_slope(loss, *lists(SIZES))[1].isfinite().all()
+        assert value_and_slope(loss, *drawn(SIZES))[1].isfinite().all()
         return
-    scores, labels, bounds = lists(SIZES)
+    scores, labels, bounds = drawn(SIZES)
     with torch.no_grad():
         scores += 0.01 * torch.arange(scores.numel())  # off the kinks
     (grad,) = torch.autograd.grad(loss(scores, labels, bounds).sum(), scores)
@@ -130,10 +130,10 @@ def test_slopes_by_finite_differences(loss):
 @pytest.mark.parametrize("cells", [1, 50, 400, 1 << 20])
 def test_blocks_of_any_size_give_the_same(loss, cells, monkeypatch):
     """One table for the batch, blocks of lists, rows of single lists, all in one block."""
-    batch = lists([5, 2, 0, 31, 9, 1, 20, 2, 40])
+    batch = drawn([5, 2, 0, 31, 9, 1, 20, 2, 40])
     whole = value_and_slope(loss, *batch)
-    monkeypatch.setattr(ragged, "WHOLE", 0)
-    monkeypatch.setattr(ragged, "CELLS", cells)
+    monkeypatch.setattr(lists, "WHOLE", 0)
+    monkeypatch.setattr(lists, "CELLS", cells)
     cut = value_and_slope(loss, *batch)
     for got, want in zip(cut, whole, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
@@ -143,7 +143,7 @@ def test_blocks_of_any_size_give_the_same(loss, cells, monkeypatch):
 
 def test_many_lists_and_a_long_one_in_bounded_memory():
     """20,000 lists and one of 3,000: no table of more than CELLS numbers, none kept."""
-    scores, labels, bounds = lists([4, 9] * 10_000 + [3000], masked=False)
+    scores, labels, bounds = drawn([4, 9] * 10_000 + [3000], masked=False)
     largest, kept = 0, 0
 
     def row(own, other, pair):
@@ -156,10 +156,10 @@ def test_many_lists_and_a_long_one_in_bounded_memory():
         kept += x.numel()
         return x
 
-    found = ragged.Lists(scores, labels, bounds)
+    found = lists.Lists(scores, labels, bounds)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         total = found.rows(row, found.score)
-    assert largest <= ragged.CELLS
+    assert largest <= lists.CELLS
     assert kept < 12 * scores.numel() * 30  # a few numbers per item and block, no table
     total.sum().backward()
     assert scores.grad.isfinite().all()
@@ -167,7 +167,7 @@ def test_many_lists_and_a_long_one_in_bounded_memory():
 
 @every
 def test_traces_whole(loss):
-    batch = lists([3, 0, 1, 7, 2])
+    batch = drawn([3, 0, 1, 7, 2])
     torch.compiler.reset()
 
     def step(s):
@@ -205,9 +205,9 @@ def test_no_groups_and_no_items(loss, bounds):
 @pytest.mark.parametrize("whole", [True, False], ids=["one_table", "blocks"])
 def test_lists_do_not_see_each_other(loss, whole, monkeypatch):
     if not whole:
-        monkeypatch.setattr(ragged, "WHOLE", 0)
+        monkeypatch.setattr(lists, "WHOLE", 0)
     sizes = [5, 2, 31, 1, 9]
-    scores, labels, bounds = lists(sizes, masked=False)
+    scores, labels, bounds = drawn(sizes, masked=False)
     found, grad = value_and_slope(loss, scores, labels, bounds)
     for g, (start, end) in enumerate(itertools.pairwise(bounds.tolist())):
         alone = value_and_slope(loss, scores[start:end], labels[start:end], cu(0, end - start))
@@ -227,9 +227,9 @@ def test_lists_do_not_see_each_other(loss, whole, monkeypatch):
 def test_items_that_no_group_holds_have_slope_0(loss, whole, monkeypatch):
     """As on a GPU, where boundaries are not read."""
     if not whole:
-        monkeypatch.setattr(ragged, "WHOLE", 0)
+        monkeypatch.setattr(lists, "WHOLE", 0)
     loss = functools.partial(loss, backend="eager")
-    scores, labels, bounds = lists([5, 0, 9])
+    scores, labels, bounds = drawn([5, 0, 9])
     want = value_and_slope(loss, scores, labels, bounds)
     monkeypatch.setattr("prefkern.checks.check_boundaries", lambda *_, **__: None)
     around = torch.cat([torch.full((3,), torch.nan), scores.detach(), torch.ones(2)])
@@ -250,7 +250,7 @@ def test_first_step_at_tied_scores(loss):
 
 @every
 def test_huge_scores_elsewhere_leave_no_trace(loss):
-    scores, labels, bounds = lists([4, 5], masked=False)
+    scores, labels, bounds = drawn([4, 5], masked=False)
     small = value_and_slope(loss, scores, labels, bounds)
     wide = scores.detach().clone()
     wide[4:] *= 1e30
@@ -261,7 +261,7 @@ def test_huge_scores_elsewhere_leave_no_trace(loss):
 
 @every
 def test_fp32_scores_are_computed_in_fp64_and_rounded_at_the_end(loss):
-    scores, labels, bounds = lists([4, 9, 18])
+    scores, labels, bounds = drawn([4, 9, 18])
     low = scores.detach().float()
     got = value_and_slope(loss, low, labels, bounds)
     want = value_and_slope(loss, low.double(), labels, bounds)
@@ -306,12 +306,12 @@ BAD = [
 @pytest.mark.parametrize(("name", "args", "message"), BAD)
 def test_bad_arguments(name, args, message):
     with pytest.raises(ValueError, match=message):
-        losses.LOSSES[name](*lists([3]), **args)
+        losses.LOSSES[name](*drawn([3]), **args)
 
 
 @every
 def test_bad_tensors(loss):
-    scores, labels, bounds = lists([3, 2], masked=False)
+    scores, labels, bounds = drawn([3, 2], masked=False)
     for s, y, c, message in (
         (scores.bfloat16(), labels, bounds, "float32 or float64"),
         (scores, labels[:3], bounds, "numbers"),

@@ -67,11 +67,13 @@ def test_every_instruction_set_is_as_close(isa):
 
 
 @pytest.mark.skipif("cpu" not in backends_on(), reason="the native backend is off")
-def test_an_unknown_instruction_set_is_refused():
+@pytest.mark.parametrize("choice", ["cpu", "auto"])
+def test_an_unknown_instruction_set_is_refused(choice):
+    """By automatic choice too, which would otherwise land on full logits in silence."""
     code = (
         "import prefkern, torch\n"
         "a = (torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2]))\n"
-        "prefkern.linear_logps(*a, backend='cpu')\n"
+        f"prefkern.linear_logps(*a, backend={choice!r})\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -261,12 +261,24 @@ import locale
 import torch
 from prefkern.ops.error_sum import error_sum
 from prefkern.ops.list_rank import list_rank
+from prefkern.ops.linear_stats import linear_divergence
+
+STATS = ("jsd:0.5", "alpha:0.3", "renyi:0.5", "mix:0.25", "bkl:3", "logp", "fkl")
 
 def run():
+    h, r = torch.linspace(-2.0, 2.0, 12).reshape(3, 4), torch.linspace(1.0, -2.0, 12).reshape(3, 4)
+    w, t, numbers = torch.linspace(-1.0, 1.0, 8000).reshape(2000, 4).sin() * 3, torch.arange(3), []
+    for stats, tail in ((STATS, 0.0), (("logp",), 0.25)):
+        leaf = h.clone().requires_grad_()
+        out = linear_divergence(leaf, w, t, r, stats=stats, tail_mass=tail, backend="cpu")
+        found = torch.stack([x for x in out if x is not None])
+        found.sum().backward()
+        numbers += [*found.flatten().tolist(), *leaf.grad.flatten().tolist()]
     s, y = torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.0, 1.0, 0.3])
     cu = torch.tensor([0, 3], dtype=torch.int32)
     loss = list_rank(s, y, cu, family="softmax", alpha=0.25, backend="cpu")
-    return loss.item(), error_sum(s[None], y[None], stats="huber:0.5", backend="cpu").huber.item()
+    huber = error_sum(s[None], y[None], stats="huber:0.5", backend="cpu").huber
+    return numbers, loss.item(), huber.item()
 
 before = run()
 locale.setlocale(locale.LC_NUMERIC, {name!r})

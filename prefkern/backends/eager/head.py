@@ -252,7 +252,7 @@ def _factors(call: HeadCall, z: list[Tensor], sums: Tensor) -> Tensor:
     terms = {"mass": e, "log": weighted(e, x)}
     if call.plan.two_models:
         xr = z[1] - safe(top[1])[:, None]
-        terms |= {"ref": xr.exp(), "cross": weighted(e, x - xr)}
+        terms |= {"gap": e - xr.exp(), "cross": weighted(e, x - xr)}
     slope = slope_of(z[0], policy)
     heads = [
         h.to(call.working).to(x.dtype) for h in (policy.weight, policy.low_out) if h is not None

@@ -103,6 +103,8 @@ def knowpat(
     core.not_negative("sft_weight", sft_weight)
     relevance = core.drop_empty(relevance, length)
     aligned = _anchors(Lists(scores, relevance, cu_groups, backend), inner)
+    if sft_weight == 0:
+        return knowpat_weight * aligned
     nll = core.best_nll(scores, relevance, cu_groups).to(aligned.dtype)
     return knowpat_weight * aligned + sft_weight * nll
 
