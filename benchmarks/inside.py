@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefkern.backends import choice, list_options, tables
+from prefkern.backends import choice, list_options, memory, tables
 from prefkern.backends.contract import HeadCall, Model, Problem
 from prefkern.backends.plan import NO_PLAN, read_plan, write_plan
-from prefkern.backends.tiled import tiling
 from prefkern.backends.tiled.epilogue import LogitOptions, Sweep, Tile
-from prefkern.ops import budget as budget_table
+from prefkern.backends.tiled.operands import tile_itemsize
+from prefkern.backends.tiled.tiling import Kept, make_tiling
+from prefkern.ops.budget import rows_kept
 from prefkern.ops.list_rank import list_rank
 from prefkern.stats import ONE_MODEL_STATS, TWO_MODEL_STATS, parse_stats
 
@@ -61,14 +62,47 @@ def kept_itemsize(case: Case) -> int:
 def kept_share(backend: str, budget: int | None, case: Case) -> float:
     """Share of the scored rows whose logits fit the memory budget."""
     if budget is None:
-        budget = budget_table.DEFAULT_BUDGET["cpu" if backend == "cpu" else "cuda"]
+        budget = memory.default_budget(torch.device("cpu" if backend == "cpu" else "cuda:0"))
     per_row = case.backward_heads * case.shape.V * kept_itemsize(case)
     return min(case.scored, budget // per_row) / case.scored
 
 
+class Schedule(NamedTuple):
+    """How a head op on a GPU goes through the logits."""
+
+    tiles: int
+    kept: float  # share of the logits that the backward reads as the forward left them
+
+
+def schedule(case: Case, device_memory: int, budget: int | None, chunk: int, size: int) -> Schedule:
+    """On a GPU of that much memory, for chunks of `chunk` columns and `size` bytes of a logit in
+    the tiles that live at once; budget None is the default."""
+    defaults, v = memory.row("cuda", device_memory), case.shape.V
+    tiling = make_tiling(case.scored, v, size, chunk, defaults.tiles)
+    steps = [step for v0 in tiling.tiles() for step in tiling.steps(v0)]
+    heads, itemsize = case.backward_heads, kept_itemsize(case)
+    budget = defaults.budget if budget is None else budget
+    rows = rows_kept(case.scored, v, heads * itemsize, budget, torch.device("cuda"))
+    cache = Kept(tiling, heads, torch.empty(heads * rows * v, device="meta"))
+    kept = sum(step.m * step.w for step in steps if cache.place(step))
+    return Schedule(len(steps), kept / (case.scored * v))
+
+
+def tile_units(case: Case, backend: str) -> tuple[int, int]:
+    """(columns of a chunk, bytes of a logit in all tiles that live at once) of the kernels here."""
+    names = NEEDS[case.step]
+    model = Model(*(torch.empty(n, 1, dtype=case.torch_dtype) for n in (1, case.shape.V)))
+    ref = model if case.models == 2 else None
+    call = HeadCall(model, ref, None, torch.zeros(1).long(), None, None, None, -100, NO_PLAN)
+    call = _plan(names, frozenset(), call, frozen=case.frozen)
+    options = tuple(LogitOptions.of(x, call.fold_dtype) for x in call.models)
+    sweep = Sweep(call, call.targets, options)
+    return _kernels_of(backend).chunk_columns(sweep), tile_itemsize(sweep)
+
+
 def shrink_tiles(set_attribute: Callable[..., object], size: int) -> None:
     """Bytes of the tiles of a head op on a GPU, for tests of many tiles at small sizes."""
-    set_attribute(tiling, "TILE_BYTES", size)
+    set_attribute(memory, "tile_bytes", lambda device: size)
 
 
 def cpu_epilogue(rows: int, columns: int, repeats: int) -> tuple[list[float], str]:

@@ -2,10 +2,12 @@
 
 Inputs are results/counts.csv, which whoever changes a kernel brings up to date (instructions per
 logit from its SASS, bytes, launches), and MACHINES. A kernel takes the longer of its instructions
-at ISSUE of the issue slots and its bytes at copy speed. A step is its products, its kernels and
-what a schedule adds to them: wider writes of products whose tiles are fp32, dH in fp32 read and
-written once a tile, small kernels, and the start and end of every library product. The ratio is to
-the bare products at full rate. A run on a GPU writes what it measured beside it (`beside`).
+at ISSUE of the issue slots and its bytes at copy speed. Tiles and the default budget are those of
+the machine's memory (prefkern/backends/memory.py: 4 GiB on an H100 of 80 GB, 8 GiB on an H200); a
+tile is kept whole or not at all. A step is its products, its kernels and what a schedule adds to
+them: wider writes of products whose tiles are fp32, dH in fp32 read and written once a tile, small
+kernels, and the start and end of every library product. The ratio is to the bare products at full
+rate. A run on a GPU writes what it measured beside it (`beside`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from . import inside
 from .cases import GPU_FIRST, Case
 from .results import ROOT, Row, Table, read
 
+TILE_UNITS = ("columns of a chunk", "bytes of a logit in its tiles")
+GIB = 1 << 30
 RESULTS = ROOT / "benchmarks/results"
 ISSUE = 0.8  # of the issue slots that a real kernel uses
 HIDDEN = 0.5  # of the fp32 traffic beside products that runs under them
@@ -31,11 +35,12 @@ class Machine(NamedTuple):
     flops: float  # per second of a large bf16 product
     copy: float  # bytes per second, read and written
     lanes: float  # instructions of single lanes per second: SMs * 128 * clock
+    memory: int  # bytes
 
 
 MACHINES = {
-    "H100": Machine(750e12, 3.0e12, 29.6e12),
-    "H200": Machine(750e12, 4.3e12, 29.6e12),
+    "H100": Machine(750e12, 3.0e12, 29.6e12, 79 * GIB),
+    "H200": Machine(750e12, 4.3e12, 29.6e12, 139 * GIB),
 }
 
 
@@ -55,19 +60,19 @@ class Counts:
     def launches(self, name: str) -> float:
         return self.numbers[name, "kernels beside the products"]
 
-    def tile_columns(self, name: str, n: int) -> int:
-        """Tiles are as much wider as rows are fewer."""
-        return int(self.numbers[name, "columns of a tile at N=8192"] * 8192 / n)
+    def tile_units(self, name: str) -> tuple[int, int]:
+        chunk, size = (int(self.numbers[name, unit]) for unit in TILE_UNITS)
+        return chunk, size
 
 
 def predict(case: Case, backend: str, machine: Machine, budget: int | None) -> dict[str, Row]:
     """Of the "forward" and the "step" (with the backward): time, ratio to its products."""
-    counts, kept = Counts(backend), inside.kept_share(backend, budget, case)
+    counts = Counts(backend)
     n, (v, d) = case.scored, (case.shape.V, case.shape.D)
     logits, one = float(n) * v, case.flops_per_product / machine.flops
     two, wide = case.models == 2, case.step in ("ent", "tdpo")
     name = "frozen" if case.frozen else case.step
-    tiles = -(-v // counts.tile_columns(name, n))
+    tiles, kept = inside.schedule(case, machine.memory, budget, *counts.tile_units(name))
     sums = 8.0 * n * d * tiles / machine.copy  # fp32 rows of dH, read and written once a tile
     wider = 2.0 * case.models * logits / machine.copy if wide else 0.0
 
@@ -103,7 +108,7 @@ def rows() -> Iterator[Row]:
     for machine, speed in MACHINES.items():
         for backend in ("cuda", "triton"):
             for case in GPU_FIRST:
-                for label, budget in (("", None), (", budget 0", 0), (", budget 8 GiB", 8 << 30)):
+                for label, budget in (("", None), (", budget 0", 0), (", budget 8 GiB", 8 * GIB)):
                     for part, found in predict(case, backend, speed, budget).items():
                         yield {
                             "machine": machine, "what": part, "case": case.name,

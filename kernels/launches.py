@@ -68,12 +68,17 @@ class Launch:
 
     def tiles_on(self, arch: str) -> tuple[tiles.Tile, ...]:
         """Candidates, first choice first."""
-        name, dtype = self.tile.split()
-        return tiles.candidates(name, dtype, arch)
+        return _tiles_of(self.tile, arch)
 
     def __str__(self) -> str:
         constants = " ".join(f"{k}={v}" for k, v in self.constants.items())
         return f"{self.name}({' '.join(self.types)}{'; ' if constants else ''}{constants})"
+
+
+@functools.cache
+def _tiles_of(entry: str, arch: str) -> tuple[tiles.Tile, ...]:
+    name, dtype = entry.split()
+    return tiles.candidates(name, dtype, arch)
 
 
 # fmt: off
@@ -108,6 +113,8 @@ def by_name(rows: Sequence[Launch]) -> dict[str, tuple[Launch, ...]]:
 
 
 LAUNCHES: dict[str, tuple[Launch, ...]] = by_name(ROWS)
+# `signature` of a launch -> its row: a search takes 6 to 55 us, and is made once.
+_FOUND: dict[tuple[Any, ...], Launch] = {}
 # Name -> launches in this process, timed ones included; a replayed CUDA graph adds none.
 COUNTS: Counter[str] = Counter()
 
@@ -129,6 +136,28 @@ def type_names(argument: Any) -> tuple[str, ...]:
     if isinstance(argument, float):
         return ("fp32", "fp64")
     raise TypeError(f"a kernel takes tensors, numbers and None, got {type(argument).__name__}")
+
+
+def signature(name: str, args: Sequence[Any], constants: dict[str, Any]) -> tuple[Any, ...]:
+    """Equal for launches that `find` cannot tell apart, and for no others."""
+    kinds: list[Any] = [name]
+    for a in args:
+        if isinstance(a, Tensor):
+            kinds.append(a.dtype)
+        elif isinstance(a, int) and not isinstance(a, bool):
+            kinds.append(-(2**31) <= a < 2**31)
+        else:
+            kinds.append(type(a))
+    return (*kinds, *constants.items())
+
+
+def row_of(name: str, args: Sequence[Any], constants: dict[str, Any]) -> Launch:
+    """`find`, once for each signature."""
+    key = signature(name, args, constants)
+    row = _FOUND.get(key)
+    if row is None:
+        row = _FOUND[key] = find(name, args, constants)
+    return row
 
 
 def find(name: str, args: Sequence[Any], constants: dict[str, Any]) -> Launch:
@@ -181,7 +210,7 @@ def launch(
     Raises:
         UnknownLaunch: the argument types and constants are in no row.
     """
-    row = find(name, args, constants)
+    row = row_of(name, args, constants)
     tile = choose(row, tiles.arch_of(device_of(args)), args, grid, must)
     run(row, tile, grid, args)
 

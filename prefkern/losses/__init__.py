@@ -8,8 +8,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from .. import traced
 from .binding import ALIASES as ALIASES
 from .binding import Bound as Bound
 from .binding import LossLike as LossLike
@@ -36,7 +35,7 @@ else:  # a loss is imported when it is asked for
         return [*globals(), *LOSSES]
 
 
-@torch.compiler.assume_constant_result  # so that a compiled function may be the first to ask
+@traced.constant  # so that a compiled function may be the first to ask
 def _function(name: str) -> Callable[..., Any] | None:
     """The loss of that name, an attribute from now on; None where there is none, and for a module
     of this folder, which Python asks for here before it imports it."""

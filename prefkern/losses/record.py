@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import traced
 from .docstrings import meanings
 from .inputs import Inputs, misfit, missing, unknown
 
@@ -187,7 +188,7 @@ class Register(Mapping[str, Loss]):
 _CATALOGUE = f"{__package__}.catalogue"
 
 
-@torch.compiler.assume_constant_result  # so that a compiled function may be the first to look
+@traced.constant  # so that a compiled function may be the first to look
 def import_losses() -> None:
     """Imports every loss of the package, which registers them; at the second call a look-up."""
     if _CATALOGUE not in sys.modules:

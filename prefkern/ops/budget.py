@@ -1,7 +1,7 @@
 """How many rows of logits a forward keeps for its backward.
 
-Sizes follow from shapes and the budget alone, never from free memory: the budget changes time, not
-one bit of a result.
+Sizes follow from shapes and the budget alone (by default backends/memory.py's), never from free
+memory: the budget changes time, not one bit of a result.
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Bytes kept by default, per device type. 512 MiB on a CPU holds the fp32 logits of two models for
-# 2,048 tokens of a 32,000-entry vocabulary; 1 GiB on a GPU holds 3,500 bf16 tokens of a 152k one.
-DEFAULT_BUDGET = {"cpu": 512 << 20, "cuda": 1 << 30}
-_FALLBACK_BUDGET = 256 << 20
+from ..backends import memory
 
 
 def check_budget(memory_budget: int | None) -> None:
     if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 0):
         raise ValueError(
             f"memory_budget must be a number of bytes >= 0 or None, got {memory_budget!r}; "
-            "0 keeps nothing (the backward recomputes), None is a constant per device."
+            "0 keeps nothing (the backward recomputes), None is a constant of the device."
         )
 
 
@@ -31,16 +28,17 @@ PADDED = 16
 def rows_kept(
     rows: int, v: int, bytes_per_logit: int, memory_budget: int | None, device: torch.device
 ) -> int:
-    """Rows [V] of the cache for the logits of as many of `rows` rows as fit the budget; 0 where no
-    backward can follow or a checkpoint region would drop what is kept."""
+    """Rows [V] of the cache for as many logits of `rows` rows as fit the budget (on a GPU, where
+    tiles lie in it, up to a whole row more); 0 where no backward can follow or a checkpoint region
+    would drop what is kept."""
     if v == 0 or not torch.is_grad_enabled() or _in_checkpoint_region():
         return 0
     if memory_budget is None:
-        memory_budget = DEFAULT_BUDGET.get(device.type, _FALLBACK_BUDGET)
+        memory_budget = memory.default_budget(device)
     if device.type == "cpu":
         return min(rows, memory_budget // (v * bytes_per_logit))
     padded = -(-v // PADDED) * PADDED
-    return -(-min(rows, memory_budget // (padded * bytes_per_logit)) * padded // v)
+    return -(-min(rows * padded, memory_budget // bytes_per_logit) // v)
 
 
 def _in_checkpoint_region() -> bool:

@@ -70,7 +70,9 @@ def linear_logps(
             costs one synchronisation (and no compaction under tracing or graph capture). A wrong
             number is an error on a CPU and makes every result NaN on a GPU. Default None.
         memory_budget: Bytes of logits kept for the backward; 0 recomputes them. Changes time, not
-            one bit of a result. Default: a constant per device.
+            one bit of a result. Default: a constant of the device, whatever is free: 512 MiB on a
+            CPU; 8 GiB on a GPU of 140 GB, 4 GiB of 80 GB, 1 GiB of less; 256 MiB elsewhere
+            (`prefkern.backends.memory`).
         tail_mass: Probability mass e in [0, 1] of every row whose gradient may be left out: of the
             chunks of 1,024 vocabulary columns, those of smallest mass that add up to at most e are
             skipped by the backward, never the target's. A row of dlogp/dz then lacks at most e in

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import traced
 from ..backends import choice
 from ..backends.contract import Problem
 from ..stats import NO_GRADIENT, Stat, TokenStats
@@ -44,6 +45,7 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@traced.constant
 def resolve(
     op: str,
     device: torch.device,
@@ -62,27 +64,21 @@ def resolve(
     return choice.select_backend(problem, backend)
 
 
-# What torch.compiler.assume_constant_result does, without its import of torch._dynamo (1.2 s).
-resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def shape_for_message(n: int, v: int, d: int) -> tuple[int, int, int] | None:
     """Sizes quoted in a refusal; left out while tracing, where they may be symbolic."""
     return None if torch.compiler.is_compiling() else (n, v, d)
 
 
+@traced.constant
 def compacts(backend: str) -> bool:
     """Whether a backend leaves ignored rows out by itself."""
     return choice.load_backend(backend).COMPACTS
 
 
+@traced.constant
 def keeps_units(backend: str) -> bool:
     """Whether a backward with a tail reads what a backend's forward kept."""
     return getattr(choice.load_backend(backend), "KEEPS_UNITS", True)
-
-
-compacts._dynamo_marked_constant = True  # type: ignore[attr-defined]
-keeps_units._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def to_token_stats(

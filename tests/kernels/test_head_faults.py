@@ -14,7 +14,7 @@ from closeness import assert_same_bits
 from prefkern.kernels.epilogue import Kernels
 
 import prefkern
-from prefkern.backends import tables
+from prefkern.backends import memory, tables
 from prefkern.backends.tiled import backward, factors, products, tiles, tiling
 
 pytestmark = pytest.mark.skipif("triton" not in backends_on(), reason="the triton backend is off")
@@ -27,7 +27,7 @@ BUDGET = 1 << 20
 @pytest.fixture(autouse=True)
 def _several_tiles(monkeypatch):
     monkeypatch.setattr(Kernels, "chunk_columns", lambda self, sweep: 128)
-    monkeypatch.setattr(tiling, "TILE_BYTES", 1024)
+    monkeypatch.setattr(memory, "tile_bytes", lambda device: 1024)
     monkeypatch.setattr(tiling, "ROW_ALIGN", 16)
 
 

@@ -30,7 +30,7 @@ from prefkern.kernels.epilogue import KERNELS, Kernels
 from tile_calls import sweep_of
 
 import prefkern
-from prefkern.backends import tables
+from prefkern.backends import memory, tables
 from prefkern.backends.contract import Model
 from prefkern.backends.tiled import operands, tiles, tiling, topset
 from prefkern.backends.tiled.epilogue import LogitOptions, Tile
@@ -48,13 +48,13 @@ FROZEN_TWO = ("logp", "ref_logp", "fkl", "rkl", "ent")
 def small_tiles(monkeypatch):
     """Tiles of one chunk of 128 columns and 16 or 32 rows."""
     monkeypatch.setattr(Kernels, "chunk_columns", lambda self, sweep: 128)
-    monkeypatch.setattr(tiling, "TILE_BYTES", 1024)
+    monkeypatch.setattr(memory, "tile_bytes", lambda device: 1024)
     monkeypatch.setattr(tiling, "ROW_ALIGN", 16)
     plans: list[tiling.Tiling] = []
     made = operands.make_tiling
 
-    def spy(*args):
-        plans.append(made(*args))
+    def spy(*args, **more):
+        plans.append(made(*args, **more))
         return plans[-1]
 
     monkeypatch.setattr(operands, "make_tiling", spy)
@@ -187,20 +187,31 @@ def test_equal_models_are_exactly_0_apart(small_tiles):
 
 
 def test_tiles_stay_below_their_bytes():
-    """The plan at real shapes: tiles within 256 MiB, all of the vocabulary and all rows covered."""
-    for m, v, size, chunk in itertools.product(
-        (1, 2048, 8192, 65536, 200_000), (5, 32003, 50257, 151936, 256000), (2, 4, 10, 14),
-        (2048, 4096),
+    """The plan at real shapes: tiles within their bytes, the whole vocabulary and all rows."""
+    limits = sorted({r.tiles for r in memory.TABLE})
+    assert limits == [256 << 20, 1 << 30]
+    for m, v, size, chunk, limit, even in itertools.product(
+        (1, 2048, 8192, 8757, 65536, 200_000), (5, 32003, 50257, 151936, 256000),
+        (2, 4, 6, 10, 14, 24), (1024, 2048, 4096), limits, (False, True),
     ):  # fmt: skip
-        p = tiling.make_tiling(m, v, size, chunk)
-        assert p.largest * size <= tiling.TILE_BYTES + p.rows * size * (chunk + tiling.ALIGN)
+        p = tiling.make_tiling(m, v, size, chunk, limit, even=even)
+        assert p.largest * size <= limit
         assert p.columns == v or p.columns % chunk == 0
         assert p.rows == m or p.rows % tiling.ROW_ALIGN == 0
         steps = [s for v0 in p.tiles() for s in p.steps(v0)]
         assert sum(s.m * s.w for s in steps) == m * v
+        if even:  # no more tiles than as wide ones as may be, of widths a few chunks apart
+            wide = tiling.make_tiling(m, v, size, chunk, limit, even=False)
+            assert p.rows == wide.rows and len(p.tiles()) == len(wide.tiles())
+            spare = len(p.tiles()) * p.columns - v
+            assert spare < len(p.tiles()) * chunk
     # one block of rows where that is cheaper, square tiles where there are many rows
-    assert tiling.make_tiling(8192, 151936, 2, 4096)[2:] == (8192, 16384)
-    assert tiling.make_tiling(65536, 151936, 10, 2048)[2:] == (5120, 4096)
+    quarter, whole = limits
+    assert tiling.make_tiling(8192, 151936, 2, 4096, quarter)[2:] == (8192, 16384)
+    assert tiling.make_tiling(65536, 151936, 10, 2048, quarter)[2:] == (5120, 4096)
+    assert tiling.make_tiling(8192, 151936, 2, 4096, whole)[2:] == (8192, 53248)
+    # a row block less high, where all rows of one chunk would be too much
+    assert tiling.make_tiling(8192, 151936, 10, 4096, quarter)[2:] == (4096, 4096)
 
 
 def test_kept_tiles_do_not_overlap():

@@ -7,7 +7,7 @@ import torch
 from cases import BF16, FP32, Regime, backends_on, upstream_for
 from checks import inputs_of, run_op
 
-from prefkern.backends import tables
+from prefkern.backends import memory, tables
 from prefkern.backends.tiled import tiling, units
 
 interpreted = pytest.mark.skipif("triton" not in backends_on(), reason="the triton backend is off")
@@ -21,7 +21,8 @@ def test_units_of_a_tail_chunk_by_chunk_and_tile_by_tile(dtype, needed, tiles, m
     """Which rows are multiplied together is a matter of time alone; where the host must not wait,
     under capture, all of them are, and a dx of 0 stands for skipped units."""
     monkeypatch.setattr(tables, "CHUNK", 128)
-    monkeypatch.setattr(tiling, "TILE_BYTES", 120_000 if tiles == 3 else 1024)
+    limit = 120_000 if tiles == 3 else 1024
+    monkeypatch.setattr(memory, "tile_bytes", lambda device: limit)
     monkeypatch.setattr(tiling, "ROW_ALIGN", 16)
     regime = Regime("tail", N=40, V=600, D=12)
     inputs = inputs_of("linear_divergence", regime, dtype, lean=3.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import enum
 import re
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def declared(monkeypatch):
         fake("two", "*bf16 none i32"),
     )
     monkeypatch.setattr(launches, "LAUNCHES", launches.by_name(rows))
+    monkeypatch.setattr(launches, "_FOUND", {})
     seen = []
 
     class Kernel:
@@ -80,6 +82,74 @@ def test_an_undeclared_launch_names_the_row_to_add(declared, name, args, constan
         launches.launch(name, (1,), *args, **constants)
     assert f"Launch({name!r}" in str(error.value) and row in str(error.value)
     assert not declared
+
+
+def sample(signature: str) -> list:
+    """Arguments of these types."""
+    dtypes = {f"*{name}": dtype for dtype, name in launches.TYPE_NAMES.items()}
+    numbers = {"i32": 7, "i64": 2**31, "fp32": 1.5, "fp64": 1.5, "none": None, "i1": True}
+    return [
+        torch.zeros(1, dtype=dtypes[t]) if t in dtypes else numbers[t]
+        for t in (word.partition(":")[0] for word in signature.split())
+    ]
+
+
+def answer(search, name, args, constants):
+    try:
+        return search(name, args, constants)
+    except launches.UnknownLaunch as error:
+        return str(error)
+
+
+def test_signatures_of_different_launches_differ(monkeypatch):
+    """Every row that is declared, and every neighbour of it in one argument or constant: what is
+    remembered gives each the row, or the refusal, that a search gives, in either order."""
+    kinds = ["*fp32", "*bf16", "*fp64", "*i64", "*i32", "i32", "i64", "fp32", "none", "i1"]
+    tried = []
+    for row in launches.ROWS:
+        words = row.signature.split()
+        tried.append((row.name, sample(row.signature), row.constants))
+        for i in range(len(words)):
+            for kind in kinds if row.name in ("fold_one", "list_pairs") else kinds[:2]:
+                near = sample(" ".join((*words[:i], kind, *words[i + 1 :])))
+                tried.append((row.name, near, row.constants))
+        tried.append((row.name, sample(row.signature)[:-1], row.constants))
+        tried += [(row.name, tried[-1][1], row.constants | {k: 2}) for k in row.constants]
+    assert len(tried) > 500
+    for order in (tried, tried[::-1]):
+        monkeypatch.setattr(launches, "_FOUND", {})
+        for launch in order:
+            assert answer(launches.row_of, *launch) == answer(launches.find, *launch)
+    assert len(launches._FOUND) >= len(launches.ROWS)
+
+
+class Small(enum.IntEnum):
+    ONE = 1
+    MANY = 2**31
+
+
+def test_numbers_are_told_apart_as_a_search_does():
+    one = [launches.signature("one", (a,), {}) for a in (1, True, 1.0, None, 2**31, X32, X16)]
+    assert len(set(one)) == len(one)
+    assert len({launches.signature("one", (a,), {}) for a in Small}) == 2
+    for a, b in ((1, 7), (X32, torch.ones(9)), (2**31, 2**40)):
+        assert launches.signature("one", (a,), {}) == launches.signature("one", (b,), {})
+
+
+def test_a_launch_is_searched_for_once(declared, monkeypatch):
+    searched, find = [], launches.find
+
+    def spy(*launch):
+        searched.append(launch[0])
+        return find(*launch)
+
+    monkeypatch.setattr(launches, "find", spy)
+    for full in (False, True, False, True):
+        launches.launch("one", (1,), X32, 7, 1.5, FULL=full)
+        with pytest.raises(launches.UnknownLaunch):
+            launches.launch("one", (1,), X16, 7, 1.5, FULL=full)
+    assert [kwargs["FULL"] for _, _, kwargs in declared] == [False, True, False, True]
+    assert len(searched) == 2 + 4  # a refusal is not remembered
 
 
 def test_what_is_no_kernel_argument_is_refused(declared):

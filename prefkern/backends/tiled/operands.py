@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..contract import HeadCall, Model
 from .epilogue import LogitOptions, Sweep, Tile
 from .tiling import Step, Tiling, given_tiling, make_tiling, stride_of
@@ -63,17 +64,13 @@ class Operands(NamedTuple):
         values = self.values if self.columns is None else some(self.values)
         return self._replace(sweep=sweep, models=models, values=values, columns=some(self.columns))
 
-    def plan(self, chunk: int) -> Tiling:
+    def plan(self, chunk: int, *, even: bool = True) -> Tiling:
         """Blocks and tiles; the same in every direction, so that all make the same products."""
-        call, sweep = self.call, self.sweep
+        call, limit = self.call, memory.tile_bytes(self.device)
         if call.given:
-            return given_tiling(self.m, call.V, sweep.fields, chunk)
-        size = len(call.models) * sweep.tile_dtype.itemsize
-        if call.wide or call.plan.frozen:  # dx or a frozen head's terms lie in a tile of their own
-            size += call.working.itemsize
-        if call.values_index is not None:
-            size += call.fold_dtype.itemsize
-        return make_tiling(self.m, call.V, size, chunk)
+            return given_tiling(self.m, call.V, self.sweep.fields, chunk, limit)
+        size = tile_itemsize(self.sweep)
+        return make_tiling(self.m, call.V, size, chunk, limit, even=even)
 
     @property
     def depth(self) -> int:
@@ -135,6 +132,17 @@ class Operands(NamedTuple):
         if call.rows is None or call.M == call.N:
             return x
         return x.new_zeros((call.N, *x.shape[1:])).index_copy_(0, call.rows, x)
+
+
+def tile_itemsize(sweep: Sweep) -> int:
+    """Bytes of a logit in all tiles that live at once."""
+    call = sweep.call
+    size = len(call.models) * sweep.tile_dtype.itemsize
+    if call.wide or call.plan.frozen:  # dx or a frozen head's terms lie in a tile of their own
+        size += call.working.itemsize
+    if call.values_index is not None:
+        size += call.fold_dtype.itemsize
+    return size
 
 
 def gather(call: HeadCall, *, backward: bool = False) -> Operands:

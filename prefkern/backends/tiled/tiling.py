@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# All tiles that live at once (every model's, and dx where it cannot take the policy's place).
-TILE_BYTES = 256 << 20
 # Leading dimensions are multiples of 16 elements: fast products want 16-byte rows, and Triton only
 # tells strides that 16 divides from others.
 ALIGN = 16
@@ -78,28 +76,36 @@ class Tiling(NamedTuple):
         return self.rows * stride_of(self.columns)
 
 
-def make_tiling(m: int, v: int, element_bytes: int, chunk: int) -> Tiling:
-    """Row blocks and tile widths (multiples of `chunk`) for tiles of `element_bytes` per logit.
+def make_tiling(
+    m: int, v: int, element_bytes: int, chunk: int, limit: int, *, even: bool = True
+) -> Tiling:
+    """Row blocks and tile widths (multiples of `chunk`) for tiles that take `element_bytes` per
+    logit and `limit` bytes at most; ROW_ALIGN rows of one chunk are the least. `even`: as many
+    tiles as the limit asks for, all of about one width; else as wide as may be, and a rest.
 
     Each tile adds its part to dH [rows, D] in fp32, and, where there are several row blocks, to dW
     [columns, D]: traffic of 8 D (rows + columns) bytes against 2 D rows columns operations. With T
     elements in a tile one block of all rows costs 1 / columns = M / T, square tiles 2 / sqrt(T).
     """
-    elements = max(1, TILE_BYTES // element_bytes)
+    elements = max(1, limit // element_bytes)
     side = math.isqrt(elements)
+    tallest = elements // stride_of(min(chunk, v))  # rows of the narrowest tile
     rows = max(1, m)
-    if m > 2 * side:
-        blocks = -(-m // side)
-        rows = -(-m // blocks)
+    if m > min(2 * side, tallest):
+        most = max(ROW_ALIGN, min(side, tallest) // ROW_ALIGN * ROW_ALIGN)
+        rows = -(-m // -(-m // most))
         rows = min(m, -(-rows // ROW_ALIGN) * ROW_ALIGN)
-    columns = max(chunk, elements // rows // chunk * chunk)
-    return Tiling(m, v, rows, min(columns, v))
+    width = max(1, elements // rows // chunk)  # in chunks
+    if even:
+        chunks = -(-v // chunk)
+        width = max(1, -(-chunks // max(1, -(-chunks // width))))
+    return Tiling(m, v, rows, min(width * chunk, v))
 
 
-def given_tiling(m: int, v: int, fields: int, chunk: int) -> Tiling:
+def given_tiling(m: int, v: int, fields: int, chunk: int, limit: int) -> Tiling:
     """Logits that exist already are one tile; rows are cut where their chunk sums would be more
     than the tiles of other calls."""
-    rows = max(1, (TILE_BYTES >> 2) // (fields * -(-v // chunk)))
+    rows = max(1, (limit >> 2) // (fields * -(-v // chunk)))
     return Tiling(m, v, max(1, min(m, rows)), v)
 
 

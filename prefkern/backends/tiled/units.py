@@ -45,7 +45,8 @@ class Piece(NamedTuple):
 
 class Units:
     def __init__(self, ops: Operands, tail: Tail) -> None:
-        self.ops, self.plan = ops, ops.plan(tables.CHUNK)
+        # tiles are cut into halves: even ones would lose up to half to the power of two
+        self.ops, self.plan = ops, ops.plan(tables.CHUNK, even=False)
         self.active = tail.active & (ops.sweep.targets != ops.call.ignore_index)  # [C, M]
 
     def pieces(self) -> Iterator[Piece]:

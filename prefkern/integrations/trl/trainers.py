@@ -65,7 +65,7 @@ class DPOTrainer(PreferenceLosses, trl.DPOTrainer):
         model, ref_model, args, ...: TRL's.
         aux_model: The third, frozen model that some losses read (tgdpo's guide, adpa's aligned
             model). Default None.
-        memory_budget: Bytes of logits kept for the backward. Default: a constant per device.
+        memory_budget: Bytes of logits kept for the backward. Default: a constant of the device.
         backend: Of prefkern's ops. Default "auto".
 
     Data: TRL's pairs; for ranked lists the columns prompt, completions (a list) and scores (a
