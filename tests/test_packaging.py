@@ -391,4 +391,4 @@ def test_continuous_integration_runs_make_test():
     script = ROOT / ".ci/run"
     assert os.access(script, os.X_OK)
     commands = script.read_text().splitlines()[-2:]
-    assert commands == ["make test", "exec make test-integrations"]
+    assert commands[0] == "make test" and commands[1].startswith("exec make test-integrations")

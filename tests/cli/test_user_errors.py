@@ -36,10 +36,10 @@ def options(materials, folder, *more: object) -> list[object]:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["--loss-arg", "beta="], "beta of loss dpo must be a number, got None"),
-        (["--loss-arg", "beta=abc"], "beta of loss dpo must be a number, got 'abc'"),
-        (["--loss-arg", "beta=[0.1]"], "beta of loss dpo must be a number, got [0.1]"),
-        (["--loss-arg", "beta=true"], "beta of loss dpo must be a number, got True"),
+        (["--loss-arg", "beta="], "beta must be a number or a tensor, got None"),
+        (["--loss-arg", "beta=abc"], "beta must be a number or a tensor, got the string 'abc'"),
+        (["--loss-arg", "beta=[0.1]"], "beta must be a number or a tensor, got list"),
+        (["--loss-arg", "beta=true"], "beta must be a number or a tensor, got True"),
         (["--loss-arg", "beta=[1"], "'[1' is no value"),
         (["--loss-arg", "beta=.inf"], "loss_args must be finite, got inf"),
         (["--num-train-epochs", "inf"], "num_train_epochs must be finite"),

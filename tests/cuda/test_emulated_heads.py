@@ -34,7 +34,10 @@ OP_TESTS = (
     "linear_logps", "linear_divergence", "logits_logps", "expected_value", "record",
     "record_dtypes", "tail_mass", "near_reference",
 )  # fmt: skip
-CHOICE = "cuda and not float64 and not thread_count and not several_N"
+CHOICE = (
+    "cuda and not float64 and not thread_count and not several_N"
+    " and not (near_reference and (float16 or float32))"  # 16 bits are where rounding decides
+)
 
 
 def compiler_runs(*command: str) -> str:

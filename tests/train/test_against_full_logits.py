@@ -78,6 +78,7 @@ def independent(run: Run, name: str, base: str) -> tuple[list[float], dict[str, 
     reference = AutoModelForCausalLM.from_pretrained(base).eval()
     if hasattr(run.step.policy, "peft_config"):
         policy = copy.deepcopy(run.step.policy)  # with the adapter as the run starts it
+        reference = copy.deepcopy(policy).eval()  # the model as given, its adapter included
     trained = [p for p in policy.parameters() if p.requires_grad]
     decay = [p for p in trained if p.dim() > 1]
     plain = [p for p in trained if p.dim() <= 1]
@@ -165,7 +166,7 @@ def test_twenty_steps_of_lora_on_the_head(tmp_path, name, targets):
 
 @pytest.mark.parametrize("name", ["dpo", "tdpo2"])
 def test_twenty_steps_of_a_head_in_modules_to_save(tmp_path, name):
-    """The adapter brings a head of its own; the reference has the base's."""
+    """The adapter brings a head of its own, and so does the reference, the model as given."""
     peft = pytest.importorskip("peft")
     base, data = save_model(tmp_path / "base"), write_data(tmp_path / "pairs.jsonl", rows=20)
     inner = AutoModelForCausalLM.from_pretrained(base)
