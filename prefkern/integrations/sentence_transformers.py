@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import losses
 from ..backends import list_options
 from ..ops.list_rank import list_rank
 
@@ -23,17 +24,19 @@ SAME_AS = {"softmax": "ListNetLoss", "plackett_luce": "ListMLELoss(respect_input
 
 
 class RankLoss(nn.Module):
-    """Mean over queries of `list_rank` of the model's scores.
+    """Mean over queries of `list_rank`, or of a listwise loss, of the model's scores.
 
     Args:
         model: A CrossEncoder with one output.
-        family: Of `list_rank`: "pair", "plackett_luce", "softmax", "approx_ndcg" ... Default
-            "pair".
+        family: Of `list_rank`: "pair", "plackett_luce", "softmax"; or a listwise loss of
+            `prefkern.LOSSES` by name that reads scores alone: "approx_ndcg", "nca", "lipo" ... with
+            that loss's arguments; its beta multiplies the scores and is 1 here. Default "pair".
         activation_fn: Applied to the scores. Default: none.
         mini_batch_size: (query, document) pairs per forward; 0 or less: all at once. Default None:
             the number of queries.
-        topk, backend: As in `list_rank`.
-        **options: Of the family.
+        topk: Of `list_rank`; with a loss by name None.
+        backend: As in `list_rank`.
+        **options: Of the family or the loss.
 
     Raises:
         ValueError: an unknown family or option; in a call, labels that do not fit the documents.
@@ -51,7 +54,10 @@ class RankLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        list_options.pack(family, options)
+        if family in list_options.FAMILIES:
+            list_options.pack(family, options)
+        else:
+            options = _checked(family, topk, options)
         if getattr(model, "num_labels", 1) != 1:
             raise ValueError(f"RankLoss needs a model with one output, got {model.num_labels}.")
         self.model, self.family, self.options = model, family, options
@@ -89,6 +95,9 @@ class RankLoss(nn.Module):
         scores = self.activation_fn(torch.cat(parts).float())
         bounds = torch.tensor([0, *sizes], device=scores.device).cumsum(0).int()
         relevance = torch.cat([own.to(scores.device).float() for own in labels])
+        if self.family not in list_options.FAMILIES:
+            loss = losses.LOSSES[self.family]
+            return loss(scores, relevance, bounds, backend=self.backend, **self.options).mean()
         return list_rank(
             scores, relevance, bounds, family=self.family, topk=self.topk, backend=self.backend,
             **self.options,
@@ -96,3 +105,19 @@ class RankLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         return {"family": self.family, "topk": self.topk, **self.options}
+
+
+def _checked(name: str, topk: int | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a listwise loss of scores alone; another loss is refused."""
+    record = losses.LOSSES.get(name)
+    if record is None or record.family != "listwise" or losses.required(record):
+        raise ValueError(
+            f"family must be one of {tuple(list_options.FAMILIES)} or a listwise loss that reads "
+            f"scores alone (approx_ndcg, nca, lipo ...), got {name!r}."
+        )
+    if topk is not None:
+        raise ValueError(f"topk is list_rank's, and {name!r} is a loss; leave it out.")
+    if "beta" in losses.arguments(record):
+        options = {"beta": 1.0, **options}
+    losses.bind(record, options)
+    return options
