@@ -1,7 +1,9 @@
 """Runs a function of a test module on several gloo ranks of this machine.
 
 Ranks meet through a file, so no port can be taken by somebody else; the first failure ends all of
-them, and what each printed is part of the message.
+them, and what each printed is part of the message. A rank that is done leaves by os._exit: after
+FSDP2 over gloo the interpreter's own exit can destroy a running thread of torch, and the process
+then ends by std::terminate with its work done.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 WORKER = """
-import importlib.util, sys, datetime, torch, torch.distributed as dist
+import importlib.util, os, sys, datetime, torch, torch.distributed as dist
 folder, tests, module, function, rank, world = sys.argv[1:7]
 sys.path.insert(0, tests)
 torch.set_num_threads(1)
@@ -29,6 +31,8 @@ spec.loader.exec_module(worker)
 getattr(worker, function)(*sys.argv[7:])
 dist.destroy_process_group()
 print("done")
+sys.stdout.flush()
+os._exit(0)
 """
 
 
