@@ -33,6 +33,7 @@ BENCH_ARGS ?=
 MUTANTS_ARGS ?=
 
 PIP = $(1)/bin/python -m pip --disable-pip-version-check
+INSTALL = $(call PIP,$(1)) install --quiet --no-compile
 # A new TORCH_SPEC is a new stamp, so it is installed; a checksum keeps '=' and '/' out of the name.
 TORCH_KEY := $(shell printf '%s' '$(TORCH_SPEC)' | cksum | cut -d' ' -f1)
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
@@ -41,7 +42,9 @@ NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 help:
 	@sed -n '3,17p' Makefile | cut -c3-
 
-# ---- set-up: $(1)/.venv -> .torch-<key> -> .deps-<key> -> .prefkern ---------------------------------
+# ---- set-up: $(1)/.venv -> .torch-<key> -> .deps-<key> and .prefkern side by side --------------------
+# The native part needs torch and four build tools, so it compiles while pip fetches the rest. pip compiles
+# no bytecode: Python does that for what is imported, a fraction of what is installed.
 define environment
 $(1)/.venv:
 	@test -n "$(PYTHON)" || { echo "No Python found: install Python 3.11 or newer, or pass PYTHON=/path/to/python3.11." >&2; exit 1; }
@@ -49,26 +52,26 @@ $(1)/.venv:
 	"$(PYTHON)" -m venv $(1)
 	@touch $$@
 
-# torch comes first: the native part is built against it.
 $(1)/.torch-$(TORCH_KEY): $(1)/.venv
 	rm -f $(1)/.torch-* $(1)/.deps-*
-	$(call PIP,$(1)) install --quiet -c $(2) $(TORCH_SPEC)
+	$(call INSTALL,$(1)) -c $(2) setuptools wheel pybind11 ninja $(TORCH_SPEC)
 	@touch $$@
 
 $(1)/.deps-$(TORCH_KEY): $(1)/.torch-$(TORCH_KEY) $(2)
-	$(call PIP,$(1)) install --quiet -r $(2)
+	$(call INSTALL,$(1)) -r $(2)
 	@touch $$@
 
-$(1)/.prefkern: $(1)/.deps-$(TORCH_KEY) $(NATIVE_SOURCES)
-	$(call PIP,$(1)) install --quiet --no-build-isolation --no-deps --editable .
+$(1)/.prefkern: $(1)/.torch-$(TORCH_KEY) $(NATIVE_SOURCES)
+	$(call INSTALL,$(1)) --no-build-isolation --no-deps --editable .
 	@touch $$@
 endef
 $(eval $(call environment,$(VENV),requirements/test.txt))
 $(eval $(call environment,$(BENCH_VENV),requirements/bench.txt))
 $(eval $(call environment,$(INTEGRATIONS_VENV),requirements/integrations.txt))
 
+ready = $(1)/.deps-$(TORCH_KEY) $(1)/.prefkern
 timed = @start=$$(date +%s); \
-	$(MAKE) --no-print-directory -q $(1)/.prefkern 2>/dev/null || $(MAKE) --no-print-directory $(1)/.prefkern; \
+	$(MAKE) --no-print-directory -q $(ready) 2>/dev/null || $(MAKE) --no-print-directory -j2 $(ready); \
 	echo "set-up took $$(( $$(date +%s) - start )) s (environment: $(1))"
 
 setup:
