@@ -160,10 +160,26 @@ _GROUPS = {
         Case("jsd-fp32-t1", "jsd", why="Jensen-Shannon, two normalisers"),
     ),
     "gpu": _GPU_CASES,
-    # shares of the units that a backward with tail_mass needs
+    # shares of the units that a backward with tail_mass needs; "tail" is DPO at two vocabularies,
+    # "tail-more" the other steps whose backward it shortens
     "tail": tuple(
-        Case(f"tail-{share:g}-{kind}", "dpo", shape, share=share, why=f"{share:g} of the units")
-        for kind, shape in (("32k", BASE), ("152k", Shape(2, 128, 512, 152_064)))
+        Case(f"tail-{share:g}-{kind}", "dpo", shape, dtype, share=share, why=f"{share:g} needed")
+        for kind, shape, dtype in (
+            ("32k", BASE, "float32"), ("32k-bf16", BASE, "bfloat16"),
+            ("152k", Shape(2, 128, 512, 152_064), "float32"),
+            ("152k-bf16", Shape(2, 128, 512, 152_064), "bfloat16"),
+        )
+        for share in mixture.SHARES
+    ),
+    "tail-more": tuple(
+        Case(
+            f"tail-{share:g}-{kind}-{short}", step, BASE, dtype, share=share, frozen=frozen,
+            why=f"{share:g} needed, {kind}",
+        )
+        for kind, step, frozen in (
+            ("tdpo", "tdpo2", False), ("frozen", "dpo", True), ("alone", "logp", False)
+        )
+        for short, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))
         for share in mixture.SHARES
     ),
     # D is the width of a model of two layers
