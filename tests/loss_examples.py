@@ -56,6 +56,8 @@ def extra(record: Loss, n: int) -> dict:
         "slow_chosen_logps": lambda: -torch.rand(n, generator=g, dtype=torch.float64) * 50,
         "slow_rejected_logps": lambda: -torch.rand(n, generator=g, dtype=torch.float64) * 50,
         "judge_logit_gap": lambda: torch.randn(n, generator=g, dtype=torch.float64),
+        "score_chosen": lambda: 4.0 + 5.0 * torch.rand(n, generator=g, dtype=torch.float64),
+        "score_rejected": lambda: 4.0 * torch.rand(n, generator=g, dtype=torch.float64),
         "log_target_prob": lambda: -torch.rand(n, generator=g, dtype=torch.float64) * 50,
         "topk": lambda: 2,
         "source": lambda: torch.tensor([1, 0]),

@@ -56,12 +56,15 @@ from .pairwise.beta_dpo import beta_dpo as beta_dpo
 from .pairwise.cal_dpo import cal_dpo as cal_dpo
 from .pairwise.cpo import cpo as cpo
 from .pairwise.d2o import d2o as d2o
+from .pairwise.d2po import d2po as d2po
 from .pairwise.discopop import discopop as discopop
 from .pairwise.dpo import dpo as dpo
+from .pairwise.dpo_shift import dpo_shift as dpo_shift
 from .pairwise.dpop import dpop as dpop
 from .pairwise.exo import exo_pair as exo_pair
 from .pairwise.f_dpo import fdpo as fdpo
 from .pairwise.flex_dpo import flex_dpo as flex_dpo
+from .pairwise.focal_po import focal_po as focal_po
 from .pairwise.hinge import hinge as hinge
 from .pairwise.infifpo import infifpo as infifpo
 from .pairwise.ipo import ipo as ipo
@@ -82,6 +85,7 @@ from .pairwise.rpo import rpo_seq as rpo_seq
 from .pairwise.scir import scir as scir
 from .pairwise.second_reference import dpo_second_reference as dpo_second_reference
 from .pairwise.selfie import selfie as selfie
+from .pairwise.sepo import sepo as sepo
 from .pairwise.sft import sft as sft
 from .pairwise.simpo import simpo as simpo
 from .pairwise.slic import slic_hf as slic_hf
@@ -94,6 +98,7 @@ from .pairwise.tgdpo import tgdpo as tgdpo
 from .pairwise.tisdpo import tisdpo as tisdpo
 from .pairwise.tpo import tpo as tpo
 from .pairwise.tpo import tpo_l as tpo_l
+from .pairwise.uni_dpo import uni_dpo as uni_dpo
 from .pairwise.wpo import wpo as wpo
 from .pointwise.apo import apo_zero_unpaired as apo_zero_unpaired
 from .pointwise.bco import bco as bco
@@ -107,4 +112,5 @@ from .tokenwise.grpo import grpo as grpo
 from .tokenwise.kl_penalty import kl_penalty as kl_penalty
 from .tokenwise.oreo import oreo as oreo
 from .tokenwise.rto import rto as rto
+from .tokenwise.tbpo import tbpo as tbpo
 from .tokenwise.trpa import trpa as trpa

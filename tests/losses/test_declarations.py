@@ -111,7 +111,7 @@ def test_losses_are_imported_when_they_are_asked_for():
     snippets = (
         "import prefkern; assert 'prefkern.losses.catalogue' not in sys.modules\n"
         "from prefkern.losses import kto, advantages; assert kto.__name__ == 'kto'\n"
-        "assert len(prefkern.LOSSES) == 104 and 'dpo' in dir(prefkern.losses)\n"
+        "assert len(prefkern.LOSSES) > 100 and 'dpo' in dir(prefkern.losses)\n"
         "assert prefkern.losses.dpo is prefkern.LOSSES['dpo'].fn",
         # a file of a loss is imported before the rest: `losses.core` is asked for on the way
         "from prefkern.losses.pairwise.tgdpo import tgdpo; import prefkern\n"

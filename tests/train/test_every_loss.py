@@ -48,6 +48,7 @@ def row(layout: str, i: int) -> dict:
     texts = [f" answer {rng.randint(0, 999)}{k}" for k in range(3)]
     found: dict = {"prompt": f"{i}: go", "rm_margin": rng.uniform(-2, 2), "pref_prob": 0.8}
     found |= {"topk": 1 + i % 2, "annotator": "ann" if i % 2 else None, "judge_logit_gap": 0.3}
+    found |= {"score_chosen": 8.0 - i, "score_rejected": 3.0}
     for side in ("chosen", "rejected"):
         found |= {f"slow_{side}_logps": -20.0 + i, f"margin_reward_{side}": [0.5 * i]}
         found[f"source_{side}_mean_logps"] = [-2.0, -1.5 - 0.1 * i]
@@ -56,7 +57,8 @@ def row(layout: str, i: int) -> dict:
         "log_target_prob": [-30.0, -25.0, -20.0], "baseline_mean_logps": [-2.0, -3.0, -1.0],
         "reward": [1.0, 0.0, 0.5], "advantages": [0.7, -0.5, 0.1],
         **{name: [numbers(rng, text) for text in texts]
-           for name in ("aux_logp", "positive_logp", "negative_logp", "value", "cosine")},
+           for name in ("aux_logp", "positive_logp", "negative_logp", "value", "cosine",
+                        "oracle_logp", "oracle_ref_logp")},
         "step_index": [[1 + (t > 4) for t in range(len(text) + 1)] for text in texts],
     }  # fmt: skip
     answers["cosine"] = [[x / 3.0 for x in many] for many in answers["cosine"]]

@@ -5,16 +5,18 @@ A weight stage runs before the statistics are summed over each sequence. It is a
 its stage (`weights=`); preference_loss gives it what prefkern.losses.inputs.STAGE_INPUTS lists.
 """
 
-from .length import ld_dpo
+from .length import d2po, ld_dpo
 from .masks import SparseMask, SparseMasks, mapo, sparsepo
-from .model_ratios import tgdpo, tisdpo
+from .model_ratios import sepo, tgdpo, tisdpo
 from .steps import step_cosine, tree_tpo
 
 __all__ = [
     "SparseMask",
     "SparseMasks",
+    "d2po",
     "ld_dpo",
     "mapo",
+    "sepo",
     "sparsepo",
     "step_cosine",
     "tgdpo",

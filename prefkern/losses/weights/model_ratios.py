@@ -1,4 +1,4 @@
-"""Token weights from what other frozen models make of each token: TGDPO, TIS-DPO.
+"""Token weights from what other frozen models make of each token: TGDPO, TIS-DPO, SePO.
 
 Shapes: N packed tokens, S sequences. `scored` [N] is True where a token counts (its target is not
 ignored); weights are exactly 0 elsewhere.
@@ -127,3 +127,44 @@ def tisdpo(
         else:
             x = (place >= count - torch.ceil(keep * count)).to(x.dtype)
     return TokenWeights(torch.where(scored, x, 0.0))
+
+
+def sepo(
+    oracle_logp: Tensor,  # [N]
+    oracle_ref_logp: Tensor,  # [N]
+    sign: Tensor,  # [N]
+    scored: Tensor,  # [N]
+    cu_seqlens: Tensor,  # [S+1]
+    *,
+    keep: float = 0.3,
+) -> TokenWeights:
+    """Selection: 1 / k on the k = ceil(keep n) telling tokens of an answer, 0 on the others.
+
+    The reward of a token is oracle_logp - oracle_ref_logp; telling are the highest of a chosen
+    answer and the lowest of a rejected one. The weighted sum of log-probabilities is their mean.
+
+    Yang et al. 2024 (arXiv 2408.13518), second-hand.
+
+    Args:
+        oracle_logp: `[N]` log-probability of each target under a small model tuned with DPO.
+        oracle_ref_logp: `[N]` the same under that model's own reference.
+        sign: `[N]` +1 on tokens of chosen answers, -1 on rejected ones.
+        scored: `[N]` bool, tokens that count.
+        cu_seqlens: `[S+1]` boundaries of the sequences.
+        keep: Share of the tokens that is trained, in (0, 1]; default 0.3.
+
+    Returns:
+        Constant weights `[N]`.
+
+    Raises:
+        ValueError: keep outside (0, 1], shapes that differ.
+    """
+    for name, value in (("oracle_logp", oracle_logp), ("oracle_ref_logp", oracle_ref_logp)):
+        core.same_shape(name, value, "scored", scored)
+    if not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep must be in (0, 1], got {keep}.")
+    reward = sign * (oracle_logp.detach() - oracle_ref_logp.detach())
+    place = ragged.rank(reward, scored, cu_seqlens, descending=True)  # 0 for the most telling
+    length = segment_sum(scored.to(torch.float32), cu_seqlens)
+    selected = torch.ceil(keep * ragged.spread(length, cu_seqlens, scored.numel())).clamp(min=1)
+    return TokenWeights(torch.where(scored & (place < selected), 1.0 / selected, 0.0))

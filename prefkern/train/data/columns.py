@@ -39,6 +39,7 @@ WHAT = {
 # optional ones (numbers by default) only where --column names them.
 KINDS = {
     "rm_margin": ROW, "pref_prob": ROW, "preference_prob": ROW, "judge_logit_gap": ROW,
+    "score_chosen": ROW, "score_rejected": ROW,
     "p_win": ROW, "p_lose": ROW, "pair_weight": ROW, "offset": ROW, "eta": ROW, "topk": ROW,
     "slow_chosen_logps": ROW, "slow_rejected_logps": ROW,
     "margin_reward_chosen": VECTOR, "margin_reward_rejected": VECTOR,
@@ -46,7 +47,8 @@ KINDS = {
     "preference_levels": ANSWER, "log_target_prob": ANSWER, "proposal_logp": ANSWER,
     "baseline_mean_logps": ANSWER, "undesirable_weight": ANSWER, "reward": ANSWER,
     "aux_logp": TOKEN, "positive_logp": TOKEN, "negative_logp": TOKEN, "old_logp": TOKEN,
-    "value": TOKEN, "step_index": TOKEN, "cosine": TOKEN,
+    "oracle_logp": TOKEN, "oracle_ref_logp": TOKEN, "value": TOKEN, "step_index": TOKEN,
+    "cosine": TOKEN,
     "advantages": EITHER,
     "pairs": PAIRS,
     "annotator": NAME,

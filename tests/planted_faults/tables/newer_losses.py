@@ -1,0 +1,66 @@
+"""Faults of the newer losses: (name, file, old text, new text, tests ...)."""
+
+from __future__ import annotations
+
+W, L = "prefkern/losses/weights/", "prefkern/losses/"
+TEST = "tests/losses/test_newer_losses.py"
+
+MUTANTS = [
+    (
+        "decay_starts_late",
+        W + "length.py",
+        "scored) - 1).clamp(min=0)",
+        "scored)).clamp(min=0)",
+        TEST,
+    ),
+    (
+        "selects_the_dull_tokens",
+        W + "model_ratios.py",
+        "ragged.rank(reward, scored, cu_seqlens, descending=True)",
+        "ragged.rank(reward, scored, cu_seqlens)",
+        TEST,
+    ),
+    (
+        "likelihood_of_found_answers",
+        L + "pairwise/uni_dpo.py",
+        "(ratio.detach() < 0)",
+        "(ratio.detach() > 0)",
+        TEST,
+    ),
+    (
+        "focal_as_in_vision",
+        L + "pairwise/focal_po.py",
+        "logsigmoid(margin))",
+        "logsigmoid(-margin))",
+        TEST,
+    ),
+    (
+        "shift_of_both",
+        L + "pairwise/dpo_shift.py",
+        "(chosen.logratio,",
+        "(shift * chosen.logratio,",
+        TEST,
+    ),
+    (
+        "one_position_short",
+        L + "tokenwise/tbpo.py",
+        "(ordinal <= before[first + 1] - before[first])",
+        "(ordinal < before[first + 1] - before[first])",
+        TEST,
+    ),
+    (
+        "ratio_upside_down",
+        L + "tokenwise/tbpo.py",
+        "delta - delta[partner]",
+        "delta[partner] - delta",
+        TEST,
+    ),
+    (
+        "baseline_not_centred",
+        L + "tokenwise/tbpo.py",
+        "(segment_sum(w, cu_seqlens) / shared)",
+        "(0.0 * shared)",
+        TEST,
+    ),
+    ("published_lsif", L + "tokenwise/tbpo.py", "2.0 * (-z).exp()", "2.0 * z.exp()", TEST),
+]
