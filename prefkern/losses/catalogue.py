@@ -106,6 +106,7 @@ from .pointwise.fdpg import fdpg as fdpg
 from .pointwise.gkd import distill as distill
 from .pointwise.gkd import entropy_bonus as entropy_bonus
 from .pointwise.gkd import gkd as gkd
+from .pointwise.iw_opd import iw_opd as iw_opd
 from .pointwise.kto import kto as kto
 from .pointwise.poft import poft as poft
 from .tokenwise.grpo import grpo as grpo

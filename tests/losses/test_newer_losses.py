@@ -1,4 +1,4 @@
-"""uni_dpo, focal_po, dpo_shift, d2po, sepo and tbpo against the same formulas in mpmath.
+"""uni_dpo, focal_po, dpo_shift, d2po, sepo, tbpo and iw_opd against the same formulas in mpmath.
 
 Values and derivatives at 30 digits, each written out here from the paper's or the code's terms.
 """
@@ -125,6 +125,60 @@ def test_weights_of_selection():
     torch.testing.assert_close(found.float(), wanted)
     with pytest.raises(ValueError, match="keep must be in"):
         weights.sepo(oracle, torch.zeros(11), sign, SCORED, CU, keep=0.0)
+
+
+def test_weights_of_the_prefix():
+    logp = -draw(0.1, 4.0, 11)
+    ref = -draw(0.1, 4.0, 11)
+    found = weights.iw_opd(logp, ref, SCORED, CU, gamma=0.6)
+    exact = weights.iw_opd(logp, ref, SCORED, CU, gamma=0.6, divergence="rkl")
+    assert set(found.weights) == {"logp"} and set(exact.weights) == {"rkl"}
+    for a, b in zip(CU[:-1].tolist(), CU[1:].tolist(), strict=True):
+        places = [i for i in range(a, b) if SCORED[i]]
+        gain = [mp.mpf(float(ref[i])) - mp.mpf(float(logp[i])) for i in places]
+        for t, i in enumerate(places):
+            w = 1 + mp.mpf(0.6) * (1 - sum(map(abs, gain[:t])) / sum(map(abs, gain)))
+            assert found.weights["logp"][i].item() == pytest.approx(float(w * gain[t]), rel=1e-12)
+            assert exact.weights["rkl"][i].item() == pytest.approx(float(w), rel=1e-12)
+    assert (found.weights["logp"][~SCORED] == 0).all()
+    same = weights.iw_opd(ref, ref, SCORED, CU, gamma=0.6, divergence="fkl").weights["fkl"]
+    assert (same[SCORED] == 1.6).all()
+
+
+def test_gamma_of_zero_is_plain_distillation():
+    g = torch.Generator().manual_seed(5)
+    hidden = torch.randn(3, 6, 8, generator=g, dtype=torch.float64)
+    teacher = torch.randn(3, 6, 8, generator=g, dtype=torch.float64)
+    head = torch.randn(40, 8, generator=g, dtype=torch.float64)
+    targets = torch.randint(0, 40, (3, 6), generator=g)
+    both = [
+        preference_loss(
+            hidden, head, targets, loss=loss, ref_hidden=teacher, ref_head=head, **args
+        )[0]
+        for loss, args in (
+            ("iw_opd", {"divergence": "rkl", "gamma": 0.0}), ("distill", {"divergence": "rkl"})
+        )
+    ]  # fmt: skip
+    torch.testing.assert_close(*both, rtol=1e-12, atol=0)
+
+
+def test_sampled_form_is_the_gradient_of_the_exact_one_in_the_mean():
+    """Over all tokens of a vocabulary, weighted by their probability: score-function identity."""
+    logits = draw(-2.0, 2.0, 6).requires_grad_()
+    teacher = draw(-2.0, 2.0, 6).log_softmax(0)
+    exact = torch.autograd.grad(
+        (logits.softmax(0) * (logits.log_softmax(0) - teacher)).sum(), logits
+    )[0]
+    one = torch.tensor([0, 1], dtype=torch.int32)
+    total = torch.zeros_like(exact)
+    for token in range(6):
+        logp = logits.log_softmax(0)[token : token + 1]
+        w = weights.iw_opd(
+            logp, teacher[token : token + 1], torch.ones(1, dtype=torch.bool), one, gamma=0.0
+        ).weights["logp"]
+        loss = losses.iw_opd(SeqStats(logp=w * logp, ref_logp=torch.zeros(1))).sum()
+        total += logp.detach().exp() * torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    torch.testing.assert_close(total, exact, rtol=1e-10, atol=1e-12)
 
 
 def risk(generator, z, lam, s):

@@ -8,12 +8,14 @@ its stage (`weights=`); preference_loss gives it what prefkern.losses.inputs.STA
 from .length import d2po, ld_dpo
 from .masks import SparseMask, SparseMasks, mapo, sparsepo
 from .model_ratios import sepo, tgdpo, tisdpo
+from .prefix import iw_opd
 from .steps import step_cosine, tree_tpo
 
 __all__ = [
     "SparseMask",
     "SparseMasks",
     "d2po",
+    "iw_opd",
     "ld_dpo",
     "mapo",
     "sepo",

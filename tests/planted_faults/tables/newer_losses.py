@@ -63,4 +63,19 @@ MUTANTS = [
         TEST,
     ),
     ("published_lsif", L + "tokenwise/tbpo.py", "2.0 * (-z).exp()", "2.0 * z.exp()", TEST),
+    (
+        "drift_with_the_token_itself",
+        W + "prefix.py",
+        "so_far - size - start[owner]",
+        "so_far - start[owner]",
+        TEST,
+    ),
+    ("drift_of_the_batch", W + "prefix.py", "so_far - size - start[owner]", "so_far - size", TEST),
+    (
+        "gain_upside_down",
+        W + "prefix.py",
+        "ref_logp.detach() - logp.detach()",
+        "logp.detach() - ref_logp.detach()",
+        TEST,
+    ),
 ]
