@@ -51,6 +51,8 @@ class Head:
             object.__setattr__(self, "shard", of_distributed(self.weight, self.shard))
             object.__setattr__(self, "weight", _local(self.weight))
             object.__setattr__(self, "bias", _local(self.bias))
+            terms = tuple((u, _local(b)) for u, b in self.low_rank)
+            object.__setattr__(self, "low_rank", terms)
         checks.check_float("weight", self.weight)
         if self.bias is not None:
             checks.check_float("bias", self.bias)

@@ -1,4 +1,4 @@
-"""Runs a function of a test module on several gloo ranks of this machine.
+"""Runs functions of a test module on several gloo ranks of this machine.
 
 Ranks meet through a file, so no port can be taken by somebody else; the first failure ends all of
 them, and what each printed is part of the message. A rank that is done leaves by os._exit: after
@@ -8,6 +8,7 @@ then ends by std::terminate with its work done.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 WORKER = """
-import importlib.util, os, sys, datetime, torch, torch.distributed as dist
-folder, tests, module, function, rank, world = sys.argv[1:7]
-sys.path.insert(0, tests)
+import importlib.util, json, os, sys, datetime, torch, torch.distributed as dist
+folder, tests, module, calls, rank, world = sys.argv[1:7]
+sys.path[:0] = [tests, os.path.dirname(module)]
 torch.set_num_threads(1)
 dist.init_process_group(
     "gloo", store=dist.FileStore(folder + "/store", int(world)), rank=int(rank),
@@ -28,7 +29,9 @@ spec = importlib.util.spec_from_file_location("worker", module)
 worker = importlib.util.module_from_spec(spec)
 sys.modules["worker"] = worker
 spec.loader.exec_module(worker)
-getattr(worker, function)(*sys.argv[7:])
+for name, *arguments in json.loads(calls):
+    getattr(worker, name)(*arguments)
+    print("passed", name, *arguments, flush=True)
 dist.destroy_process_group()
 print("done")
 sys.stdout.flush()
@@ -44,6 +47,30 @@ def run_ranks(
     Raises:
         AssertionError: a rank failed, or they took longer than `seconds`.
     """
+    return _run(folder, module, world, [[function, *arguments]], seconds)
+
+
+def run_checks(
+    folder: Path, module: str, world: int, calls: list[tuple[str, ...]], seconds: float = 240
+) -> dict[tuple[str, ...], str]:
+    """Several functions of a module with their arguments, one after the other by the same ranks:
+    starting a rank costs more than most of what it checks. (function, arguments ...) -> "" where
+    all ranks passed it, else what they printed; the first failure ends all of them."""
+    try:
+        _run(folder, module, world, [list(call) for call in calls], seconds)
+    except AssertionError as error:
+        text = str(error)
+        printed = [(folder / f"rank{rank}.txt").read_text() for rank in range(world)]
+        done = [{line for line in lines.splitlines() if line.startswith("passed")}
+                for lines in printed]  # fmt: skip
+        passed = set.intersection(*done)
+        return {call: "" if " ".join(("passed", *call)) in passed else text for call in calls}
+    return dict.fromkeys(calls, "")
+
+
+def _run(
+    folder: Path, module: str, world: int, calls: list[list[str]], seconds: float
+) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -52,8 +79,8 @@ def run_ranks(
     }
     ranks = []
     for rank in range(world):
-        command = [sys.executable, "-c", WORKER, str(folder), str(HERE), module, function]
-        command += [str(rank), str(world), *arguments]
+        command = [sys.executable, "-c", WORKER, str(folder), str(HERE), module, json.dumps(calls)]
+        command += [str(rank), str(world)]
         # a file, not a pipe: a full pipe would stop the rank that nobody reads
         with (folder / f"rank{rank}.txt").open("w") as output:
             ranks.append(

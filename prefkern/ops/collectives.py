@@ -20,3 +20,10 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
     """The sum over ranks."""
     ops = torch.ops._c10d_functional
     return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group))
+
+
+def reduce_scatter(x: Tensor, group: Any) -> Tensor:
+    """x [R, ...] of every rank: of the sum over ranks, the part of this one [...]."""
+    ops = torch.ops._c10d_functional
+    flat = x.contiguous().flatten(0, 1)
+    return ops.wait_tensor(ops.reduce_scatter_tensor(flat, "sum", x.shape[0], group))

@@ -6,9 +6,14 @@ computed token and rank, whatever the vocabulary is:
 
     forward     8 bytes per field its statistics need (2 for logp, 5 for logp + ref_logp + fkl) and
                 per logit of a target: one all-gather. jsd, tv and bkl: 8 bytes per sum of the
-                second sweep, one all-reduce more; bkl also its k largest reference logits
-    backward    the gradient of the hidden state, D numbers: one all-reduce
-    tokens other than "same": the hidden states, D numbers, gathered in both directions
+                second sweep, one all-reduce more; bkl also its k largest reference logits, one
+                all-gather
+    backward    the gradient of the hidden state and of left factors, D + r numbers: one all-reduce,
+                or one reduce-scatter where ranks bring other tokens
+    tokens other than "same": targets and hidden states of every model, gathered in both directions,
+                8 bytes per call to know how many, and the statistics' gradients in the backward
+    tail_mass   the log-sum-exp of every chunk, 4 bytes per 1,024 columns of the vocabulary and
+                model (one all-gather), and one number (one all-reduce)
 
 Shapes: R ranks, M computed rows, V rows of the local head, D hidden size, n statistics.
 """
@@ -29,7 +34,7 @@ from ..backends.plan import ShardPlan
 from ..head import Head
 from ..shard import Shard
 from . import tail
-from .collectives import all_gather, all_reduce
+from .collectives import all_gather, all_reduce, reduce_scatter
 from .scored import scored_rows
 
 # Labels of local columns can be any small negative number, so ignored rows get one that cannot.
@@ -59,13 +64,20 @@ def locate(heads: Sequence[Head]) -> tuple[ShardPlan, list[Head]]:
     (a reference beside a sharded policy, say) gives the rows of the policy's shard.
 
     Raises:
-        ValueError: heads that are sharded differently, rows that do not fit the vocabulary.
+        ValueError: heads that are sharded differently, rows that do not fit the vocabulary, a
+            policy's head that is whole and wants a gradient.
     """
     for head in heads:
         if head.shard is not None:
             break
     shard = head.shard
     assert shard is not None
+    if heads[0].shard is None and heads[0].requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "a policy's head beside a sharded reference must be sharded too where it trains, got "
+            f"a whole one {list(heads[0].weight.shape)}: every rank would find the gradient of "
+            "its own rows alone. Pass its rows with the reference's Shard, or a detached head."
+        )
     return shard.plan(), [_cut(h, shard) for h in heads]
 
 
@@ -194,9 +206,11 @@ def _share(local: Local, found: Gradients) -> Gradients:
     shard = local.whole.shard
     assert shard is not None
     made = {}
-    for name in ("hidden", "low_in"):
-        if (grad := getattr(found, name)) is not None:
-            made[name] = all_reduce(grad, shard.group)[local.mine].contiguous()
+    left = {n: g for n in ("hidden", "low_in") if (g := getattr(found, n)) is not None}
+    if left:
+        joined = torch.cat(list(left.values()), 1) if len(left) > 1 else next(iter(left.values()))
+        parts = _sum_rows(joined, local.counts, shard).split([g.shape[1] for g in left.values()], 1)
+        made = {name: part.contiguous() for name, part in zip(left, parts, strict=True)}
     if shard.tokens == "own":
         for name in ("weight", "bias", "low_out"):
             if (grad := getattr(found, name)) is not None:
@@ -316,6 +330,20 @@ def gather_rows(x: Tensor, counts: list[int], group: str) -> Tensor:
         x = torch.cat([x, x.new_zeros((most - x.shape[0], *x.shape[1:]))])
     every = all_gather(x.contiguous(), group)
     return torch.cat([part[:n] for part, n in zip(every, counts, strict=True)])
+
+
+def _sum_rows(x: Tensor, counts: list[int], shard: ShardPlan) -> Tensor:
+    """x [N of all ranks, D] -> this rank's rows of the sum over ranks."""
+    if len(counts) == 1:
+        return all_reduce(x, shard.group)
+    most = max(counts)
+    if min(counts) < most:
+        padded = x.new_zeros((len(counts), most, *x.shape[1:]))
+        for place, part in zip(padded, x.split(counts), strict=True):
+            place[: part.shape[0]] = part
+        x = padded
+    x = x.reshape(len(counts), most, -1)
+    return reduce_scatter(x, shard.group)[: counts[shard.rank]]
 
 
 def _local_values(call: HeadCall) -> tuple[Tensor | None, Tensor | None]:

@@ -5,34 +5,44 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
+from cases import backends_on
+from ranks import run_checks
 
 from prefkern import Shard
 
 WORKER = str(Path(__file__).with_name("sharded_worker.py"))
+EVERY = backends_on("linear_logps")
+NAMES = ("statistics", "values_of_ev", "padding", "ties", "narrow", "sizes", "distributed_tensors",
+         "compiled", "tails")  # fmt: skip
+# of three ranks: what differs between them, without the interpreter, which takes minutes
+OF_THREE = ("statistics", "padding", "ties", "sizes")
+CHECKS = [
+    *((2, name, backend) for name in NAMES for backend in EVERY),
+    (2, "refusals"),
+    *((3, name, backend) for name in OF_THREE for backend in EVERY if backend != "triton"),
+]
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_every_statistic_and_gradient(tmp_path, backend, world):
-    if backend == "triton" and world == 3:
-        pytest.skip("the interpreter takes minutes; two ranks cover the driver")
-    run_ranks(tmp_path, WORKER, "statistics", world, backend, seconds=240)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the ranks of a world found; one start for all checks."""
+    seen: dict[int, dict] = {}
+
+    def ask(world: int) -> dict:
+        if world not in seen:
+            calls = [tuple(call) for size, *call in CHECKS if size == world]
+            folder = tmp_path_factory.mktemp(f"ranks{world}")
+            seen[world] = run_checks(folder, WORKER, world, calls, seconds=400)
+        return seen[world]
+
+    return ask
 
 
-def test_a_head_as_a_distributed_tensor(tmp_path, backend):
-    run_ranks(tmp_path, WORKER, "distributed_tensors", 2, backend)
-
-
-def test_ranks_skip_the_tail_by_their_common_masses(tmp_path, backend):
-    run_ranks(tmp_path, WORKER, "tails", 2, backend)
-
-
-def test_in_compiled_code(tmp_path, backend):
-    run_ranks(tmp_path, WORKER, "compiled", 2, backend)
-
-
-def test_shards_that_do_not_fit_are_refused_on_every_rank(tmp_path):
-    run_ranks(tmp_path, WORKER, "refusals", 2, "eager")
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: "-".join(map(str, c)))
+def test_sharded_as_whole(found, check):
+    world, *call = check
+    if text := found(world)[tuple(call)]:
+        pytest.fail(text, pytrace=False)
 
 
 @pytest.mark.parametrize(
