@@ -25,11 +25,13 @@ class Constant(NamedTuple):
     left: list[Tensor]  # [B, T, r] left factors of the adapters on its head
     source: OutputLayer
     layers: Tensor | None  # [L, B, T, D]
+    parallel: bool  # tensor parallel: its ranks score the same tokens, each by its rows of the head
 
     @contextmanager
     def gathered(self) -> Iterator[Head]:
         """Its head as plain, constant tensors, whoever shards them; for use inside the
-        policy's call. A forward that keeps its own would find its storage freed.
+        policy's call. A forward that keeps its own would find its storage freed. Under tensor
+        parallelism it stays as it is: this rank's rows.
 
         Raises:
             ValueError: a head whose weights are offloaded outside its own call.
@@ -37,14 +39,18 @@ class Constant(NamedTuple):
         parameters = self.source.parameters
         with ExitStack() as stack:
             _gather_zero3(stack, [p for p in parameters if hasattr(p, "ds_status")])
-            yield self.source.head([_plain(p) for p in parameters], self.left)
+            if self.parallel:
+                yield self.source.head(parameters, self.left).detach()
+            else:
+                yield self.source.head([_plain(p) for p in parameters], self.left)
 
 
 def constant(view: View) -> Constant:
     """For at_head=: what a two-model statistic needs of a reference, without gradient."""
     left = [u.detach() for u, _ in view.head.low_rank]
     layers = None if view.layers is None else view.layers.detach()
-    return Constant(view.hidden.detach(), left, view.source, layers)
+    parallel = view.head.shard is not None
+    return Constant(view.hidden.detach(), left, view.source, layers, parallel)
 
 
 def _plain(parameter: Any) -> Any:

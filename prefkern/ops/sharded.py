@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..backends import frozen, tables
 from ..backends.contract import Folded, Gradients, HeadCall, Model, written
-from ..backends.plan import ShardPlan
+from ..backends.plan import Plan, ShardPlan
 from ..head import Head
 from ..shard import Shard
 from . import tail
@@ -259,7 +259,7 @@ def _merge(module: ModuleType, local: Local, folded: Folded) -> Folded:
     # a rank without rows folds nothing, and all ranks must send the same rows
     rounded = local.own.rounds and (local.own.wide or module.FOLDS_WIDE)
     names = written(call.plan, rounded)
-    at = [i for i, name in enumerate(tables.AT) if _reads(call, name)]
+    at = [i for i, name in enumerate(tables.AT) if reads(call.plan, name)]
     fields = [tables.FIELDS.index(name) for name in names]
     packed = torch.cat([folded.sums[fields], folded.at[at]])
     every = all_gather(packed, shard.group)  # [R, rows, M]
@@ -273,10 +273,11 @@ def _merge(module: ModuleType, local: Local, folded: Folded) -> Folded:
     return folded._replace(sums=sums, at=at_all, rounded=rounded, top=_merge_top(call, folded.top))
 
 
-def _reads(call: HeadCall, name: str) -> bool:
+def reads(plan: Plan, name: str) -> bool:
+    """Whether a call needs a number of tables.AT."""
     if name == "taught":
-        return call.plan.has("xent")
-    return name == "zy" or call.plan.two_models
+        return plan.has("xent")
+    return name == "zy" or plan.two_models
 
 
 def _merge_top(call: HeadCall, top: Tensor | None) -> Tensor | None:

@@ -45,9 +45,7 @@ class Case:
     def __init__(self, tokens: str, dtype, padded: bool):
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
         self.tokens, self.dtype = tokens, dtype
-        counts = [7] if tokens == "same" else [7 - 3 * i for i in range(self.world)]
-        if tokens != "same":
-            counts[-1] = max(counts[-1], 1)
+        counts = [7] if tokens == "same" else [4, 7, 1][: self.world]
         n = sum(counts)
         start = 0 if tokens == "same" else sum(counts[: self.rank])
         self.mine = slice(start, start + (7 if tokens == "same" else counts[self.rank]))
@@ -55,6 +53,8 @@ class Case:
         self.weight, self.ref_weight = draw(V, D, seed=3), draw(V, DR, seed=4)
         self.aux_hidden, self.aux_weight = draw(n, DA, seed=12), draw(V, DA, seed=13)
         self.bias = draw(V, seed=5)
+        # no logit of the reference is near 0, which a place that nobody fills might hold
+        self.ref_bias = torch.full((V,), -20.0, dtype=dtype)
         if padded:
             self.bias[-4:] = -torch.inf
         self.u, self.b = draw(n, R, seed=6), draw(V, R, seed=7)
@@ -101,7 +101,8 @@ class Case:
             options["aux_head"] = Head(self.aux_weight[part].to(dtype), scale=0.7, **own)
         out = prefkern.linear_divergence(
             leaf["hidden"], head, self.targets[tokens], self.ref_hidden[tokens].to(dtype),
-            Head(self.ref_weight[part].to(dtype), temperature=1.1, **own), stats=stats, **options,
+            Head(self.ref_weight[part].to(dtype), self.ref_bias[part], temperature=1.1, **own),
+            stats=stats, **options,
         )  # fmt: skip
         return {s: getattr(out, s.partition(":")[0]) for s in stats}
 

@@ -1,17 +1,42 @@
-"""at_head under FSDP2 and DDP, two gloo ranks against one process."""
+"""at_head under FSDP2, DDP and tensor parallelism, gloo ranks against one process."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
+from ranks import run_checks
 
 WORKER = str(Path(__file__).with_name("head_worker.py"))
+CHECKS = [
+    *((2, name, adapter) for name in ("fsdp", "ddp") for adapter in ("plain", "lora", "saved")),
+    (2, "head_gathered_outside"), (2, "tensor_parallel"),
+    *((3, "fsdp_with", what) for what in (
+        "unequal tokens", "tied embeddings", "mixed precision", "frozen base", "checkpointing",
+        "sharded reference",
+    )),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("wrapper", ["fsdp", "ddp"])
-def test_gradients_are_those_of_one_process(tmp_path, wrapper):
-    """In every layout of units, plain, with LoRA on the head and with a saved head; and a head read
-    outside its call, or a model called outside its wrapper, is seen to be wrong."""
-    run_ranks(tmp_path, WORKER, wrapper, 2, seconds=240)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the ranks of a world found; one start for all checks."""
+    seen: dict[int, dict] = {}
+
+    def ask(world: int) -> dict:
+        if world not in seen:
+            calls = [tuple(call) for size, *call in CHECKS if size == world]
+            folder = tmp_path_factory.mktemp(f"ranks{world}")
+            seen[world] = run_checks(folder, WORKER, world, calls)
+        return seen[world]
+
+    return ask
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: "-".join(map(str, c)))
+def test_gradients_are_those_of_one_process(found, check):
+    """In every layout of units; and a head read outside its call, or a model called outside its
+    wrapper, is seen to be wrong."""
+    world, *call = check
+    if text := found(world)[tuple(call)]:
+        pytest.fail(text, pytrace=False)

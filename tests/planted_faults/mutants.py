@@ -75,6 +75,7 @@ def verdict(row: Mutant | None, tests: Iterable[str], folder: Path) -> int:
     if row is not None:
         apply(row, copy)
     sys.path.insert(0, str(copy))
+    os.environ["PYTHONPATH"] = str(copy)  # tests that start ranks or commands see the copy too
     import prefkern
 
     assert str(prefkern.__file__).startswith(str(copy)), prefkern.__file__
