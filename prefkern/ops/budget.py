@@ -23,6 +23,7 @@ def check_budget(memory_budget: int | None) -> None:
 # On a GPU kept rows end at a multiple of this many logits, where fast products want them to; the
 # cache is as much larger than its rows of V, and the budget counts it.
 PADDED = 16
+UNKNOWN = 1 << 40  # rows, where only the op learns how many there are
 
 
 def rows_kept(
@@ -41,12 +42,27 @@ def rows_kept(
     return -(-min(rows * padded, memory_budget // bytes_per_logit) // v)
 
 
+def cut_rows(kept: int, rows: int, v: int, device: torch.device) -> int:
+    """`rows_kept` of UNKNOWN rows, once they are known."""
+    if v == 0 or device.type == "cpu":
+        return min(kept, rows)
+    return min(kept, -(-rows * (-(-v // PADDED) * PADDED) // v))
+
+
 def _in_checkpoint_region() -> bool:
     """True under saved-tensor hooks (non-reentrant checkpointing, offloading): what the forward
     keeps would be dropped or moved, so keeping it only costs memory."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def count_of_all(targets: Tensor, ranks: int) -> int:
+    """Rows whose logits may be kept where every rank brings its own: UNKNOWN until the op gathers
+    them; while tracing all have as many. 0 as in `count_scored`."""
+    if not torch.compiler.is_compiling():
+        return UNKNOWN
+    return 0 if targets.device.type == "cuda" else targets.numel() * ranks
 
 
 def count_scored(targets: Tensor, ignore_index: int, num_scored: int | None) -> int:

@@ -300,7 +300,10 @@ def _kept(call: _Call, record: HeadCall, backend: str) -> int:
     if record.plan.tail > 0.0 and not shared.keeps_units(backend):
         return 0
     scored = record.M
-    if record.rows is None:
+    shard = record.shard
+    if shard is not None and shard.tokens != "same":
+        scored = budget.count_of_all(record.targets, shard.world)
+    elif record.rows is None:
         scored = budget.count_scored(record.targets, call.ignore_index, call.num_scored)
     bytes_per_logit = record.kept_models * record.cache_dtype.itemsize
     device = record.targets.device

@@ -33,7 +33,7 @@ from ..backends.contract import Folded, Gradients, HeadCall, Model, written
 from ..backends.plan import Plan, ShardPlan
 from ..head import Head
 from ..shard import Shard
-from . import tail
+from . import budget, tail
 from .collectives import all_gather, all_reduce, reduce_scatter
 from .scored import scored_rows
 
@@ -142,6 +142,7 @@ def forward(module: ModuleType, call: HeadCall, kept: int) -> tuple[Tensor, ...]
     Where ranks bring other tokens, the values of all of them stand below `saved`."""
     local = localise(call)
     whole, arithmetic = local.whole, module.arithmetic
+    kept = budget.cut_rows(kept, whole.M, local.own.V, whole.targets.device)
     folded = _fold(module, local.own, kept)
     merged = _merge(module, local, folded)
     second = None

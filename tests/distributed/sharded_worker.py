@@ -16,6 +16,7 @@ from torch.distributed.tensor import distribute_tensor, init_device_mesh
 import prefkern
 from prefkern import Head, Shard
 from prefkern.backends import tables
+from prefkern.ops import sharded
 
 KINDS = list(itertools.product(("same", "own", "sequence"), ("even", "uneven", "empty", "tiny")))
 # the interpreter takes minutes for all: these cover the driver
@@ -34,6 +35,28 @@ def statistics(backend: str) -> None:
         frozen = ("logp", "ent", "fkl", "rkl", "zy", "lse")
         check(case, kind, frozen, LEFT, "sharded", backend, 1e-12)
         check(case, kind, ("logp", "jsd:0.5"), ("hidden",), "whole", backend, 1e-12)
+
+
+def kept_logits(backend: str) -> None:
+    """Under a budget that has room, every row's logits are kept, those of other ranks' tokens too;
+    under a smaller one as many as fit. None is computed twice."""
+    for tokens in ("same", "own"):
+        case, cuts = Case(tokens, FP64, padded=False), bounds("even", dist.get_world_size())
+        rows = cuts[case.rank + 1] - cuts[case.rank]
+        for budget, want in ((None, case.hidden.shape[0]), (3 * 8 * rows, 3), (0, 0)):
+            fold, seen = sharded._fold, []
+
+            def note(module, own, kept, fold=fold, seen=seen):
+                seen.append(kept)
+                return fold(module, own, kept)
+
+            sharded._fold = note
+            try:
+                case.sharded(cuts, ("logp",), ALL, "none", backend=backend, memory_budget=budget)
+            finally:
+                sharded._fold = fold
+            scored = int((case.targets != -100).sum())
+            assert min(seen[0], scored) == min(want, scored), (tokens, budget, seen)
 
 
 def values_of_ev(backend: str) -> None:

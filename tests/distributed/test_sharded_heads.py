@@ -18,6 +18,7 @@ NAMES = ("statistics", "values_of_ev", "padding", "ties", "narrow", "sizes", "di
 OF_THREE = ("statistics", "padding", "ties", "sizes")
 CHECKS = [
     *((2, name, backend) for name in NAMES for backend in EVERY),
+    (2, "kept_logits", "cpu"),
     (2, "refusals"),
     *((3, name, backend) for name in OF_THREE for backend in EVERY if backend != "triton"),
 ]
