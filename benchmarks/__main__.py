@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import heads, model, objective, parts, plot
+from . import cluster, heads, model, objective, parts, plot, ranks
 from .cases import CASES, GROUPS
 from .peers import VARIANTS
 from .results import ROOT
@@ -14,7 +14,7 @@ from .timing import device_of
 
 # beside the cases; see the help of --cases
 EXTRAS = {"cpu": ("parts", "objective", "host"), "cuda": ()}
-_EVERY = (*EXTRAS["cpu"], "predicted")
+_EVERY = (*EXTRAS["cpu"], "ranks", "predicted", "cluster")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,8 +32,9 @@ def parser() -> argparse.ArgumentParser:
         "--cases", nargs="+", metavar="NAME", choices=names,
         help=f"cases ({', '.join(CASES)}), groups of them ({', '.join(GROUPS)}), 'parts' (epilogue "
         "alone, share of products), 'objective' (the losses), 'host' (host overhead, "
-        "pytest-benchmark), 'predicted' (the account on paper, model.py); default: cpu parts "
-        "objective host, with --device cuda: gpu",
+        "pytest-benchmark), 'ranks' (a head sharded over 1, 2 and 4 processes), 'predicted' and "
+        "'cluster' (the accounts on paper, model.py and cluster.py); default: cpu parts objective "
+        "host, with --device cuda: gpu",
     )  # fmt: skip
     p.add_argument(
         "--variants", nargs="+", metavar="NAME", default=list(VARIANTS), choices=list(VARIANTS),
@@ -90,6 +91,10 @@ def main(argv: list[str] | None = None) -> int:
         written.append(objective.run_host_overhead(args.out))
     if "predicted" in names:
         written.append(model.write(args.out))
+    if "ranks" in names:
+        written.append(ranks.run(args.out, rounds))
+    if "cluster" in names:
+        written.append(cluster.write(args.out))
     for csv_file in written:
         print(f"wrote {csv_file}")
         for picture in plot.draw(csv_file):

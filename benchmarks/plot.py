@@ -260,7 +260,7 @@ PAINTERS: dict[str, Callable[[Rows, Path], list[Path]]] = {
     "parts": _parts,
     "objective": _objective,
     "host_overhead": _host_overhead,
-    "predicted": lambda rows, folder: [],
+    **dict.fromkeys(("predicted", "cluster", "ranks"), lambda rows, folder: []),
 }
 
 if __name__ == "__main__":
