@@ -105,4 +105,11 @@ MUTANTS = [
         "            if False:\n",
         AT_HEAD,
     ),
+    (
+        "logits_of_the_own_tokens_kept_alone",
+        "prefkern/ops/linear_stats.py",
+        "scored = budget.count_of_all(record.targets, shard.world)",
+        "scored = record.N",
+        HEADS,
+    ),
 ]
