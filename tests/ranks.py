@@ -23,7 +23,7 @@ sys.path[:0] = [tests, os.path.dirname(module)]
 torch.set_num_threads(1)
 dist.init_process_group(
     "gloo", store=dist.FileStore(folder + "/store", int(world)), rank=int(rank),
-    world_size=int(world), timeout=datetime.timedelta(seconds=60),
+    world_size=int(world), timeout=datetime.timedelta(seconds=300),
 )
 spec = importlib.util.spec_from_file_location("worker", module)
 worker = importlib.util.module_from_spec(spec)
@@ -40,7 +40,7 @@ os._exit(0)
 
 
 def run_ranks(
-    folder: Path, module: str, function: str, world: int, *arguments: str, seconds: float = 120
+    folder: Path, module: str, function: str, world: int, *arguments: str, seconds: float = 600
 ) -> list[str]:
     """What each rank printed. `module` is the path of a file, `function` one of its functions.
 
@@ -51,7 +51,7 @@ def run_ranks(
 
 
 def run_checks(
-    folder: Path, module: str, world: int, calls: list[tuple[str, ...]], seconds: float = 240
+    folder: Path, module: str, world: int, calls: list[tuple[str, ...]], seconds: float = 600
 ) -> dict[tuple[str, ...], str]:
     """Several functions of a module with their arguments, one after the other by the same ranks:
     starting a rank costs more than most of what it checks. (function, arguments ...) -> "" where

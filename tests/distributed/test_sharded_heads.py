@@ -33,7 +33,7 @@ def found(tmp_path_factory):
         if world not in seen:
             calls = [tuple(call) for size, *call in CHECKS if size == world]
             folder = tmp_path_factory.mktemp(f"ranks{world}")
-            seen[world] = run_checks(folder, WORKER, world, calls, seconds=400)
+            seen[world] = run_checks(folder, WORKER, world, calls, seconds=900)
         return seen[world]
 
     return ask

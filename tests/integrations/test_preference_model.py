@@ -241,7 +241,7 @@ def test_labels_are_asked_for():
 
 @pytest.mark.slow
 def test_two_ranks_are_one_process(tmp_path):
-    run_ranks(tmp_path, WORKER, "ddp", 2, seconds=200)
+    run_ranks(tmp_path, WORKER, "ddp", 2)
 
 
 def test_a_deep_copy_runs_its_own_weights():

@@ -27,7 +27,7 @@ def one_process(folder, loss):
 @pytest.mark.parametrize("loss", ["sigmoid", "tdpo2"])
 def test_two_ranks_are_one_process(tmp_path, loss):
     want = one_process(tmp_path, loss)
-    run_ranks(tmp_path, WORKER, "ddp", 2, str(tmp_path), loss, seconds=200)
+    run_ranks(tmp_path, WORKER, "ddp", 2, str(tmp_path), loss)
     got = json.loads((tmp_path / f"{loss}.json").read_text())
     assert len(got) == len(want) == worker.STEPS + 1
     for a, b in zip(got, want, strict=True):
@@ -38,4 +38,4 @@ def test_two_ranks_are_one_process(tmp_path, loss):
 
 @pytest.mark.slow
 def test_a_loss_on_the_unwrapped_model_is_refused_and_seen(tmp_path):
-    run_ranks(tmp_path, WORKER, "unwrapped", 2, str(tmp_path), "tdpo2", seconds=200)
+    run_ranks(tmp_path, WORKER, "unwrapped", 2, str(tmp_path), "tdpo2")
