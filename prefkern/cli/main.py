@@ -58,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prefkern {verb}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (MemoryError, RuntimeError) as error:
-        # torch's is a RuntimeError; torch is not imported here for its name alone
-        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if debug or not out_of_memory:
+        if debug or not _is_out_of_memory(error):
             raise
         print(
             f"prefkern {verb}: error: out of memory ({_one_line(error)}): lower the batch size, "
@@ -80,6 +78,13 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed; install it with: pip install 'prefkern[train]'"
     return " ".join(str(error).split())
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """torch's are RuntimeErrors, of a class of their own on devices and with a text on the host;
+    torch is not imported here for a name alone."""
+    own = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return own or "DefaultCPUAllocator" in str(error)
 
 
 def _is_missing_extra(error: ImportError) -> bool:

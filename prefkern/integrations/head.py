@@ -82,9 +82,9 @@ def at_head(model: Any, *, packed: bool = False) -> None:
     resolve(base)  # says early what it cannot read
     if packed:
         _check_packing(base)
-    state = base.__dict__.get("_prefkern_at_head")
+    state = _state(base)
     if state is None:
-        state = base.__dict__["_prefkern_at_head"] = _State(base.forward)
+        state = base.__dict__[_NOTE] = _State(base.forward)
         base.forward = _forward(base)
     state.packed = packed
     if packed:
@@ -97,10 +97,51 @@ def at_head(model: Any, *, packed: bool = False) -> None:
             )
 
 
+def ensure_head(model: Any, *, backend: str = "auto") -> None:
+    """`at_head(model)` and `verify_head(model)` the first time; nothing where at_head was called
+    before. For adapters that meet their model at its first call only.
+
+    Raises:
+        ValueError: as `at_head` and `verify_head`.
+    """
+    if _state(hf.causal_lm(model)) is None:
+        from .verify import verify_head
+
+        at_head(model)
+        verify_head(model, backend=backend)
+
+
 def guard(model: Any, check: Callable[[], None] | None) -> None:
     """`check` runs before every call with at_head=: an adapter raises there where it was called in
     a way that would train wrongly. None takes it away."""
-    hf.causal_lm(model).__dict__["_prefkern_at_head"].guard = check
+    _installed(model).guard = check
+
+
+@contextmanager
+def padded(model: Any) -> Iterator[bool]:
+    """Within the block padding stays in; gives whether it is taken out outside."""
+    state = _installed(model)
+    packed, state.packed = state.packed, False
+    try:
+        yield packed
+    finally:
+        state.packed = packed
+
+
+_NOTE = "_prefkern_at_head"  # where a model carries its _State
+
+
+def _state(base: Any) -> _State | None:
+    """What at_head noted of this model itself: a deep copy of it has its own."""
+    found: _State | None = base.__dict__.get(_NOTE)
+    return found
+
+
+def _installed(model: Any) -> _State:
+    state = _state(hf.causal_lm(model))
+    if state is None:
+        raise ValueError(f"{type(model).__name__} has no at_head=; call at_head(model) before.")
+    return state
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -113,7 +154,7 @@ def _forward(base: Any) -> Callable[..., Any]:
     own = type(base).forward
 
     def forward(self: Any, *args: Any, at_head: Compute | None = None, **kwargs: Any) -> Any:
-        state = self.__dict__["_prefkern_at_head"]  # a deep copy of the model has its own
+        state = self.__dict__[_NOTE]
         if at_head is None:
             return state.plain(*args, **kwargs)
         named = inspect.signature(own).bind_partial(self, *args).arguments
@@ -174,7 +215,9 @@ def _run(model: Any, state: _State, fn: Compute, kwargs: dict[str, Any]) -> Resu
         try:
             out = state.plain(**kwargs)
         except Exception as error:
-            if not found:
+            # From here on only the few logits of the probe can be at fault, and only until a call
+            # went through: what else ends a forward (memory, a device, a rank) speaks for itself.
+            if not found or state.probed or not _of_shapes(error):
                 raise
             raise ValueError(
                 f"{type(model).__name__} does more to its logits than its config says (its forward "
@@ -187,6 +230,13 @@ def _run(model: Any, state: _State, fn: Compute, kwargs: dict[str, Any]) -> Resu
         _check_probe(model, layer, getattr(out, "logits", None))
         state.probed = True
     return Result(found[0], _router_loss(model, out, kwargs))
+
+
+def _of_shapes(error: Exception) -> bool:
+    """Whether code that was given other shapes than it knows may have raised this. Subclasses of
+    RuntimeError tell of memory, devices and ranks; torch's CPU allocator has none of its own."""
+    kinds = (RuntimeError, IndexError, ValueError, TypeError, AttributeError, AssertionError)
+    return type(error) in kinds and "allocat" not in str(error)
 
 
 def _refuse_calls(model: Any, how_often: str) -> None:

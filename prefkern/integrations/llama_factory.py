@@ -19,9 +19,8 @@ from torch import Tensor
 
 from ..ops.linear_stats import linear_logps
 from ..stats import TokenStats
-from . import hf, signatures
-from .head import IGNORE, View, at_head, shifted
-from .verify import verify_head
+from . import signatures
+from .head import IGNORE, View, ensure_head, shifted
 
 TESTED = "llamafactory 0.9.5"
 TRAINER = "llamafactory.train.dpo.trainer"
@@ -43,10 +42,7 @@ def trainer_class(base: Any) -> Any:
         def concatenated_forward(
             self, model: Any, batch: dict[str, Tensor], is_ref_model: bool = False
         ) -> dict[str, Tensor]:
-            plain = self.accelerator.unwrap_model(model)
-            if "_prefkern_at_head" not in hf.causal_lm(plain).__dict__:
-                at_head(plain)
-                verify_head(plain)
+            ensure_head(self.accelerator.unwrap_model(model))
             inputs = {k: v for k, v in batch.items() if k != "labels"}
             targets = shifted(batch["labels"])
 

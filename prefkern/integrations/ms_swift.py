@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from ..ops.linear_stats import linear_logps
-from . import hf, signatures
-from .head import IGNORE, View, at_head
-from .verify import verify_head
+from . import signatures
+from .head import IGNORE, View, ensure_head
 
 TESTED = "ms-swift 4.6.0"
 FACTORY = "swift.trainers.trainer_factory:TrainerFactory"
@@ -46,10 +45,7 @@ def trainer_class(base: Any) -> Any:
         ) -> Any:
             if self.is_encoder_decoder or self.template.sequence_parallel_size != 1:
                 return super().concatenated_forward(model, batch, is_ref_model)
-            plain = self.accelerator.unwrap_model(model)
-            if "_prefkern_at_head" not in hf.causal_lm(plain).__dict__:
-                at_head(plain)
-                verify_head(plain)
+            ensure_head(self.accelerator.unwrap_model(model))
             pad = self.label_pad_token_id
             targets = torch.roll(batch["labels"], shifts=-1, dims=1)
             targets = targets.masked_fill(targets == pad, IGNORE)

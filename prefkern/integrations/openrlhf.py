@@ -19,9 +19,8 @@ from torch import Tensor
 
 from ..ops.linear_stats import linear_logps
 from ..stats import TokenStats
-from . import hf, signatures
-from .head import IGNORE, View, at_head
-from .verify import verify_head
+from . import signatures
+from .head import IGNORE, View, ensure_head
 
 TESTED = "openrlhf 0.11.2"
 _FORWARD = (
@@ -72,9 +71,7 @@ def actor_class(base: Any = None) -> Any:
                 )  # fmt: skip
             if return_entropy and not return_output:
                 raise ValueError("return_entropy=True stands in the output: set return_output.")
-            if "_prefkern_at_head" not in hf.causal_lm(self.model).__dict__:
-                at_head(self.model)
-                verify_head(self.model)
+            ensure_head(self.model)
             assert attention_mask is not None
             inputs, targets, restore = _inputs(self, sequences, attention_mask, ring_attn_group)
 

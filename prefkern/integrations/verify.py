@@ -15,7 +15,7 @@ from torch import Tensor
 from ..head import Head
 from ..ops.linear_stats import linear_logps
 from . import hf
-from .head import IGNORE, View, shifted
+from .head import IGNORE, View, padded, shifted
 
 TOKENS = 8
 LIMIT = 1e-4  # nats
@@ -54,15 +54,11 @@ def verify_head(model: Any, *, backend: str = "auto") -> float | None:
         assert out.logp is not None
         return out.logp
 
-    state = hf.causal_lm(model).__dict__["_prefkern_at_head"]
     batch = {"input_ids": ids, "attention_mask": mask}
     with _quiet(model), torch.autocast(device.type, enabled=False):
         logits = model(**batch, use_cache=False).logits.float()  # [B, T, V]
-        packed, state.packed = state.packed, False
-        try:
+        with padded(model) as packed:
             fused = [model(**batch, at_head=logps).value]
-        finally:
-            state.packed = packed
         fused += [model(**batch, at_head=logps).value] if packed else []
     targets = targets.to(logits.device)
     scored = targets != IGNORE

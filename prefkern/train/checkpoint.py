@@ -323,6 +323,8 @@ def load_training_state(
     """
     try:
         _load_training_state(checkpoint, modules, optimizer, scheduler, rank, world, device)
+    except torch.OutOfMemoryError:
+        raise
     except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{checkpoint} cannot be read ({reason}).") from error

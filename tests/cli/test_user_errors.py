@@ -146,6 +146,9 @@ def test_memory_and_interruption(capsys, monkeypatch):
 
     monkeypatch.setitem(module.VERBS, "env", (raises(OutOfMemoryError("3 GiB")), ""))
     assert "out of memory (3 GiB)" in told(capsys, "env")
+    of_the_host = RuntimeError("DefaultCPUAllocator: can't allocate memory: 3 GiB")
+    monkeypatch.setitem(module.VERBS, "env", (raises(of_the_host), ""))
+    assert "out of memory (DefaultCPUAllocator" in told(capsys, "env")
     monkeypatch.setitem(module.VERBS, "env", (raises(KeyboardInterrupt()), ""))
     assert main(["env"]) == 130 and capsys.readouterr().err == "prefkern env: interrupted\n"
     monkeypatch.setitem(module.VERBS, "env", (raises(RuntimeError("a fault of ours")), ""))

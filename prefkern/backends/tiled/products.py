@@ -134,6 +134,8 @@ def offers_fp32(function: str, device: torch.device, dtype: torch.dtype) -> bool
     given = (a, a) if function == "mm" else (total, a, a)
     try:
         getattr(torch, function)(*given, out_dtype=torch.float32, out=total)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError):
         return False
     return True

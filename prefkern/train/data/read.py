@@ -95,6 +95,8 @@ def _hub_or_folder(source: str | Path, split: str | None) -> Iterator[RawRow]:
     ):
         try:
             stored = datasets.load_from_disk(text)
+        except MemoryError:
+            raise
         except Exception as error:  # whatever arrow, json or datasets make of a broken folder
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
@@ -105,6 +107,8 @@ def _hub_or_folder(source: str | Path, split: str | None) -> Iterator[RawRow]:
         return _mapping_rows(stored, path.name)
     try:
         data = datasets.load_dataset(text, split=split or "train")
+    except MemoryError:
+        raise
     except Exception as error:  # of datasets, of the hub's client, of a reader of files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
