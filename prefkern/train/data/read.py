@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from .key_order import PLAIN, KeyOrder
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 GZIP_MAGIC = b"\x1f\x8b"
@@ -42,6 +44,30 @@ def raw_rows(source: Any, split: str | None = None) -> Iterator[RawRow]:
     Raises:
         ValueError: No such file or data set, no such split, or a file that is not what it says.
     """
+    return _in_order(_stored_rows(source, split))
+
+
+def _in_order(rows: Iterator[RawRow]) -> Iterator[RawRow]:
+    """The rows with the keys of objects in one order; see key_order.py."""
+    order: dict[str, KeyOrder] = {}
+    for row in rows:
+        try:
+            nested = {}
+            for name, value in (row.data or {}).items():
+                if type(value) in PLAIN:
+                    continue
+                if name not in order:
+                    order[name] = KeyOrder()
+                if (ordered := order[name](value)) is not value:
+                    nested[name] = ordered
+        except RecursionError:
+            text = "objects and lists stand in each other too deeply"
+            yield RawRow(row.where, row.row, None, "not JSON", text)
+            continue
+        yield replace(row, data={**row.data, **nested}) if nested and row.data else row
+
+
+def _stored_rows(source: Any, split: str | None) -> Iterator[RawRow]:
     if isinstance(source, str | Path):
         path = Path(source)
         if path.is_file():

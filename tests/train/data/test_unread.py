@@ -185,6 +185,51 @@ def test_tool_calls_are_answers(tmp_path):
     assert texts(stored, tokenizer) == want
 
 
+def test_keys_have_one_order_whatever_file_they_come_from(tmp_path):
+    """Arrow's structs have the keys of all rows in one order; lines of JSON have each their own."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    def calls(**arguments):
+        return call("A", tool_calls=[{"function": {"name": "rain", "arguments": arguments}}])
+
+    def tool(**parameters):
+        return {"type": "function", "function": {"name": "rain", "parameters": parameters}}
+
+    rows = [
+        {"chosen": calls(city="Oslo"), "rejected": calls(day=1, city="Rome"), "tools": [tool(a=1)]},
+        {
+            "chosen": calls(unit="C", city="Bern"), "rejected": calls(city="A", day=2),
+            "tools": [tool(b=2, a=1), tool(a=3, c={"y": 1, "x": 2})],
+        },
+        {
+            "chosen": calls(day=3, unit="F", city="C"), "rejected": CHAT["rejected"],
+            "tools": [tool(c={"x": 1, "y": 2}, b=3)],
+        },
+    ]  # fmt: skip
+    rows = [{"prompt": CHAT["prompt"], **row} for row in rows]
+    tokenizer = tool_tokenizer()
+    want = texts(datasets.Dataset.from_list(rows), tokenizer)
+    assert '{"city": "Bern", "unit": "C"}' in want[1][0] and '"x": 2' in want[1][0]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    loaded = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "rows.jsonl"), split="train", cache_dir=str(tmp_path)
+    )
+    for source in (rows, tmp_path / "rows.jsonl", tmp_path / "rows.parquet", loaded):
+        assert texts(source, tokenizer) == want
+
+
+def test_what_is_nested_too_deeply_is_one_row(tmp_path):
+    deep: list = []
+    for _ in range(3000):
+        deep = [deep]
+    rows = [rows_of_calls()[0], rows_of_calls()[0] | {"tools": deep}]
+    report = load_examples(rows, tokenizer=tool_tokenizer()).report
+    assert report.kept == 1 and "stand in each other too deeply" in report.examples[0]
+
+
 def test_a_template_that_joins_strings_gets_strings():
     joined = TOOLS.replace("{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}")
     want = texts(rows_of_calls(), tool_tokenizer())
