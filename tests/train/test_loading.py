@@ -216,6 +216,44 @@ def test_the_content_behind_an_option(tmp_path, materials, option):
     assert before[name] != after[name]
 
 
+def test_a_model_of_the_hub_is_known_by_its_files(tmp_path, monkeypatch):
+    """Not by the commit: a branch may move without them, and files may change in the cache."""
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--ann--model"
+
+    def store(commit, files):
+        folder = repo / "snapshots" / commit
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / "main").write_text(commit)
+        return contents(config("o", "ann/model", "d")).get("model")
+
+    shards = json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}})
+    whole = {"config.json": "{}", "model.safetensors": "w"}
+    split = {"config.json": "{}", "model.safetensors.index.json": shards, "m-1.safetensors": "w",
+             "m-2.safetensors": "x"}  # fmt: skip
+    assert contents(config("o", "ann/model", "d")) == {}
+    first = store("c1", whole)
+    assert first == store("c2", whole)
+    assert store("c2", {"README.md": "new", "consolidated.safetensors": "w"}) == first
+    assert store("c2", {"model.safetensors": "v"}) != first
+    assert store("c3", split) != first
+    before = store("c3", {})
+    assert store("c3", {"m-2.safetensors": "y"}) != before
+    assert store("c4", {"config.json": "{}"}) != store("c5", {"config.json": "{}"})  # no weights
+    base = {"adapter_config.json": json.dumps({"base_model_name_or_path": str(tmp_path / "base")}),
+            "adapter_model.safetensors": "a"}  # fmt: skip
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_text("w")
+    adapter = store("c6", base)
+    (tmp_path / "base" / "model.safetensors").write_text("v")
+    assert store("c6", {}) != adapter
+
+
 def test_the_content_of_a_judge_in_a_module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     made = config("o", "gpt2", "d", judge="judge_of_tests:f", round_data="online")
