@@ -11,6 +11,7 @@ from . import inline
 from .docstrings import meanings
 from .inputs import missing, unknown
 from .record import LOSSES, Loss
+from .rehearsal import rehearse
 
 # A loss is named (or by a TRL loss_type), or given as its record or its function.
 LossLike = str | Loss | Callable[..., Any]
@@ -97,8 +98,8 @@ def bind(loss: LossLike, given: Mapping[str, Any], *, supplied: Iterable[str] = 
     required tensors that the caller adds itself afterwards.
 
     Raises:
-        ValueError: an unknown argument (nearest names given), one of another kind, or a required
-            one that is missing.
+        ValueError: an unknown argument (nearest names given), one of another kind or out of range,
+            or a required one that is missing.
 
     Warns:
         UserWarning: the first time a provisional loss is bound.
@@ -110,16 +111,17 @@ def bind(loss: LossLike, given: Mapping[str, Any], *, supplied: Iterable[str] = 
     there = {*given, *supplied}
     if lacking := [name for name in required(record) if name not in there]:
         raise ValueError(f"loss {record.name!r} {missing(lacking, meanings(record))}")
-    try:
-        record.check_values((), given)
-    except ValueError as error:
-        raise ValueError(f"loss {record.name!r}: {error}") from error
     data = set(required(record))
     hyper = {
         name: given.get(name, parameter.default)
         for name, parameter in arguments(record).items()
         if name not in data and (name in given or parameter.default is not parameter.empty)
     }
+    try:
+        record.check_values((), given)
+        rehearse(record, hyper)
+    except ValueError as error:
+        raise ValueError(f"loss {record.name!r}: {error}") from error
     weight = 0.0
     if record.supervised is not None:
         weight = float(hyper[record.supervised.argument])

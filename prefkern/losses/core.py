@@ -127,6 +127,7 @@ def per_token(
     `tokens_per_item` replaces the batch's own mean length (gradient accumulation).
     """
     if tokens_per_item is not None:
+        positive("tokens_per_item", tokens_per_item)
         return total / scalar("tokens_per_item", tokens_per_item, total)
     length = length.detach().to(total.dtype)
     return total * (length.numel() / length.sum().clamp(min=1.0))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from . import core, docstrings
@@ -63,7 +64,10 @@ class Family:
                     record.warn_if_provisional()
                 try:
                     record.check_values(args, kwargs)
-                    return fn(*args, **kwargs)
+                    value = fn(*args, **kwargs)  # says itself what range an argument has
+                    if kwargs and not torch.compiler.is_compiling():
+                        record.check_finite(kwargs)
+                    return value
                 except (ValueError, TypeError) as error:
                     if told := record.call_error(args, kwargs):
                         raise TypeError(told) from None

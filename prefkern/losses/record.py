@@ -44,6 +44,9 @@ class Supervised(NamedTuple):
     scale: str | None = None  # a hyper-parameter that multiplies the weight
 
 
+_LARGEST = sys.float_info.max
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Loss:
     """A declared loss: the function and what it must be fed. Called like its function.
@@ -88,6 +91,12 @@ class Loss:
             fields = ["logp", "ref_logp", *reads] if self.needs_reference else reads
             every = dict.fromkeys(field.partition(":")[0] for field in fields)
             raise ValueError(misfit(name, kinds[name], value, meanings(self).get(name, ""), every))
+
+    def check_finite(self, kwargs: Mapping[str, object]) -> None:
+        """Refuses numbers that are not finite where the function has no range of its own."""
+        for name, value in kwargs.items():
+            if type(value) in (int, float) and not -_LARGEST <= value <= _LARGEST:  # type: ignore[operator]
+                raise ValueError(f"{name} must be a finite number, got {value!r:.20}.")
 
     def call_error(self, args: Sequence[object], kwargs: Mapping[str, object]) -> str | None:
         """What a call of the function left out, or gave and should not have; None if neither."""

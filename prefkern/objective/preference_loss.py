@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, losses
 from ..backends.choice import use_backend
 from ..head import HeadLike, as_head
 from ..losses.binding import LossLike
@@ -220,14 +220,18 @@ class PreferenceLoss(nn.Module):
         **args: Any of its keyword arguments, fixed here; those of a call override them.
 
     Raises:
-        ValueError: an unknown loss or argument, when the module is made.
+        ValueError: an unknown loss, an argument unknown or out of range, when the module is made.
     """
 
     def __init__(self, loss: LossLike | Sequence[LossLike] = "dpo", **args: Any) -> None:
         super().__init__()
         self.loss, self.args = loss, args
         own = preference_loss.__kwdefaults__ or {}
-        check_names(loss, args.get("loss_weights"), [k for k in args if k not in own])
+        of_losses = {k: v for k, v in args.items() if k not in own}
+        for record, fixed in check_names(loss, args.get("loss_weights"), of_losses)[0]:
+            known = losses.arguments(record)
+            given = {k: v for k, v in of_losses.items() if k in known}
+            losses.bind(record, {**given, **fixed}, supplied=losses.required(record))
 
     def forward(self, *tensors: Tensor, **args: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return preference_loss(*tensors, loss=self.loss, **{**self.args, **args})

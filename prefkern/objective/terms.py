@@ -118,6 +118,8 @@ def check_names(
         raise ValueError(
             f"loss_weights must have one number per loss ({len(names)}), got {len(factors)}."
         )
+    if not all(map(math.isfinite, factors)):
+        raise ValueError(f"loss_weights must be finite numbers, got {factors}.")
     resolved = [losses.resolve(name) for name in names]
     losses.check_arguments([record for record, _ in resolved], args)
     return resolved, factors

@@ -208,6 +208,7 @@ def plan(config: TrainConfig) -> tuple[list[Loss], list[Provider]]:
     """Losses and providers of a run; what can be refused before anything loads is refused."""
     records = demands.losses_of(config)
     providers = providers_of(config, records)
+    demands.calls_of(config)  # ranges of hyper-parameters
     demands.whole_row(records, config)
     return records, providers
 

@@ -169,3 +169,9 @@ def test_what_leads_nowhere_is_told_before_anything_is_loaded(
     for option in ("--eval-dataset", "--ref-model", "--precomputed-ref", "--dataset"):
         line = told(capsys, *options(materials, tmp_path / "out", option, "/none/at/all"))
         assert "/none/at/all" in line and option[2:].replace("-", "_") in line
+    for argument, words in (
+        ("beta=-1", "loss 'dpo': beta must be a finite number > 0, got -1"),
+        ("label_smoothing=0.9", "label_smoothing must be in"),
+    ):
+        given = options(materials, tmp_path / "out", "--dataset", "/none", "--loss-arg", argument)
+        assert words in told(capsys, *given)

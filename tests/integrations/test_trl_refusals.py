@@ -35,6 +35,8 @@ REFUSED = {
     "unknown argument": (
         dict(loss="tdpo2", loss_args={"alfa": 1.0}), "no argument 'alfa'; nearest: alpha",
     ),
+    "out of range": (dict(loss="tdpo2", loss_args={"beta": -1.0}), "beta must be a finite number"),
+    "out of range behind the name": (dict(loss="simpo:gamma_beta_ratio=nan"), "finite number"),
     "f-divergence": (dict(loss="tdpo2", f_divergence_type="js_divergence"), "fdpo"),
     "weighting": (dict(loss="tdpo2", use_weighting=True), "wpo"),
     "ld_alpha": (dict(loss="tdpo2", ld_alpha=0.5), "ld_dpo"),

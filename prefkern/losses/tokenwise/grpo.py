@@ -55,7 +55,10 @@ def grpo(
         max_length: Of "dr_grpo", the longest response there could be.
     """
     core.choice("aggregation", aggregation, AGGREGATIONS)
+    core.not_negative("eps", eps)
     core.not_negative("beta", beta)
+    if max_length is not None:
+        core.positive("max_length", max_length)
     logp = token.field(tokens, "logp", scored)
     old = logp.detach() if old_logp is None else token.given("old_logp", old_logp, logp, scored)
     advantage = token.spread("advantages", advantages, scored, cu_seqlens).to(logp.dtype)

@@ -46,6 +46,8 @@ def rto(
         eps_clip: Clip of the ratio.
         value_clip: Clip of the change of V.
     """
+    core.not_negative("eps_clip", eps_clip)
+    core.not_negative("value_clip", value_clip)
     logp = token.field(tokens, "logp", scored)
     old = logp.detach() if old_logp is None else token.given("old_logp", old_logp, logp, scored)
     advantage = token.spread("advantages", advantages, scored, cu_seqlens).to(logp.dtype)
