@@ -20,7 +20,7 @@ import numpy as np
 from ...prep.messages import with_text_arguments
 from .columns import fit_tokens, is_per_token
 from .records import Encoded, Example
-from .rendered import check_rendered, check_tools
+from .rendered import check_documents, check_rendered, check_tools
 from .rows import BadRow, Messages, ParsedRow
 
 # The answers of a row that share a prompt, and whether max_length cut one of them.
@@ -87,6 +87,8 @@ class Encoder:
         out: list[Part | BadRow] = []
         for i, row in enumerate(rows):
             try:
+                if i in ids:
+                    self._check_plain(row)
                 row_ids = ids[i] if i in ids else self._chat_ids(row)
                 if isinstance(row_ids, BadRow):
                     raise row_ids
@@ -94,6 +96,17 @@ class Encoder:
             except BadRow as bad:
                 out.append(bad)
         return out
+
+    def _check_plain(self, row: ParsedRow) -> None:
+        """What a row gives its chat template, beside a text that none writes."""
+        if row.template_args.get("tools"):
+            raise BadRow(
+                "tools", "not rendered",
+                "are given beside a plain text, which no chat template writes; drop the column, or "
+                "pass messages",
+            )  # fmt: skip
+        if row.template_args:
+            self.notes["plain texts have chat_template_kwargs, which nothing reads there"] += 1
 
     def _plain_ids(self, rows: list[ParsedRow]) -> list[list[list[int]] | BadRow]:
         """Token ids of [prompt, prompt + response, ...] for every row, in one tokenizer call."""
@@ -174,6 +187,11 @@ class Encoder:
         check_tools(
             tools, texts[0], lambda kept: self._template(prompt, _with(row, kept), **open_end)
         )
+        if row.template_args.get("documents"):
+            check_documents(
+                row.template_args["documents"], texts[0],
+                lambda: self._template(prompt, _with(row, (), "documents"), **open_end),
+            )  # fmt: skip
         # The template writes its own special tokens.
         return [
             list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -279,8 +297,8 @@ def _example(number: int, row: ParsedRow, parts: list[Part | BadRow]) -> Example
     )
 
 
-def _with(row: ParsedRow, tools: Sequence[Any]) -> ParsedRow:
-    return replace(row, template_args={**row.template_args, "tools": list(tools)})
+def _with(row: ParsedRow, given: Sequence[Any], name: str = "tools") -> ParsedRow:
+    return replace(row, template_args={**row.template_args, name: list(given)})
 
 
 def _end_marks(tokenizer: Any) -> tuple[str, ...]:

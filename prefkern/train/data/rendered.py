@@ -67,6 +67,21 @@ def check_tools(tools: Sequence[Any], text: str, render: Callable[[Sequence[Any]
         )
 
 
+def check_documents(documents: Any, text: str, render: Callable[[], str]) -> None:
+    """Refuses documents that the template left out; `render` gives the text without them.
+
+    Raises:
+        BadRow: they make no difference to the text.
+    """
+    if _same(text, lambda _: render(), documents):
+        raise BadRow(
+            "chat_template_kwargs",
+            "not rendered",
+            "holds documents, which the chat template does not render; drop them, or use a model "
+            "whose template knows documents",
+        )
+
+
 def _lost(place: str, i: int, what: str) -> BadRow:
     return BadRow(
         place,

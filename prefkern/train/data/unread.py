@@ -32,13 +32,17 @@ _ACTS = {
     "rejected_weights": "weighs the tokens of rejected",
     "completion_weights": "weighs the tokens of completion",
     "ref_chosen_logps": "is read with --reference columns",
-    "tools": "is handed to the chat template",
-    "chat_template_kwargs": "is handed to the chat template",
+    "tools": "is handed to the chat template of conversations",
+    "chat_template_kwargs": "is handed to the chat template of conversations",
     "stage": "orders the rounds of --round-data stages",
 }
 _MEDIA = re.compile(
     r"(images?|audios?|videos?|pictures?|pixel_values)(_(paths?|urls?|files?|bytes|data))?",
     re.IGNORECASE,
+)
+# What processors make of pictures and sound: numbers.
+_PROCESSED = re.compile(
+    r"(pixel_values|input_features|input_values|audio_values)(_\w+)?", re.IGNORECASE
 )
 # How a plain text begins that holds a dialogue, and so its prompt.
 _DIALOGUE = re.compile(
@@ -68,6 +72,8 @@ class Beside:
         self.unread: Counter[str] = Counter()
         self.acting: Counter[str] = Counter()
         self.weights: list[float] = []
+        self.near: dict[str, str] = {}  # a column that is not read -> the one it is nearly named as
+        self._spelt = {_spelling(name): name for name in self.read}
 
     def add(self, where: str, data: Mapping[str, Any], *, implicit: bool) -> None:
         """One row.
@@ -92,6 +98,8 @@ class Beside:
                 )
             if _has_text(value):
                 found.append(name)
+            elif (meant := self._spelt.get(_spelling(str(name)))) is not None:
+                self.near[str(name)] = meant
         self.unread.update(found)
         chosen = data.get("chosen")
         no_prompt = implicit and data.get("prompt") is None
@@ -121,11 +129,21 @@ class Beside:
             names = [repr(name) for name, _ in self.unread.most_common()]
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             found.append(f"columns with text that is not read: {', '.join(names[:_SHOWN])}{more}")
+        for name, meant in sorted(self.near.items()):
+            found.append(f"column {name!r} is not read; {meant!r} would be")
         return found
+
+
+def _spelling(name: str) -> str:
+    """A name without case, marks between its words and a plural."""
+    return re.sub(r"[\W_]", "", name.lower()).rstrip("s")
 
 
 def _holds_media(name: str, value: Any) -> bool:
     if isinstance(value, list | tuple):
+        numbers = any(isinstance(item, float) for item in value)
+        if (numbers and _MEDIA.fullmatch(name)) or (value and _PROCESSED.fullmatch(name)):
+            return True
         return any(_holds_media(name, item) for item in value)
     if isinstance(value, bytes | bytearray) or hasattr(value, "getpixel"):
         return True

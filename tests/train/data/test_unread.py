@@ -118,6 +118,42 @@ def test_special_tokens_are_not_doubled():
     assert rejected.input_ids.tolist().count(tokenizer.eos_token_id) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pixel_values", [[0.5, 1.0]]),
+        ("pixel_values_videos", [[1]]),
+        ("input_features", [1]),
+        ("audio", [0.25, -0.5]),
+    ],
+)
+def test_pictures_and_sound_as_numbers_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"column '{name}' holds pictures, sound"):
+        load(PAIR | {"prompt": "Which?", name: value})
+    assert load(PAIR | {"prompt": "Which?", "images": 3}).report.kept == 1
+
+
+def test_a_column_that_is_nearly_named_as_one_that_acts_is_told():
+    notes = load(PAIR | {"prompt": "Which?", "Weights": 0.5, "id": 3}).report.notes
+    assert notes == ["column 'Weights' is not read; 'weight' would be"]
+
+
+def test_what_goes_to_a_template_needs_one():
+    plain = PAIR | {"prompt": "Which?"}
+    report = load(plain, plain | {"tools": [{"name": "x"}]}).report
+    assert report.kept == 1 and "beside a plain text" in report.examples[0]
+    notes = load(plain | {"chat_template_kwargs": {"thinking": True}}).report.notes
+    assert "1 plain texts have chat_template_kwargs, which nothing reads there" in notes
+
+
+def test_documents_that_a_template_leaves_out_are_refused():
+    row = CHAT | {"chat_template_kwargs": {"documents": [{"title": "Oslo", "text": "It rains."}]}}
+    report = load(CHAT, row, chat=True).report
+    assert report.kept == 1 and "documents, which the chat template does not" in report.examples[0]
+    reads = "{% for d in documents or [] %}D{{ d.text }}{% endfor %}" + TOOLS
+    assert "DIt rains." in texts([row], tool_tokenizer(reads))[0][0]
+
+
 # Tool calls. The template writes what a chat model's does.
 TOOLS = (
     "{% for t in tools or [] %}T{{ t | tojson }}{% endfor %}"
