@@ -6,6 +6,7 @@
 #   make reports DIR=folder   run a folder of repro scripts and tell how each ends
 #   make bench    benchmark against pinned peers, in an environment of its own
 #   make mutants  plant faults one at a time and see a test turn red (about an hour)
+#   make sanitize the op tests on a build with address and undefined-behaviour sanitizers
 #   make lint     ruff, mypy, clang-format, codespell
 #   make wheel    build sdist and wheel into dist/
 #   make clean    remove build products (distclean: the virtual environments too)
@@ -38,9 +39,9 @@ INSTALL = $(call PIP,$(1)) install --quiet --no-compile
 TORCH_KEY := $(shell printf '%s' '$(TORCH_SPEC)' | cksum | cut -d' ' -f1)
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup test test-integrations demo reports bench mutants lint lint-setup wheel clean distclean
+.PHONY: help setup test test-integrations demo reports bench mutants sanitize lint lint-setup wheel clean distclean
 help:
-	@sed -n '3,17p' Makefile | cut -c3-
+	@sed -n '3,18p' Makefile | cut -c3-
 
 # ---- set-up: $(1)/.venv -> .torch-<key> -> .deps-<key> and .prefkern side by side --------------------
 # The native part needs torch and four build tools, so it compiles while pip fetches the rest. pip compiles
@@ -102,6 +103,9 @@ bench:
 
 mutants: setup
 	$(VENV)/bin/python tests/planted_faults/mutants.py $(MUTANTS_ARGS)
+
+sanitize: setup
+	$(VENV)/bin/python -m pytest -m sanitize $(PYTEST_ARGS) tests/native/test_sanitized_ops.py
 
 lint-setup: setup
 	@$(call PIP,$(VENV)) install --quiet -r requirements/lint.txt
