@@ -300,9 +300,8 @@ def _kept(call: _Call, record: HeadCall, backend: str) -> int:
     if record.plan.tail > 0.0 and not shared.keeps_units(backend):
         return 0
     scored = record.M
-    shard = record.shard
-    if shard is not None and shard.tokens != "same":
-        scored = budget.count_of_all(record.targets, shard.world)
+    if record.shard is not None and record.shard.tokens != "same":
+        scored = budget.count_of_all(record.targets, record.shard.world)
     elif record.rows is None:
         scored = budget.count_scored(record.targets, call.ignore_index, call.num_scored)
     bytes_per_logit = record.kept_models * record.cache_dtype.itemsize
@@ -411,9 +410,8 @@ def _check_sources(
         )
     if "xent" in names and index is None:
         raise ValueError(
-            "the statistic 'xent' needs its teacher, got "
-            f"{'none' if data is None else 'dense values'}; pass values=(index, probability), both "
-            "[N, k]."
+            f"the statistic 'xent' needs its teacher, got {'none' if data is None else 'dense '}"
+            "values; pass values=(index, probability), both [N, k]."
         )
     if not names & {"ev", "xent"} and (aux or data is not None):
         raise ValueError(
