@@ -7,7 +7,7 @@ forward of every model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,9 +63,24 @@ def _try(record: Loss, given: Mapping[str, Any]) -> None:
             shape = next(fitting, None)
         if shape is not None:
             _forms[record] = shape
-            if error := _error(record, given, shape):
+            error = _error(record, given, shape)
+            if error and all(
+                _error(record, given, *other) for other in _others(record, given, shape)
+            ):
                 raise ValueError(_text(record, error)) from error
     record.check_finite(given)
+
+
+def _others(
+    record: Loss, given: Mapping[str, Any], shape: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Further forms of the tensors, where hyper-parameters ask for them: one column per entry of a
+    list among them, or per further entry, and without one tensor that may be None."""
+    lengths = {len(value) for value in given.values() if isinstance(value, (list, tuple))}
+    inputs = record.inputs
+    optional = [name for name in inputs.stage_extra if "None" in inputs.kinds[name].parts]
+    for form in (shape, *((2, n - less) for n in sorted(lengths) for less in (0, 1) if n > less)):
+        yield from ((form, without) for without in ("", *optional))
 
 
 def _text(record: Loss, error: Exception) -> str:
@@ -73,15 +88,19 @@ def _text(record: Loss, error: Exception) -> str:
     return text.removeprefix(f"loss {record.name!r}: ")
 
 
-def _error(record: Loss, given: Mapping[str, Any], shape: tuple[int, ...]) -> Exception | None:
-    """What the loss and its weight stage raise on rows of one token with these arguments."""
+def _error(
+    record: Loss, given: Mapping[str, Any], shape: tuple[int, ...], without: str = ""
+) -> Exception | None:
+    """What the loss and its weight stage raise on rows of one token with these arguments, the
+    stage's tensor `without` being None."""
     inputs = record.inputs
     try:
         with torch.device("cpu"):
             _call(record, {k: v for k, v in given.items() if k in inputs.keywords}, shape)
             if record.weights is not None:
                 record.weights(**{
-                    name: given[name] if name in given else _tensor(name, (2,))
+                    name: given[name] if name in given
+                    else None if name == without else _tensor(name, (2,))
                     for name, parameter in inputs.stage.items()
                     if name in given or parameter.default is parameter.empty
                 })  # fmt: skip

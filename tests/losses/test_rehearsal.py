@@ -126,3 +126,16 @@ def test_a_loss_of_the_callers_with_inputs_of_its_own_is_not_tried():
 
     assert bound("odd_rows", {"beta": -4.0}).hyper == {"beta": -4.0}
     losses.LOSSES._found.pop("odd_rows")
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("modpo", {"w": [0.5, 0.3, 0.2]}),  # as many rewards as further objectives
+        ("sparsepo", {"rw_kl_independent": False}),  # one mask, the other None
+    ],
+)
+def test_values_that_ask_for_tensors_of_another_form_pass(name, args):
+    losses.bind(name, args, supplied=losses.required(name))
+    with pytest.raises(ValueError, match="beta"):
+        losses.bind(name, {**args, "beta": -1.0}, supplied=losses.required(name))
