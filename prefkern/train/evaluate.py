@@ -34,7 +34,7 @@ def evaluate(run: Run, examples: list[Example]) -> dict[str, float]:
         chosen = [examples[i] for i in indices]
         micro = run.micro_batch(chosen, real=real)
         reference, given = run.constants(micro)
-        loss, metrics = step(micro, reference, given, num_items)
+        loss, metrics = run.root(step, micro, reference, given, num_items)
         shares.add(loss, metrics, real)
         if real:
             meter.add_means(metrics, chosen)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from . import checkpoint as ckpt
@@ -27,7 +26,7 @@ from .config import check_same_run
 from .data import Example, plan_batches
 from .evaluate import deal, evaluate
 from .logs import History, Meter, Shares, performance, postfix, total_flos, trainer_state
-from .optimizer import clip, make_optimizer, rounded_away
+from .optimizer import clip, make_scheduler, rounded_away
 from .output import LOG, TRAINER_STATE, Output, owner, writing
 from .run import Run
 
@@ -73,7 +72,9 @@ class Loop:
         self.run, self.config, self.step = run, run.config, run.step
         self.output_dir = Path(run.config.output_dir)
         self.total_steps = count_steps(run)
-        self.optimizer, self.scheduler = make_optimizer(run.step, run.config, self.total_steps)
+        # accelerate's wrapper steps; what it wraps is what schedules and checkpoints know
+        self.optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
+        self.scheduler = make_scheduler(self.optimizer, run.config, self.total_steps)
         self.counts = Counts()
         run.say(f"data: {run.report}")
         if run.eval_data is not None:
@@ -92,10 +93,6 @@ class Loop:
         self.contents = sources.contents(self.config) if saves else {}
         self._rows, self._path = rows, path
         self.meter = Meter(window if run.is_main else None)
-        self.wrapped: Any = run.step
-        if run.world > 1:
-            devices = [run.device.index] if run.device.type == "cuda" else None
-            self.wrapped = nn.parallel.DistributedDataParallel(run.step, device_ids=devices)
 
     def _restored(self) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
         """Loads the checkpoint that the run continues from: the rows logged so far, and the sums of
@@ -180,12 +177,12 @@ class Loop:
         for number, (indices, real) in enumerate(mine):
             examples = [run.examples[i] for i in indices]
             self._backward(examples, num_items, real, shares, last=number == len(mine) - 1)
-        self.grad_norm = clip(run.step, self.config.max_grad_norm)
+        self.grad_norm = clip(run.accelerator, run.root, self.config.max_grad_norm)
         self._check_finite(shares, groups)
         self.learning_rate = self.scheduler.get_last_lr()[0]
-        self.optimizer.step()
+        run.optimizer.step()
         self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        run.optimizer.zero_grad(set_to_none=True)
 
         shares.log(self.meter, run.world)
         counts.step += 1
@@ -209,10 +206,13 @@ class Loop:
         run = self.run
         micro = run.micro_batch(examples, real=real)
         reference, given = run.constants(micro)
-        with nullcontext() if run.world == 1 or last else self.wrapped.no_sync():
-            loss, metrics = self.wrapped(micro, reference, given, num_items)
-            # DDP averages over ranks. A filler batch keeps a rank in step and counts 0.
-            (loss * (run.world if real else 0.0)).backward()
+        # Sharded gradients are reduced after every micro-batch: a process that waited for the last
+        # would hold all of them until then.
+        waits = not last and not run.accelerator.is_fsdp2
+        with run.accelerator.no_sync(run.wrapped) if waits else nullcontext():
+            loss, metrics = run.wrapped(run.step, micro, reference, given, num_items)
+            # Gradients are means over ranks. A filler batch keeps a rank in step and counts 0.
+            run.accelerator.backward(loss * (run.world if real else 0.0))
         shares.add(loss, metrics, real)
         if real:
             self.meter.add_means(metrics, examples)

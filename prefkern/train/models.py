@@ -64,8 +64,9 @@ def told(name: str, what: str = "model") -> Iterator[None]:
         raise ValueError(f"the {what} of {name} cannot be loaded: {reason}") from error
 
 
-def load_whole(kind: Any, name: str, config: TrainConfig) -> hf.Model:
-    """A transformers model of the auto class `kind`, every weight of it out of the checkpoint.
+def load_whole(kind: Any, name: str, config: TrainConfig, tensor_parallel: int = 1) -> hf.Model:
+    """A transformers model of the auto class `kind`, every weight of it out of the checkpoint; of
+    its matrices a part where `tensor_parallel` processes share them.
 
     Raises:
         ValueError: weights are missing or of another shape (transformers would draw them at
@@ -77,6 +78,10 @@ def load_whole(kind: Any, name: str, config: TrainConfig) -> hf.Model:
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": False}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
+    if tensor_parallel > 1:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(tp_size=tensor_parallel)
     with told(name):
         settings = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if getattr(settings, "is_encoder_decoder", False):
@@ -101,11 +106,11 @@ def load_whole(kind: Any, name: str, config: TrainConfig) -> hf.Model:
     return model
 
 
-def load_causal_lm(name: str, config: TrainConfig) -> hf.Model:
+def load_causal_lm(name: str, config: TrainConfig, tensor_parallel: int = 1) -> hf.Model:
     """A transformers causal model with its weights in `config.dtype`; raises as `load_whole`."""
     from transformers import AutoModelForCausalLM
 
-    return load_whole(AutoModelForCausalLM, name, config)
+    return load_whole(AutoModelForCausalLM, name, config, tensor_parallel)
 
 
 def is_adapter(name: str | Path) -> bool:
@@ -124,13 +129,24 @@ def adapter_base(name: str | Path) -> str:
     return str(base)
 
 
-def load_model(name: str, config: TrainConfig, *, trainable: bool = False) -> hf.Model:
+def read_settings(name: str) -> Any:
+    """The text configuration of a model folder or hub name, without its weights."""
+    from transformers import AutoConfig
+
+    base = adapter_base(name) if is_adapter(name) else name
+    with told(base):
+        return AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
+
+
+def load_model(
+    name: str, config: TrainConfig, *, trainable: bool = False, tensor_parallel: int = 1
+) -> hf.Model:
     """A model folder or hub name; with adapter_config.json in it, base plus PEFT adapter."""
     if not is_adapter(name):
-        return load_causal_lm(name, config)
+        return load_causal_lm(name, config, tensor_parallel)
     from peft import PeftModel, get_peft_model_state_dict
 
-    base = load_causal_lm(adapter_base(name), config)
+    base = load_causal_lm(adapter_base(name), config, tensor_parallel)
     with told(name, "adapter"):
         model = PeftModel.from_pretrained(base, name, is_trainable=trainable)
         wanted = get_peft_model_state_dict(model).keys()
@@ -145,13 +161,16 @@ def load_model(name: str, config: TrainConfig, *, trainable: bool = False) -> hf
     return model
 
 
-def load_policy(config: TrainConfig, checkpoint: Path | None) -> hf.Model:
+def load_policy(
+    config: TrainConfig, checkpoint: Path | None, tensor_parallel: int = 1
+) -> hf.Model:
     """The model to train: fresh, with a new adapter if asked for, or as a checkpoint left it."""
     if checkpoint is not None and is_adapter(checkpoint):
         own = adapter_base(config.model) if is_adapter(config.model) else config.model
         if (named := adapter_base(checkpoint)) != own:
             raise ValueError(f"{checkpoint} holds an adapter of {named}, the run's model is {own}.")
-    model = load_model(str(checkpoint or config.model), config, trainable=True)
+    source = str(checkpoint or config.model)
+    model = load_model(source, config, trainable=True, tensor_parallel=tensor_parallel)
     if config.lora_r and not hasattr(model, "peft_config"):
         from peft import LoraConfig, get_peft_model
 

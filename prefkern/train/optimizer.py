@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
+from .sharded import is_sharded, local, whole
 from .step import PreferenceStep
 
 
-def make_optimizer(
-    step: PreferenceStep, config: TrainConfig, total_steps: int
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with decay on matrices only, groups of the providers' own, and the schedule."""
-    from transformers import get_scheduler
+def make_optimizer(step: PreferenceStep, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only, and groups of the providers' own."""
     from transformers.trainer_pt_utils import get_parameter_names
 
     no_decay = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -31,12 +29,26 @@ def make_optimizer(
         own = [found for p in step.providers if (found := p.parameter_group(name)) is not None]
         group, options = own[0] if own else ("decay" if name in decayed else "no_decay", {})
         groups.setdefault(group, {"params": [], **options})["params"].append(parameter)
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [group for group in groups.values() if group["params"]],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
+        # tensor parallelism leaves some weights whole, and one call takes no mixture of kinds
+        foreach=False if is_sharded(step) else None,
     )
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule of the learning rate.
+
+    Raises:
+        ValueError: a schedule that does not follow the step number.
+    """
+    from transformers import get_scheduler
+
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
     try:
         scheduler = get_scheduler(
@@ -52,7 +64,7 @@ def make_optimizer(
             f"lr_scheduler_type {config.lr_scheduler_type} follows a metric, which no step has; "
             "choose one that follows the step number (linear, cosine, constant_with_warmup, ...)."
         )
-    return optimizer, scheduler
+    return scheduler
 
 
 @torch.no_grad()
@@ -62,13 +74,14 @@ def rounded_away(step: nn.Module, rate: float) -> float:
     stuck = total = 0
     for parameter in step.parameters():
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
-            values = parameter.flatten()[:: max(1, parameter.numel() // 65536)].float().abs()
+            own = local(parameter)
+            values = own.flatten()[:: max(1, own.numel() // 65536)].float().abs()
             stuck += int((values > 512 * rate).sum())
             total += values.numel()
     return stuck / max(total, 1)
 
 
-def clip(step: nn.Module, limit: float) -> Tensor:  # []
-    """Gradient norm before clipping; with limit 0 nothing is clipped."""
-    parameters = [p for p in step.parameters() if p.grad is not None]
-    return nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
+def clip(accelerator: Any, root: nn.Module, limit: float) -> Tensor:  # []
+    """Gradient norm over all processes before clipping; with limit 0 nothing is clipped."""
+    norm = accelerator.clip_grad_norm_(root.parameters(), limit if limit > 0 else math.inf)
+    return whole(norm)

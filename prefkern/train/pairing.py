@@ -4,6 +4,7 @@ that can be compared. Each refuses with what to do."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -15,18 +16,19 @@ from . import models
 from .config import TrainConfig
 from .data import Example, collate
 from .forward import target_logps
+from .sharded import Compute, called
 
 # Packed and alone differ by rounding alone; a leak between sequences costs tenths of a nat.
 PACKING_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
-def check_own_logits(model: hf.Model, config: TrainConfig) -> float:
+def check_own_logits(model: hf.Model, config: TrainConfig, root: Compute = called) -> float:
     """Largest difference in nats between log-probabilities at the head and by the own logits.
 
     Raises:
         ValueError: a difference beyond rounding, logits that are not finite.
     """
-    difference = verify_head(model, backend=config.backend)
+    difference = root(partial(verify_head, model, backend=config.backend))
     if difference is None:
         raise ValueError(
             f"the logits of {type(hf.causal_lm(model)).__name__} are not finite on arbitrary "
@@ -36,7 +38,9 @@ def check_own_logits(model: hf.Model, config: TrainConfig) -> float:
 
 
 @torch.no_grad()
-def check_noise(policy: hf.Model, examples: list[Example], config: TrainConfig) -> None:
+def check_noise(
+    policy: hf.Model, examples: list[Example], config: TrainConfig, root: Compute = called
+) -> None:
     """Refuses a policy whose forward in training mode is not the one that it is evaluated with.
 
     Policy and reference would differ before the first step. Evaluated twice, it may itself differ
@@ -48,7 +52,7 @@ def check_noise(policy: hf.Model, examples: list[Example], config: TrainConfig) 
     training, found = policy.training, []
     for mode in (False, True):
         policy.train(mode)
-        found.append(target_logps(policy, batch, backend=config.backend))
+        found.append(root(partial(target_logps, policy, batch, backend=config.backend)))
     policy.train(training)
     difference = (found[0] - found[1]).abs().max().item()
     if not difference <= PACKING_LIMIT[next(policy.parameters()).dtype]:
@@ -59,7 +63,9 @@ def check_noise(policy: hf.Model, examples: list[Example], config: TrainConfig) 
         )
 
 
-def packing_difference(model: hf.Model, examples: list[Example], config: TrainConfig) -> float:
+def packing_difference(
+    model: hf.Model, examples: list[Example], config: TrainConfig, root: Compute = called
+) -> float:
     """Largest difference in nats between packed log-probabilities and each sequence alone."""
     sequences = [s for e in examples[:2] for s in e.sequences][:4]
     alone = [Example(row=0, sequences=(s,)) for s in sequences]
@@ -69,7 +75,8 @@ def packing_difference(model: hf.Model, examples: list[Example], config: TrainCo
 
     def logps(examples: list[Example]) -> torch.Tensor:  # [n], scored rows
         batch = collate(examples, packed=True).to(device)
-        return target_logps(model, batch, backend=config.backend)[batch.targets != -100]
+        found = root(partial(target_logps, model, batch, backend=config.backend))
+        return found[batch.targets != -100]
 
     packed = logps(alone)
     single = torch.cat([logps([example]) for example in alone])
@@ -78,7 +85,11 @@ def packing_difference(model: hf.Model, examples: list[Example], config: TrainCo
 
 
 def choose_packing(
-    say: Callable[[str], None], model: hf.Model, examples: list[Example], config: TrainConfig
+    say: Callable[[str], None],
+    model: hf.Model,
+    examples: list[Example],
+    config: TrainConfig,
+    root: Compute = called,
 ) -> bool:
     """Whether batches are packed; where that is wrong or wasteful they are padded, and said so."""
     if config.packing == "off":
@@ -94,7 +105,7 @@ def choose_packing(
         reason = (
             f"{attention} attention would mask a packed batch at the square of its total length"
         )
-    elif (found := packing_difference(model, examples, config)) > limit:
+    elif (found := packing_difference(model, examples, config, root)) > limit:
         reason = (
             f"packed log-probabilities differ by {found:.3g} nats from each sequence alone "
             f"(limit {limit:g}, {attention} attention)"
@@ -111,11 +122,18 @@ def choose_packing(
 
 
 def open_frozen(
-    name: str, config: TrainConfig, examples: list[Example], packed: bool, policy: hf.Model
+    name: str,
+    config: TrainConfig,
+    examples: list[Example],
+    packed: bool,
+    policy: hf.Model,
+    place: Callable[[hf.Model], hf.Model],
 ) -> hf.Model:
-    """A further model without gradients on the policy's device, checked like and beside it."""
-    model = models.freeze(models.load_model(name, config)).to(next(policy.parameters()).device)
+    """A further model without gradients, put where the policy is and checked like and beside it."""
+    shares = getattr(hf.causal_lm(policy), "tp_size", None) or 1
+    model = models.freeze(models.load_model(name, config, tensor_parallel=shares))
     at_head(model)
+    model = place(model)
     check_own_logits(model, config)
     check_pairing(name, model, policy)
     check_tokens(name, config, examples)

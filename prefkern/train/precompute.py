@@ -9,7 +9,8 @@ from tqdm.auto import tqdm
 from ..integrations.head import at_head
 from . import models, output, pairing, reference_cache
 from .config import TrainConfig
-from .run import make_accelerator, make_loader, pad_id
+from .processes import make_accelerator
+from .run import make_loader, pad_id
 
 
 def precompute(config: TrainConfig) -> list[Path]:

@@ -22,6 +22,7 @@ from ..objective.terms import filled_here
 from ..stats import SeqStats
 from .config import TrainConfig
 from .data import Example, PreferenceBatch
+from .processes import Processes
 from .reference import Reference, ReferenceRows
 
 
@@ -43,7 +44,7 @@ class Opened:
     packed: bool
     pad_id: int
     device: torch.device
-    world: int  # processes
+    processes: Processes
     training: bool  # False: the model is only evaluated
     resume: Path | None  # the checkpoint that the run continues from
     say: Callable[[str], None]
@@ -99,7 +100,8 @@ class Provider:
     # While a run is prepared, in this order.
 
     def on_policy(self, policy: hf.Model, resume: Path | None, processes: int) -> None:
-        """The policy as it was loaded."""
+        """The policy as it was loaded, whole and not yet where it computes; `modules` are there
+        after it, and are sharded with the policy before `open`."""
 
     def on_examples(self, examples: list[Example]) -> list[Example]:
         """Each data set as it was loaded."""

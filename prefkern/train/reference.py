@@ -7,7 +7,7 @@ Shapes: [B, T] as the batch has it, S sequences, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,6 +23,7 @@ from .data import PreferenceBatch
 from .demands import ReferenceNeeds
 from .forward import inputs_of, target_logps
 from .models import autocast
+from .sharded import Compute, called
 
 CACHED = "ref_logp"  # under this name the numbers of precomputed_ref stand in a batch
 
@@ -107,6 +108,7 @@ class Reference:
         mode: Of `choose_mode`.
         config: Of the run.
         policy: For the mode "adapter", and for `logratio`.
+        root: The way into the policy.
         model: Frozen, for the mode "model". Like the policy it was given `at_head`.
         layers: Whether the hidden states after every block are wanted.
         watch: Contexts that are open while the reference's forward runs.
@@ -118,12 +120,13 @@ class Reference:
         config: TrainConfig,
         *,
         policy: hf.Model,
+        root: Compute = called,
         model: hf.Model = None,
         layers: bool = False,
         watch: Sequence[Callable[[hf.Model], AbstractContextManager[None]]] = (),
     ) -> None:
         self.mode, self.config, self.policy, self.model = mode, config, policy, model
-        self.layers, self.watch = layers, watch
+        self.layers, self.watch, self.root = layers, watch, root
 
     @torch.no_grad()
     def rows(self, batch: PreferenceBatch) -> ReferenceRows:
@@ -142,7 +145,11 @@ class Reference:
         return self._forward(batch)
 
     def _forward(self, batch: PreferenceBatch) -> ReferenceRows:
-        model = self.model if self.mode == "model" else self.policy
+        if self.mode == "model":
+            return self._read(self.model, batch)
+        return self.root(self._read, self.policy, batch)
+
+    def _read(self, model: hf.Model, batch: PreferenceBatch) -> ReferenceRows:
         with ExitStack() as stack:
             self._enter(stack, batch)
             for watch in self.watch:
@@ -164,10 +171,12 @@ class Reference:
         """Log-ratio of policy and reference of every sequence, without gradient or dropout."""
         training = self.policy.training
         self.policy.eval()
-        policy = token_logps(self.policy, batch, self.config)
-        with nullcontext() if self.mode == "model" else hf.adapter_off(self.policy):
-            model = self.model if self.mode == "model" else self.policy
-            reference = token_logps(model, batch, self.config)
+        policy = self.root(token_logps, self.policy, batch, self.config)
+        if self.mode == "model":
+            reference = token_logps(self.model, batch, self.config)
+        else:
+            with hf.adapter_off(self.policy):
+                reference = self.root(token_logps, self.policy, batch, self.config)
         self.policy.train(training)
         return sequence_sums(policy - reference, batch)
 

@@ -17,7 +17,7 @@ from ..integrations import hf
 from ..integrations.head import at_head
 from ..losses.record import Loss
 from . import checkpoint as ckpt
-from . import demands, models, output, pairing, reference_cache
+from . import demands, models, output, pairing, reference_cache, sharded
 from .config import TrainConfig
 from .data import Example, Loaded, Loader, SkipReport, collate, data_hash
 from .data.read import check_source
@@ -25,9 +25,12 @@ from .data.unread import TEXTS
 from .data_providers import Columns
 from .facts import facts_of
 from .models import autocast
+from .optimizer import make_optimizer
+from .processes import Processes, make_accelerator
 from .providers import Micro, Opened, Provider
 from .recipes.table import providers_of
 from .reference import CACHED, Reference, ReferenceRows, choose_mode
+from .root import Root
 from .step import PreferenceStep
 
 
@@ -38,8 +41,12 @@ class Run:
     config: TrainConfig
     records: list[Loss]
     accelerator: Any
+    processes: Processes
     tokenizer: Any
     step: PreferenceStep
+    root: Root  # the way into the policy, wherever its weights are
+    wrapped: Any  # the root as accelerate wrapped it, for forwards with a backward
+    optimizer: Any
     reference: Reference
     packed: bool
     data: Loaded
@@ -74,11 +81,12 @@ class Run:
 
     @property
     def rank(self) -> int:
-        return self.accelerator.process_index
+        """Which share of the micro-batches this process takes, of `world`."""
+        return self.processes.rank
 
     @property
     def world(self) -> int:
-        return self.accelerator.num_processes
+        return self.processes.world
 
     @property
     def is_main(self) -> bool:
@@ -144,7 +152,8 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
     tell = partial(say, accelerator)
     for note in notes:
         tell(note)
-    tokenizer, policy = open_policy(config, providers, resume, accelerator.num_processes)
+    processes = Processes.of(accelerator)
+    tokenizer, policy = open_policy(config, providers, resume, processes)
     mode = mode_of(config, providers, policy, training, tell)
     data, eval_data = open_data(config, providers, tokenizer, policy)
     demands.check_layout(records, data.layout)
@@ -154,28 +163,31 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
             "trained from (a model compared with itself has margins of 0)."
         )
     own_hash = data_hash(data.examples, columns=True)
-    policy.to(accelerator.device)
-    difference = pairing.check_own_logits(policy, config)
-    pairing.check_noise(policy, data.examples, config)
-    packed = pairing.choose_packing(tell, policy, data.examples, config)
+    kind: Any = next((p.step_class for p in providers if p.step_class), PreferenceStep)
+    step: PreferenceStep = kind(policy, config, data.layout, providers)
+    root, optimizer = Root(step), make_optimizer(step, config)
+    wrapped, optimizer = accelerator.prepare(root, optimizer)
+    difference = pairing.check_own_logits(policy, config, root)
+    pairing.check_noise(policy, data.examples, config, root)
+    packed = pairing.choose_packing(tell, policy, data.examples, config, root)
     if mode == "cache":
-        data, eval_data = with_stored_reference(config, data, eval_data)
+        data, eval_data = with_stored_reference(config, processes, data, eval_data)
     frozen = partial(
-        pairing.open_frozen, config=config, examples=data.examples, packed=packed, policy=policy
-    )
-    reference = open_reference(mode, config, providers, policy, frozen)
+        pairing.open_frozen, config=config, examples=data.examples, packed=packed, policy=policy,
+        place=partial(sharded.place, accelerator),
+    )  # fmt: skip
+    reference = open_reference(mode, config, providers, policy, frozen, root)
     opened = Opened(
         policy=policy, reference=reference, examples=data.examples, packed=packed,
-        pad_id=pad_id(tokenizer, policy), device=accelerator.device,
-        world=accelerator.num_processes, training=training, resume=resume, say=tell, frozen=frozen,
+        pad_id=pad_id(tokenizer, policy), device=accelerator.device, processes=processes,
+        training=training, resume=resume, say=tell, frozen=frozen,
     )  # fmt: skip
     for provider in providers:
         provider.open(opened)
-    kind: Any = next((p.step_class for p in providers if p.step_class), PreferenceStep)
-    step: PreferenceStep = kind(policy, config, data.layout, providers)
     facts = facts_of(config, step, providers, mode, packed, difference, data, eval_data)
     return Run(
-        config=config, records=records, accelerator=accelerator, tokenizer=tokenizer, step=step,
+        config=config, records=records, accelerator=accelerator, processes=processes,
+        tokenizer=tokenizer, step=step, root=root, wrapped=wrapped, optimizer=optimizer,
         reference=reference, packed=packed, data=data, eval_data=eval_data, data_hash=own_hash,
         resume=resume, facts=facts,
     )  # fmt: skip
@@ -258,35 +270,8 @@ def _resume(config: TrainConfig) -> tuple[Path | None, list[str]]:
     return resume, notes
 
 
-def make_accelerator(config: TrainConfig) -> Any:
-    """The processes and trackers of a run."""
-    from accelerate import Accelerator, tracking
-    from accelerate.utils import DistributedType
-
-    # accelerate leaves out trackers that are not installed without a word
-    known_trackers = ["all", *(str(name) for name in tracking.get_available_trackers())]
-    if lacking := [name for name in config.report_to if name not in known_trackers]:
-        raise ValueError(
-            f"report_to: {', '.join(lacking)} is not installed here or no tracker of accelerate's; "
-            f"available: {', '.join(known_trackers[1:]) or 'none'}."
-        )
-    accelerator = Accelerator(
-        cpu=config.device == "cpu",
-        mixed_precision="no",  # autocast is the step's own, so that evaluation has the same
-        log_with=list(config.report_to) or None,
-        project_dir=config.output_dir,
-    )
-    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in known:
-        raise ValueError(
-            f"this trainer runs on one device or with DistributedDataParallel, not with "
-            f"{accelerator.distributed_type}; start it with torchrun."
-        )
-    return accelerator
-
-
 def open_policy(
-    config: TrainConfig, providers: Sequence[Provider], resume: Path | None, processes: int
+    config: TrainConfig, providers: Sequence[Provider], resume: Path | None, processes: Processes
 ) -> tuple[Any, hf.Model]:
     """Tokenizer and policy."""
     from transformers import set_seed
@@ -296,9 +281,9 @@ def open_policy(
         transformers_logging.disable_progress_bar()
     set_seed(config.seed)
     tokenizer = models.load_tokenizer(config.model)
-    policy = models.load_policy(config, resume)
+    policy = models.load_policy(config, resume, processes.tensor_parallel)
     for provider in providers:
-        provider.on_policy(policy, resume, processes)
+        provider.on_policy(policy, resume, processes.world)
     at_head(policy)
     return tokenizer, policy
 
@@ -357,14 +342,20 @@ def open_data(
 
 
 def with_stored_reference(
-    config: TrainConfig, data: Loaded, eval_data: Loaded | None
+    config: TrainConfig, processes: Processes, data: Loaded, eval_data: Loaded | None
 ) -> tuple[Loaded, Loaded | None]:
     """The data with the log-probabilities of precomputed_ref."""
-    # The key is of the reference: the model at its start, not as a checkpoint left it.
-    source = models.freeze(models.load_model(config.ref_model or config.model, config))
+
+    def keys() -> list[dict[str, str]]:
+        # The key is of the reference: the model at its start, not as a checkpoint left it.
+        source = models.freeze(models.load_model(config.ref_model or config.model, config))
+        every = [data] if eval_data is None else [data, eval_data]
+        return [reference_cache.cache_key(loaded.examples, source, config) for loaded in every]
+
+    found = iter(processes.from_main(keys))  # one process holds a whole model for it
 
     def attached(loaded: Loaded) -> Loaded:
-        key = reference_cache.cache_key(loaded.examples, source, config)
+        key = next(found)
         stored = reference_cache.read(str(config.precomputed_ref), key)
         return loaded._replace(examples=reference_cache.attach(loaded.examples, CACHED, stored))
 
@@ -372,13 +363,19 @@ def with_stored_reference(
 
 
 def open_reference(
-    mode: str, config: TrainConfig, providers: Sequence[Provider], policy: hf.Model, frozen: Any
+    mode: str,
+    config: TrainConfig,
+    providers: Sequence[Provider],
+    policy: hf.Model,
+    frozen: Any,
+    root: Root,
 ) -> Reference:
     """The reference of the run, and whatever is to be read off its forward."""
     return Reference(
         mode,
         config,
         policy=policy,
+        root=root,
         model=frozen(config.ref_model or config.model) if mode == "model" else None,
         layers=any(provider.wants_layers for provider in providers),
         watch=[provider.watch for provider in providers],

@@ -31,11 +31,11 @@ def poisoned(monkeypatch, at: int, value: float) -> None:
     """What one overflow in the backward of step `at` does to a gradient."""
     original, calls = loop.clip, [0]
 
-    def clip(step, limit):
+    def clip(accelerator, root, limit):
         calls[0] += 1
         if calls[0] == at:
-            next(p for p in step.parameters() if p.grad is not None).grad.view(-1)[0] = value
-        return original(step, limit)
+            next(p for p in root.parameters() if p.grad is not None).grad.view(-1)[0] = value
+        return original(accelerator, root, limit)
 
     monkeypatch.setattr(loop, "clip", clip)
 

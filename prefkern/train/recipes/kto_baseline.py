@@ -62,7 +62,7 @@ class KtoBaseline(Provider):
         ratios = self.opened.reference.logratio(batch.to(self.opened.device))
         count = ratios.new_tensor(float(ratios.numel()))
         total = torch.stack((ratios.sum(), count)) * float(micro.real)
-        if self.opened.world > 1:
+        if self.opened.processes.world > 1:
             torch.distributed.all_reduce(total)
         return {"kl_baseline": baseline_from(total[0] / total[1])}
 

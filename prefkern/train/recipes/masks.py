@@ -17,10 +17,12 @@ from ... import losses
 from ...integrations import hf
 from ...losses.record import Loss
 from ...losses.weights import SparseMasks
+from .. import models
 from ..config import TrainConfig
 from ..data import PreferenceBatch, collate
 from ..providers import Micro, Opened, Provider
 from ..reference import ReferenceRows
+from ..sharded import fill_module
 
 # Loss arguments that configure the mask module. The first two are unknown to the loss itself.
 OPTIONS = ("mask_on_reward", "mask_on_kl", "rw_kl_independent")
@@ -49,16 +51,22 @@ class Masks(Provider):
     def takes(self) -> frozenset[str]:
         return frozenset(OPTIONS)
 
+    def on_policy(self, policy: hf.Model, resume: Path | None, processes: int) -> None:
+        name = self.config.ref_model
+        self.settings = hf.text_config(policy) if name is None else models.read_settings(name)
+        self.masks = build(self.config, self.settings)
+
     def open(self, opened: Opened) -> None:
-        model = opened.policy if opened.reference.model is None else opened.reference.model
-        self.masks = build(self.config, model).to(opened.device)
         if not opened.training or opened.resume is not None:
             return
         first = opened.examples[: self.config.per_device_train_batch_size]
         batch = collate(first, packed=opened.packed, pad_id=opened.pad_id).to(opened.device)
         states = opened.reference.rows(batch).states
         assert states is not None and states.layers is not None
-        if draws := redraw_dead(self.masks, states.layers[:, batch.targets != -100]):
+        # drawn on a copy, since those of the run may be sharded by now
+        drawn = build(self.config, self.settings).to(opened.device)
+        if draws := redraw_dead(drawn, states.layers[:, batch.targets != -100]):
+            fill_module(self.masks, drawn.state_dict())
             opened.say(
                 f"sparsepo: masks that were 0 on nearly every token, drawn again {draws} time(s)."
             )
@@ -104,10 +112,9 @@ def spread(value: Any, scored: Tensor) -> Any:
     return value.new_zeros(scored.shape).masked_scatter(scored, value)
 
 
-def build(config: TrainConfig, reference: nn.Module) -> SparseMasks:
-    """Masks that fit the reference's layers; in fp32 whatever the model's type."""
+def build(config: TrainConfig, settings: Any) -> SparseMasks:
+    """Masks that fit the layers of a reference with these settings; in fp32 whatever its type."""
     torch.manual_seed(config.seed)  # whatever loading drew, the masks start the same
-    settings = hf.text_config(reference)
     eps = next((getattr(settings, name) for name in _EPS_NAMES if hasattr(settings, name)), 1e-5)
     masks = SparseMasks(
         settings.num_hidden_layers,

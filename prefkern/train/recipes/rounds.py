@@ -25,7 +25,8 @@ from ..config import TrainConfig, check_same_run
 from ..data.read import raw_rows
 from ..loop import train_run
 from ..output import LOG, MARK, TRAINER_STATE, Output, writing
-from ..run import check_sources, make_accelerator, plan, prepare
+from ..processes import make_accelerator
+from ..run import check_sources, plan, prepare
 from ..waiting import others_wait
 from . import masks, sync, two_speeds
 from .online.makers import maker_of

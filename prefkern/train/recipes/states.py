@@ -27,6 +27,7 @@ from ...prep.annotators import UNKNOWN
 from ...stats import SeqStats
 from ..checkpoint import STATE_FILE, read_json, write_json
 from ..config import TrainConfig
+from ..processes import Processes
 from ..providers import Micro, Opened, Provider
 
 FILE = "loss_states.json"  # beside a trained model
@@ -180,6 +181,7 @@ class LossStates(Provider):
         return frozenset(options.difference(*map(losses.arguments, self.records)))
 
     def open(self, opened: Opened) -> None:
+        self.processes = opened.processes
         if not opened.training:
             self.load_from(Path(self.config.model))
 
@@ -249,7 +251,7 @@ class LossStates(Provider):
         rows, every = own, own_names
         mine: slice | None = slice(0, logp.numel())
         if training:
-            rows, every, mine = gather(own, own_names, micro.real)
+            rows, every, mine = gather(self.processes, own, own_names, micro.real)
         generator = torch.Generator(logp.device)
         generator.manual_seed(self.config.seed * 1_000_003 + self.updates)
         keywords = inspect.signature(record.update).parameters if record.update else {}
@@ -282,15 +284,14 @@ def _means(found: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
 
 
 def gather(
-    own: list[SeqStats], names: list[str], real: bool
+    processes: Processes, own: list[SeqStats], names: list[str], real: bool
 ) -> tuple[list[SeqStats], list[str], slice | None]:
     """Rows and names of all ranks in rank order, and where this rank's stand (None: nowhere)."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    world, rank = processes.world, processes.rank
+    if world == 1:
         return own, names, slice(0, len(names))
-    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     plain = [[None if f is None else f.cpu() for f in row] for row in own] if real else []
-    everyone: list[Any] = [None] * world
-    torch.distributed.all_gather_object(everyone, (plain, names if real else []))
+    everyone = processes.gather((plain, names if real else []))
     parts = [rows for rows, _ in everyone if rows]
     device = own[0].require("logp").device
 

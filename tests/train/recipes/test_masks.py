@@ -11,7 +11,7 @@ from tiny_models import config, save_model, write_data
 
 from prefkern.losses.weights import SparseMasks
 from prefkern.train import train
-from prefkern.train.loop import make_optimizer
+from prefkern.train.optimizer import make_optimizer
 from prefkern.train.recipes import masks
 from prefkern.train.recipes.masks import Masks
 from prefkern.train.run import prepare
@@ -72,15 +72,15 @@ def test_masks_of_scored_rows_stand_at_those_rows():
 def test_they_have_a_rate_and_a_decay_of_their_own(tmp_path, materials):
     for rate, want in ((0.25, 0.25), (None, 1e-3)):
         run = run_of(tmp_path, materials, mask_learning_rate=rate, mask_weight_decay=0.5)
-        optimizer, _ = make_optimizer(run.step, run.config, 3)
+        optimizer = make_optimizer(run.step, run.config)
         names = {id(p): n for n, p in run.step.named_parameters()}
         for group in optimizer.param_groups:
             inside = {names[id(p)].startswith("masks.") for p in group["params"]}
             assert len(inside) == 1
             if inside == {True}:
-                assert group["initial_lr"] == want and group["weight_decay"] == 0.5
+                assert group["lr"] == want and group["weight_decay"] == 0.5
             else:
-                assert group["initial_lr"] == 1e-3 and group["weight_decay"] == 0.0
+                assert group["lr"] == 1e-3 and group["weight_decay"] == 0.0
 
 
 def test_what_a_step_logs_of_them(tmp_path, materials):

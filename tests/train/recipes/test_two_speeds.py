@@ -12,7 +12,8 @@ from tiny_models import config, save_model, tiny_model, write_data
 
 from prefkern.cli.main import main
 from prefkern.train import models, train
-from prefkern.train.loop import make_optimizer, train_run
+from prefkern.train.loop import train_run
+from prefkern.train.optimizer import make_optimizer
 from prefkern.train.recipes import two_speeds as speeds
 from prefkern.train.recipes.merge import merge_adapters
 from prefkern.train.recipes.sync import effective_parameters
@@ -76,7 +77,7 @@ def test_they_change_places_when_the_slow_one_overtakes(tmp_path, materials):
 @PROVISIONAL
 def test_an_exchange_takes_the_moments_along(tmp_path, materials):
     run = prepare(two_speeds(tmp_path, materials))
-    optimizer, _ = make_optimizer(run.step, run.config, 3)
+    optimizer = make_optimizer(run.step, run.config)
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     pairs = speeds.adapter_pairs(run.step.policy)
     assert pairs and all(rates[id(f)] == 1e-2 and rates[id(s)] == 1e-3 for f, s in pairs)

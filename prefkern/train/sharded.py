@@ -1,0 +1,93 @@
+"""Models of which every process holds a part: DTensors of FSDP2 and of tensor parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..integrations import hf
+from ..shard import is_distributed
+
+
+def place(accelerator: Any, model: hf.Model) -> hf.Model:
+    """A frozen model where the run computes, sharded as the policy is."""
+    if accelerator.is_fsdp2:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, model)
+    return model if is_sharded(model) else model.to(accelerator.device)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether this process holds parts of some of its weights only."""
+    return any(is_distributed(p) for p in module.parameters())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, without gradient; every process must ask."""
+    with torch.no_grad():
+        found = tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+    return found.detach()
+
+
+def reshard(module: nn.Module) -> None:
+    """Gives up weights that FSDP2 kept gathered after a forward without backward, so that the
+    parameters of a module are the sharded ones."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+@torch.no_grad()
+def fill(target: Tensor, value: Tensor) -> None:
+    """Copies `value`, all of it and the same in every process, into a tensor that may be sharded;
+    no process is asked."""
+    if is_distributed(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        like: Any = target
+        value = distribute_tensor(
+            value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        )
+    target.copy_(value)
+
+
+def fill_module(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """`load_state_dict` of whole tensors into a module that may be sharded.
+
+    Raises:
+        KeyError: a tensor of the module is not in `state`.
+    """
+    reshard(module)
+    for name, tensor in module.state_dict().items():
+        fill(tensor, state[name])
+
+
+def gathered(module: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The whole tensors of a module's state on the CPU, one after the other; every process must
+    call it, those without `keep` hold no more than one tensor and return nothing."""
+    reshard(module)
+    found = {}
+    for name, tensor in module.state_dict().items():
+        value = whole(tensor)
+        if keep:
+            found[name] = value.cpu()
+    return found
+
+
+Compute = Callable[..., Any]
+
+
+def called(compute: Compute, *arguments: Any) -> Any:
+    """The way into a model that is its own root."""
+    return compute(*arguments)
