@@ -126,6 +126,7 @@ def _eval(args: list[str]) -> int:
     config, command = _configure("eval", args)
     from ..train.evaluate import evaluate
     from ..train.run import prepare
+    from ..train.together import ended_together
 
     if config.eval_dataset is not None:  # the training data are not needed
         config = dataclasses.replace(
@@ -135,8 +136,10 @@ def _eval(args: list[str]) -> int:
             limit=config.eval_limit,
             eval_dataset=None,
         )
-    run = prepare(config, training=False)
-    found = evaluate(run, run.examples)
+    with ended_together():
+        run = prepare(config, training=False)
+        found = evaluate(run, run.examples)
+    run.accelerator.end_training()
     if run.is_main:
         if command.json:
             print(json.dumps(found | {"data": run.facts["data"]}, indent=1))

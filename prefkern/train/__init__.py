@@ -42,11 +42,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ValueError: a mistake in the options or the data, with what to do.
     """
     require_train_extra()
-    if config.has_rounds:
-        from .recipes.rounds import train_rounds
+    from .together import ended_together
 
-        return train_rounds(config)
-    from .loop import train_run
-    from .run import prepare
+    with ended_together():
+        if config.has_rounds:
+            from .recipes.rounds import train_rounds
 
-    return train_run(prepare(config))
+            return train_rounds(config)
+        from .loop import train_run
+        from .run import prepare
+
+        return train_run(prepare(config))

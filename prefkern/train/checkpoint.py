@@ -7,13 +7,10 @@ it is seen. Tensors are safetensors, all else is JSON; nothing is pickled.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
-import zlib
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,107 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import short_hash
+from . import sharded, sharded_files
 from .noise import own_rates
-from .output import MARK, Output, list_checkpoints, read_mark, writing
+from .output import Output, writing
+from .processes import Processes
 from .providers import Provider
-
-STATE_FILE = "prefkern_state.json"
-
-
-def find_resume(choice: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `resume_from_checkpoint` means, and what to say of it; None: start from
-    the beginning.
-
-    Raises:
-        ValueError: it is damaged (the newest whole one is named), or is no checkpoint.
-    """
-    if choice is None:
-        return None, []
-    if choice.lower() not in ("auto", "true"):
-        path = Path(choice)
-        if not (path / STATE_FILE).is_file():
-            raise ValueError(
-                f"{path} is not a checkpoint of this trainer (no {STATE_FILE}); pass a "
-                "checkpoint-N folder, or auto for the newest in output_dir."
-            )
-        if (why := damage(path)) is not None:
-            raise ValueError(f"{path} is damaged: {why}; {last_whole(path.parent)}.")
-        return path, []
-    notes: list[str] = []
-    for path in reversed(list_checkpoints(output_dir)):
-        if (why := damage(path)) is None:
-            return path, notes
-        notes.append(f"{path} is damaged ({why}) and is passed over")
-    if notes:
-        raise ValueError(f"no checkpoint in {output_dir} is whole: {'; '.join(notes)}.")
-    return None, []
-
-
-def last_whole(output_dir: Path) -> str:
-    """What can be continued from, in words."""
-    for path in reversed(list_checkpoints(output_dir)):
-        if damage(path) is None:
-            return f"the last whole checkpoint is {path}"
-    return "there is no whole checkpoint"
-
-
-def seal(folder: Path, run: str) -> None:
-    """Writes the mark of a finished checkpoint: its run, and size and checksum of every file."""
-    files = file_sums(folder, _files(folder))
-    content = {"run": run, "files": files}
-    write_json(folder / MARK, content | {"check": short_hash(content)})
-
-
-def damage(checkpoint: Path) -> str | None:
-    """Which file of a checkpoint is not as it was written, and how; None: all are."""
-    mark = read_mark(checkpoint)
-    if mark is None:
-        return f"{MARK} is missing or cannot be read"
-    files = mark.get("files")
-    if not isinstance(files, dict) or mark.get("check") != short_hash(
-        {"run": mark["run"], "files": files}
-    ):
-        return f"{MARK} was changed"
-    for name in files:
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-        size = (checkpoint / name).stat().st_size
-        if size != files[name][0]:
-            return f"{name} has {size} bytes and was written with {files[name][0]}"
-    for name, found in file_sums(checkpoint, files).items():
-        if found != files[name]:
-            return f"the bytes of {name} changed since it was written"
-    return None
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-
-
-def file_sums(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
-    """Of files below `folder`, several at a time: zlib leaves the interpreter to others."""
-    names = list(names)
-    with ThreadPoolExecutor(4) as pool:
-        sums = pool.map(lambda name: file_sum(folder / name), names)
-        return dict(zip(names, sums, strict=True))
-
-
-def file_sum(path: Path) -> list[int]:
-    """Size and CRC-32."""
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return [path.stat().st_size, crc]
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+from .seals import STATE_FILE, file_sums, last_whole, read_json, seal, write_json
 
 
 def _sync(folder: Path) -> None:
@@ -214,7 +116,8 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def save_checkpoint(
-    output: Output,
+    output: Output | None,  # of the main process
+    processes: Processes,
     *,
     modules: dict[str, Any],  # "policy", and what is trained beside it
     tokenizer: Any,
@@ -224,42 +127,97 @@ def save_checkpoint(
     state: dict[str, Any],  # the loop's own, JSON
     trainer_state: dict[str, Any],  # transformers' trainer_state.json
     keep: int | None,
-    parts: Iterable[Provider] = (),  # which have files of their own
-) -> Path:
+    parts: Sequence[Provider] = (),  # which have files of their own
+) -> None:
     """Writes `checkpoint-N` whole or not at all, and drops this run's oldest beyond `keep`.
 
+    Every process calls it. Of whole models the main process writes all; sharded ones are written
+    by those that hold them, and renamed once all have told that their parts are on disk.
+
     Raises:
-        OSError: it cannot be written; earlier ones stay.
+        OSError: in every process: one of them cannot write; earlier checkpoints stay.
     """
-    final = output.folder / f"checkpoint-{state['step']}"
-    with writing(final, lambda: last_whole(output.folder)):
-        building = output.partial(final.name)
-        try:
-            save_weights(building, modules, tokenizer)
-            tensors, groups = optimizer_state(optimizer, modules)
-            save_file(tensors, building / "optimizer.safetensors")
-            write_json(building / "optimizer.json", groups)
-            write_json(building / "scheduler.json", scheduler.state_dict())
-            write_json(building / "rng_state.json", rng)
-            write_json(building / "trainer_state.json", trainer_state)
-            write_json(building / STATE_FILE, state)
-            for part in parts:
-                part.save(building)
-            seal(building, output.run)
-            _sync(building)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)  # a full disk gets its space back
-            raise
-        if final.exists():  # the same step again, after a resume from an older checkpoint
-            if final not in output.checkpoints():
-                raise FileExistsError(17, "a folder that is not this run's has that name")
-            output.aside(final)
-        os.rename(building, final)
-        _sync_folder_only(output.folder)
+    name = f"checkpoint-{state['step']}"
+    in_parts = any(sharded.is_sharded(module) for module in modules.values())
+    frozen = {k: v for part in parts for k, v in part.moved().items()}
+    weights = sharded_files.tensors_of(modules, frozen) if in_parts else {}
+    tensors, groups = optimizer_state(optimizer, modules)
+
+    def begin() -> Path:
+        assert output is not None
+        with writing(output.folder / name, lambda: last_whole(output.folder)):
+            return output.partial(name)
+
+    building = processes.from_main(begin)
+
+    def rest(sums: dict[str, list[int]]) -> None:
+        """What the main process writes, and the name."""
+        assert output is not None
+        final = output.folder / name
+        with writing(final, lambda: last_whole(output.folder)):
+            try:
+                if not in_parts:
+                    save_weights(building, modules, tokenizer)
+                    save_file(tensors, building / "optimizer.safetensors")
+                write_json(building / "optimizer.json", groups)
+                write_json(building / "scheduler.json", scheduler.state_dict())
+                write_json(building / "rng_state.json", rng)
+                write_json(building / "trainer_state.json", trainer_state)
+                write_json(building / STATE_FILE, state)
+                for part in parts:
+                    part.save(building)
+                seal(building, output.run, sums)
+                _sync(building)
+            except BaseException:
+                shutil.rmtree(building, ignore_errors=True)  # a full disk gets its space back
+                raise
+            _put_in_place(output, building, final, keep)
+
+    sums: dict[str, list[int]] = {}
+    if in_parts:
+        tensors, numbers = sharded_files.split(tensors)
+        state = state | {"optimizer": {"tensors": sorted(tensors), "numbers": numbers}}
+        sums = _write_parts(processes, building, weights | tensors)
+    processes.from_main(lambda: rest(sums))
+
+
+def _write_parts(
+    processes: Processes, building: Path, tensors: dict[str, Tensor]
+) -> dict[str, list[int]]:
+    """Every process's part of the tensors; sums of all their files."""
+    rank = processes.accelerator.process_index
+    sums, failed = {}, ""
+    try:
+        sharded_files.write(building, tensors)
+        if (building / sharded_files.FOLDER).is_dir():
+            _sync(building / sharded_files.FOLDER)
+        sums = file_sums(building, sharded_files.own_files(building, rank))
+    except Exception as error:
+        failed = sharded_files.reason(error)
+    told = processes.everyone((sums, failed))
+    failures = [f"process {i}: {text}" for i, (_, text) in enumerate(told) if text]
+    if failures:
+
+        def discard() -> str:
+            shutil.rmtree(building, ignore_errors=True)
+            return last_whole(building.parent)
+
+        raise OSError(
+            f"{building} could not be written: {failures[0]}; {processes.from_main(discard)}."
+        )
+    return {name: size for part, _ in told for name, size in part.items()}
+
+
+def _put_in_place(output: Output, building: Path, final: Path, keep: int | None) -> None:
+    if final.exists():  # the same step again, after a resume from an older checkpoint
+        if final not in output.checkpoints():
+            raise FileExistsError(17, "a folder that is not this run's has that name")
+        output.aside(final)
+    os.rename(building, final)
+    _sync_folder_only(output.folder)
     if keep is not None:
         for old in output.checkpoints()[:-keep]:
             output.aside(old)
-    return final
 
 
 def _sync_folder_only(folder: Path) -> None:
@@ -270,89 +228,121 @@ def _sync_folder_only(folder: Path) -> None:
         os.close(handle)
 
 
-def save_weights(folder: Path, modules: dict[str, Any], tokenizer: Any) -> None:
+def save_weights(
+    folder: Path,
+    modules: dict[str, Any],
+    tokenizer: Any,
+    states: dict[str, dict[str, Tensor]] | None = None,
+) -> None:
     """Model and tokenizer in the layout that `from_pretrained` reads, and what was trained beside
-    the model in a file of its own name each."""
+    the model in a file of its own name each. `states`: the whole tensors of sharded modules."""
+    states = states or {}
+    given = {"state_dict": states["policy"]} if "policy" in states else {}
     with own_rates(modules["policy"]):
-        modules["policy"].save_pretrained(folder)
+        modules["policy"].save_pretrained(folder, **given)
     tokenizer.save_pretrained(folder)
     for name, module in modules.items():
         if name != "policy":
-            state = {k: v.contiguous() for k, v in module.state_dict().items()}
-            save_file(state, folder / f"{name}.safetensors")
+            found = states.get(name) or module.state_dict()
+            save_file({k: v.contiguous() for k, v in found.items()}, folder / f"{name}.safetensors")
 
 
 def save_final(
-    output: Output,
+    output: Output | None,  # of the main process
+    processes: Processes,
     modules: dict[str, nn.Module],
     tokenizer: Any,
-    parts: Iterable[Provider] = (),
+    parts: Sequence[Provider] = (),
 ) -> None:
-    """The trained model in the output folder itself, whole or not at all.
+    """The trained model in the output folder itself, whole or not at all; every process calls it,
+    and the main one gathers what is sharded.
 
     Raises:
-        OSError: it cannot be written; checkpoints stay.
+        OSError: in every process: it cannot be written; checkpoints stay.
     """
-    with writing(output.folder, lambda: last_whole(output.folder)):
-        building = output.partial("final")
-        try:
-            save_weights(building, modules, tokenizer)
-            for part in parts:
-                part.save_final(building)
-            _sync(building)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
-        output.install(building)
+    keep = processes.accelerator.is_main_process
+    states = {
+        name: sharded.gathered(module, keep)
+        for name, module in modules.items()
+        if sharded.is_sharded(module)
+    }
+
+    def write() -> None:
+        assert output is not None
+        with writing(output.folder, lambda: last_whole(output.folder)):
+            building = output.partial("final")
+            try:
+                save_weights(building, modules, tokenizer, states)
+                for part in parts:
+                    part.save_final(building)
+                _sync(building)
+            except BaseException:
+                shutil.rmtree(building, ignore_errors=True)
+                raise
+            output.install(building)
+
+    processes.from_main(write)
 
 
 def load_training_state(
     checkpoint: Path,
+    processes: Processes,
     *,
     modules: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
-    rank: int,
-    world: int,
-    device: torch.device,
-) -> None:
-    """Everything but the policy's weights (loaded with the model) and the loop's own state.
+    parts: Sequence[Provider] = (),
+) -> bool:
+    """Everything but the loop's own state and whole weights of the policy, which were loaded with
+    the model.
+
+    Returns:
+        False where another number of processes wrote it, so that generators start anew.
 
     Raises:
         ValueError: naming the checkpoint: it does not fit this run, or cannot be read.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    reading = (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
     try:
-        _load_training_state(checkpoint, modules, optimizer, scheduler, rank, world, device)
-    except torch.OutOfMemoryError:
-        raise
-    except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{checkpoint} cannot be read ({reason}).") from error
+        _load_tensors(checkpoint, modules, optimizer, parts)
+        scheduler.load_state_dict(read_json(checkpoint / "scheduler.json"))
+        rng = read_json(checkpoint / "rng_state.json")
+        if len(rng) != processes.accelerator.num_processes:
+            return False
+        set_rng_state(rng[processes.accelerator.process_index], processes.accelerator.device)
+        return True
+    except (*reading, CheckpointException) as error:
+        why = sharded_files.reason(error)
+        raise ValueError(f"{checkpoint} cannot be read ({why}).") from error
 
 
-def _load_training_state(
+def _load_tensors(
     checkpoint: Path,
     modules: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    rank: int,
-    world: int,
-    device: torch.device,
+    parts: Sequence[Provider],
 ) -> None:
-    for name, module in modules.items():
-        if name != "policy":
-            module.load_state_dict(load_file(checkpoint / f"{name}.safetensors"))
-    load_optimizer_state(
-        optimizer,
-        modules,
-        load_file(checkpoint / "optimizer.safetensors"),
-        read_json(checkpoint / "optimizer.json"),
-    )
-    scheduler.load_state_dict(read_json(checkpoint / "scheduler.json"))
-    rng = read_json(checkpoint / "rng_state.json")
-    if world != len(rng):
-        raise ValueError(
-            f"{checkpoint} was written by {len(rng)} processes, this run has {world}; "
-            "continue with the same number."
-        )
-    set_rng_state(rng[rank], device)
+    for module in modules.values():
+        sharded.reshard(module)
+    parameters = {
+        f"{prefix}.{name}": parameter.detach()
+        for prefix, module in modules.items()
+        for name, parameter in module.named_parameters()
+    }
+    groups = read_json(checkpoint / "optimizer.json")
+    if sharded_files.are_in(checkpoint):
+        frozen = {k: v for part in parts for k, v in part.moved().items()}
+        found = read_json(checkpoint / STATE_FILE)["optimizer"]
+        state = sharded_files.empty_state(found["tensors"], parameters)
+        weights = sharded_files.tensors_of(modules, frozen)
+        sharded_files.read(checkpoint, weights | state)
+        state |= {name: torch.tensor(value) for name, value in found["numbers"].items()}
+    else:
+        for name, module in modules.items():
+            if name != "policy":
+                sharded.fill_module(module, load_file(checkpoint / f"{name}.safetensors"))
+        state = load_file(checkpoint / "optimizer.safetensors")
+        state = sharded_files.spread_state(state, parameters)
+    load_optimizer_state(optimizer, modules, state, groups)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from torch import nn
 
-from .checkpoint import last_whole
 from .data import Example
+from .processes import Processes
+from .seals import last_whole
+from .sharded import local, reshard
 
 _SHOWN = 8
 
@@ -42,14 +44,18 @@ def message_of(
     return f"the {what} at step {step}, rows {rows}: {advice}; {left}."
 
 
-def check_weights(module: nn.Module, step: int, folder: Path) -> None:
-    """Refuses trained weights that are no numbers.
+def check_weights(module: nn.Module, step: int, folder: Path, processes: Processes) -> None:
+    """Refuses trained weights that are no numbers; every process must call it.
 
     Raises:
-        ValueError: naming the first of them, the step and what can be continued from.
+        ValueError: in every process, naming the first of them, the step and what can be continued
+            from.
     """
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+    reshard(module)
+    trained = ((name, local(p)) for name, p in module.named_parameters() if p.requires_grad)
+    found = next((name for name, own in trained if not bool(own.isfinite().all())), "")
+    for name in processes.everyone(found):
+        if name:
             raise ValueError(
                 f"{name} is not finite after step {step} and is not written: lower the learning "
                 f"rate; {last_whole(folder)}."

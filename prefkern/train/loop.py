@@ -21,8 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import checkpoint as ckpt
-from . import finite, sources
-from .config import check_same_run
+from . import finite, resumed, sources
 from .data import Example, plan_batches
 from .evaluate import deal, evaluate
 from .logs import History, Meter, Shares, performance, postfix, total_flos, trainer_state
@@ -100,13 +99,15 @@ class Loop:
         run, checkpoint = self.run, self.run.resume
         assert checkpoint is not None
         saved = ckpt.read_json(checkpoint / ckpt.STATE_FILE)
-        check_resumed(run, checkpoint, saved)
+        resumed.check(run, checkpoint, saved)
         if run.is_main:
             sources.check_same(saved["contents"], run.config)
-        ckpt.load_training_state(
-            checkpoint, modules=run.step.trained(), optimizer=self.optimizer,
-            scheduler=self.scheduler, rank=run.rank, world=run.world, device=run.device,
+        same = ckpt.load_training_state(
+            checkpoint, run.processes, modules=run.step.trained(), optimizer=self.optimizer,
+            scheduler=self.scheduler, parts=run.providers,
         )  # fmt: skip
+        if not same:
+            resumed.other_world(run, saved)
         for provider in run.providers:
             provider.restore(saved)
             provider.load(checkpoint)
@@ -120,6 +121,7 @@ class Loop:
     def opened_output(self) -> Iterator[None]:
         """The output folder, held against other runs, the log and the trackers."""
         run, config = self.run, self.config
+        self.output: Output | None = None  # of the main process
         if run.is_main:
             self.output = Output(
                 self.output_dir,
@@ -133,12 +135,12 @@ class Loop:
             self._open_logs()
             yield
         finally:
-            if run.is_main:
+            if self.output is not None:
                 self.output.close()
 
     def _open_logs(self) -> None:
         run, config = self.run, self.config
-        if run.is_main:
+        if self.output is not None:
             self.output.will_make([LOG])
         if config.report_to:
             plain = {
@@ -234,7 +236,8 @@ class Loop:
 
     def _check_weights(self) -> None:
         """Refuses to write weights that are no numbers."""
-        finite.check_weights(self.run.step, self.counts.step, self.output_dir)
+        run, counts = self.run, self.counts
+        finite.check_weights(run.step, counts.step, self.output_dir, run.processes)
 
     def _after_step(self, bar: Any) -> None:
         step, config = self.counts.step, self.config
@@ -293,20 +296,19 @@ class Loop:
             "window": self.meter.state(),
             "config": self.config.as_dict(),
             "packed": run.packed,
+            "world": run.world,
             "data": run.data_hash,
             "contents": self.contents,
         }
         for provider in run.providers:
             state |= provider.state()
-        rng = gather_objects(run, ckpt.rng_state(run.device))
-        if run.is_main:
-            ckpt.save_checkpoint(
-                self.output, modules=run.step.trained(), tokenizer=run.tokenizer,
-                optimizer=self.optimizer, scheduler=self.scheduler, rng=rng, state=state,
-                trainer_state=self._trainer_state(), keep=self.config.save_total_limit,
-                parts=run.providers,
-            )  # fmt: skip
-        run.accelerator.wait_for_everyone()
+        rng = run.processes.everyone(ckpt.rng_state(run.device))
+        ckpt.save_checkpoint(
+            self.output, run.processes, modules=run.step.trained(), tokenizer=run.tokenizer,
+            optimizer=self.optimizer, scheduler=self.scheduler, rng=rng, state=state,
+            trainer_state=self._trainer_state(), keep=self.config.save_total_limit,
+            parts=run.providers,
+        )  # fmt: skip
 
     def finish(self) -> dict[str, Any]:
         """The last row of the log, the trained model and the pictures."""
@@ -328,8 +330,9 @@ class Loop:
             "step": counts.step,
         }
         self.history.add(final)
-        if run.is_main:
-            ckpt.save_final(self.output, run.step.trained(), run.tokenizer, run.providers)
+        trained = run.step.trained()
+        ckpt.save_final(self.output, run.processes, trained, run.tokenizer, run.providers)
+        if self.output is not None:
             self.output.will_make([TRAINER_STATE])
             with writing(self.output_dir / TRAINER_STATE):
                 ckpt.write_json(self.output_dir / TRAINER_STATE, self._trainer_state())
@@ -341,18 +344,6 @@ class Loop:
             self.output.finish()
         run.accelerator.wait_for_everyone()
         return {**final, "log_history": self.history.rows}
-
-
-def check_resumed(run: Run, checkpoint: Path, saved: dict[str, Any]) -> None:
-    """Refuses a checkpoint of another run."""
-    check_same_run(saved["config"], run.config)
-    if saved["data"] != run.data_hash:
-        raise ValueError(f"{checkpoint} was written by a run on other data; restore the data set.")
-    if saved["packed"] != run.packed:
-        raise ValueError(
-            f"{checkpoint} was trained on {'packed' if saved['packed'] else 'padded'} batches, "
-            f"which is not the choice here; set packing={'on' if saved['packed'] else 'off'}."
-        )
 
 
 def epoch_chunks(run: Run, epoch: int) -> list[list[list[int]]]:
@@ -382,12 +373,3 @@ def count_steps(run: Run) -> int:
 def window(step: int, logging_steps: int) -> int:
     """Steps that the row logged at `step` is a mean of."""
     return (step - 1) % logging_steps + 1
-
-
-def gather_objects(run: Run, value: Any) -> list[Any]:
-    """One entry per process."""
-    if run.world == 1:
-        return [value]
-    everyone: list[Any] = [None] * run.world
-    torch.distributed.all_gather_object(everyone, value)
-    return everyone

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..integrations import hf
-from . import noise
+from . import noise, sharded_files
 from .config import TrainConfig
 
 
@@ -161,15 +161,20 @@ def load_model(
     return model
 
 
-def load_policy(
-    config: TrainConfig, checkpoint: Path | None, tensor_parallel: int = 1
-) -> hf.Model:
+def load_policy(config: TrainConfig, checkpoint: Path | None, tensor_parallel: int = 1) -> hf.Model:
     """The model to train: fresh, with a new adapter if asked for, or as a checkpoint left it."""
     if checkpoint is not None and is_adapter(checkpoint):
         own = adapter_base(config.model) if is_adapter(config.model) else config.model
         if (named := adapter_base(checkpoint)) != own:
             raise ValueError(f"{checkpoint} holds an adapter of {named}, the run's model is {own}.")
+    if checkpoint is not None and sharded_files.are_in(checkpoint):
+        checkpoint = None  # its weights are read into the model once that is sharded
     source = str(checkpoint or config.model)
+    if tensor_parallel > 1 and (config.lora_r or is_adapter(source)):
+        raise ValueError(
+            "tensor parallelism does not go with an adapter (PEFT adds whole outputs to parts); "
+            "use FSDP, or train all weights."
+        )
     model = load_model(source, config, trainable=True, tensor_parallel=tensor_parallel)
     if config.lora_r and not hasattr(model, "peft_config"):
         from peft import LoraConfig, get_peft_model

@@ -11,13 +11,18 @@ and counts 0. What can differ between processes is an error, and `together` ends
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from . import together
 from .config import TrainConfig
+from .waiting import others_wait
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,18 @@ class Processes:
         torch.distributed.all_gather_object(found, value)
         return found
 
-    def from_main(self, make: Any) -> Any:
-        """What `make()` gives in the main process; an error of it comes out of every process."""
+    def from_main(self, make: Callable[[], Value]) -> Value:
+        """What `make()` gives in the main process, however long it takes; a ValueError or OSError
+        of it is raised in every process."""
         if self.accelerator.num_processes == 1:
             return make()
         found: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                found[0] = make()
-            except (ValueError, OSError) as error:
-                found[1] = error
+        with others_wait(self.accelerator):
+            if self.accelerator.is_main_process:
+                try:
+                    found[0] = make()
+                except (ValueError, OSError) as error:
+                    found[1] = error
         torch.distributed.broadcast_object_list(found, src=0)
         if found[1] is not None:
             raise found[1]
@@ -100,6 +107,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     if on_cpu:
         _shard_on_cpu(accelerator)
     _check_kind(accelerator)
+    together.watch(accelerator)
     return accelerator
 
 
@@ -121,8 +129,13 @@ def _check_environment(config: TrainConfig) -> None:
             "accelerate is set to a dynamo_backend; this trainer's step is not compiled as a "
             "whole: set dynamo_backend: no."
         )
-    if _set("ACCELERATE_USE_MEGATRON_LM"):
-        raise ValueError("this trainer does not run under Megatron-LM; use FSDP (fsdp_version: 2).")
+    for name, what in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+        if _set(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"this trainer does not run under {what}; set distributed_type: FSDP with "
+                "fsdp_version: 2, which shards weights, gradients and optimizer as ZeRO-3 does "
+                "(fsdp_reshard_after_forward: false as ZeRO-2)."
+            )
 
 
 def _shard_on_cpu(accelerator: Any) -> None:
@@ -169,10 +182,11 @@ def _check_kind(accelerator: Any) -> None:
             "parallelism_config: this trainer shards models (dp_shard_size, tp_size), not "
             "sequences; set cp_size and sp_size to 1."
         )
-    if settings is not None and settings.tp_enabled:
-        if settings.tp_size != accelerator.num_processes or kind == DistributedType.FSDP:
-            raise ValueError(
-                "parallelism_config: tensor parallelism is over all processes here, got tp_size="
-                f"{settings.tp_size} of {accelerator.num_processes}; for more than one copy of the "
-                "data's work use FSDP (dp_shard_size) without tp_size."
-            )
+    alone = kind != DistributedType.FSDP
+    tensor = settings is not None and settings.tp_enabled
+    if tensor and not (alone and settings.tp_size == accelerator.num_processes):
+        raise ValueError(
+            "parallelism_config: tensor parallelism is over all processes here and without FSDP, "
+            f"got tp_size={settings.tp_size} of {accelerator.num_processes} processes; leave "
+            "tp_size out, and FSDP shards the model over all of them."
+        )

@@ -64,6 +64,7 @@ class Provider:
     wants_reference: ClassVar[str] = ""  # what it reads of the reference that only a model gives
     wants_layers: ClassVar[bool] = False  # the reference's hidden states after every block
     moves_reference: ClassVar[bool] = False  # the reference must have weights of its own
+    counts_rounds: ClassVar[bool] = False  # what it gives depends on the number of processes
     step_class: ClassVar[type[nn.Module] | None] = None  # takes the place of PreferenceStep
 
     def __init__(self, config: TrainConfig, records: Sequence[Loss]) -> None:
@@ -155,6 +156,11 @@ class Provider:
         """After the optimizer's step number `step` (from 1)."""
 
     # Checkpoints.
+
+    def moved(self) -> dict[str, nn.Module]:
+        """Frozen models that are no longer as they were loaded, by a name; a sharded checkpoint
+        holds them in parts, any other in what `save` writes."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """Its part of the checkpoint's JSON."""

@@ -6,8 +6,8 @@ Shapes: [B, T] as the batch has it, S sequences, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,7 +23,7 @@ from .data import PreferenceBatch
 from .demands import ReferenceNeeds
 from .forward import inputs_of, target_logps
 from .models import autocast
-from .sharded import Compute, called
+from .sharded import Compute, called, is_sharded, reshard
 
 CACHED = "ref_logp"  # under this name the numbers of precomputed_ref stand in a batch
 
@@ -127,6 +127,7 @@ class Reference:
     ) -> None:
         self.mode, self.config, self.policy, self.model = mode, config, policy, model
         self.layers, self.watch, self.root = layers, watch, root
+        self._sharded: bool | None = None  # known once the policy was prepared
 
     @torch.no_grad()
     def rows(self, batch: PreferenceBatch) -> ReferenceRows:
@@ -147,24 +148,39 @@ class Reference:
     def _forward(self, batch: PreferenceBatch) -> ReferenceRows:
         if self.mode == "model":
             return self._read(self.model, batch)
-        return self.root(self._read, self.policy, batch)
+        with self._adapter_off():
+            return self.root(self._read, self.policy, batch)
+
+    @contextmanager
+    def _adapter_off(self) -> Iterator[None]:
+        """The policy without its adapter and without dropout."""
+        if self._sharded is None:
+            self._sharded = is_sharded(self.policy)
+        if self._sharded:
+            reshard(self.policy)
+        flags = [(p, p.requires_grad) for p in self.policy.parameters()]
+        training = self.policy.training
+        self.policy.eval()
+        try:
+            with hf.adapter_off(self.policy):
+                yield
+        finally:
+            self.policy.train(training)
+            # PEFT freezes an adapter that is off, and frees the weights that are there at its end:
+            # with FSDP2 those may be gathered ones, and the optimizer's would stay frozen
+            if self._sharded:
+                reshard(self.policy)
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
 
     def _read(self, model: hf.Model, batch: PreferenceBatch) -> ReferenceRows:
         with ExitStack() as stack:
-            self._enter(stack, batch)
+            stack.enter_context(autocast(self.config, batch.input_ids.device.type))
             for watch in self.watch:
                 stack.enter_context(watch(model))
             inputs = stack.enter_context(inputs_of(model, batch))
             states = read_other(model, inputs, batch.targets, distribution=True, layers=self.layers)
         return ReferenceRows(states=cast(Constant, states))
-
-    def _enter(self, stack: ExitStack, batch: PreferenceBatch) -> None:
-        """The context in which the reference is called."""
-        stack.enter_context(autocast(self.config, batch.input_ids.device.type))
-        if self.mode == "adapter":
-            stack.callback(self.policy.train, self.policy.training)
-            self.policy.eval()  # no dropout in a reference
-            stack.enter_context(hf.adapter_off(self.policy))
 
     @torch.no_grad()
     def logratio(self, batch: PreferenceBatch) -> Tensor:  # [S] fp64
@@ -175,7 +191,7 @@ class Reference:
         if self.mode == "model":
             reference = token_logps(self.model, batch, self.config)
         else:
-            with hf.adapter_off(self.policy):
+            with self._adapter_off():
                 reference = self.root(token_logps, self.policy, batch, self.config)
         self.policy.train(training)
         return sequence_sums(policy - reference, batch)

@@ -16,8 +16,7 @@ import torch
 from ..integrations import hf
 from ..integrations.head import at_head
 from ..losses.record import Loss
-from . import checkpoint as ckpt
-from . import demands, models, output, pairing, reference_cache, sharded
+from . import demands, models, output, pairing, reference_cache, seals, sharded
 from .config import TrainConfig
 from .data import Example, Loaded, Loader, SkipReport, collate, data_hash
 from .data.read import check_source
@@ -147,12 +146,12 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
         )
     records, providers = plan(config)
     check_sources(config)
-    resume, notes = _resume(config) if training else (None, [])
     accelerator = make_accelerator(config)
+    processes = Processes.of(accelerator)
+    resume, notes = processes.from_main(partial(_resume, config)) if training else (None, [])
     tell = partial(say, accelerator)
     for note in notes:
         tell(note)
-    processes = Processes.of(accelerator)
     tokenizer, policy = open_policy(config, providers, resume, processes)
     mode = mode_of(config, providers, policy, training, tell)
     data, eval_data = open_data(config, providers, tokenizer, policy)
@@ -260,7 +259,7 @@ def _resume(config: TrainConfig) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from, and what to say of it; the output folder is checked."""
     folder = Path(config.output_dir)
     output.check_inputs(config)
-    resume, notes = ckpt.find_resume(config.resume_from_checkpoint, folder)
+    resume, notes = seals.find_resume(config.resume_from_checkpoint, folder)
     output.check_free(
         folder,
         overwrite=config.overwrite_output_dir,

@@ -23,7 +23,8 @@ def place(accelerator: Any, model: hf.Model) -> hf.Model:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether this process holds parts of some of its weights only."""
-    return any(is_distributed(p) for p in module.parameters())
+    # of the state, for parameters may be gathered at the moment
+    return any(is_distributed(value) for value in module.state_dict().values())
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -40,12 +41,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 def reshard(module: nn.Module) -> None:
     """Gives up weights that FSDP2 kept gathered after a forward without backward, so that the
-    parameters of a module are the sharded ones."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    parameters of a module are the parts that this process holds, as its optimizer knows them."""
+    # FSDP2 does so before it hands out a state; a module within one of its units has no other way
+    module.state_dict()
 
 
 @torch.no_grad()
@@ -68,7 +66,6 @@ def fill_module(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         KeyError: a tensor of the module is not in `state`.
     """
-    reshard(module)
     for name, tensor in module.state_dict().items():
         fill(tensor, state[name])
 
@@ -76,12 +73,14 @@ def fill_module(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 def gathered(module: nn.Module, keep: bool) -> dict[str, Tensor]:
     """The whole tensors of a module's state on the CPU, one after the other; every process must
     call it, those without `keep` hold no more than one tensor and return nothing."""
-    reshard(module)
-    found = {}
-    for name, tensor in module.state_dict().items():
-        value = whole(tensor)
+    found: dict[str, Tensor] = {}
+    seen: dict[int, Tensor] = {}  # tied weights stay one tensor, as `save_pretrained` wants them
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            value = whole(tensor)
+            seen[id(tensor)] = value.cpu() if keep else value.new_empty(0)
         if keep:
-            found[name] = value.cpu()
+            found[name] = seen[id(tensor)]
     return found
 
 

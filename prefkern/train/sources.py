@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from .checkpoint import file_sum, file_sums
 from .config import TrainConfig, short_hash
+from .seals import file_sum, file_sums
 
 _MODELS = ("model", "ref_model", "aux_model", "judge_model", "judge_ref_model")
 _FILES = ("precomputed_ref", "precomputed_aux", "fused_ref", "judge")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,11 @@ from typing import Any
 
 import torch
 
+_numbers = itertools.count()
+
 
 @contextmanager
-def others_wait(accelerator: Any, name: str) -> Iterator[None]:
+def others_wait(accelerator: Any) -> Iterator[None]:
     """After its body, which may take the main process hours (a judge), all go on together.
 
     A collective would end after its timeout, or hang as long as that is. Here the others look for a
@@ -24,6 +27,7 @@ def others_wait(accelerator: Any, name: str) -> Iterator[None]:
         yield
         return
     store = torch.distributed.distributed_c10d._get_default_store()
+    name = f"prefkern-{next(_numbers)}"  # the same in all processes, which come here in one order
     try:
         yield
     except BaseException:

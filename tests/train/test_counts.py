@@ -107,9 +107,7 @@ def test_matrices_decay_and_nothing_else(tmp_path, materials):
     assert decay.keys() == {n for n, _ in run.step.named_parameters()}
     for name, value in decay.items():
         assert value == (0.0 if "norm" in name else 0.1), name
-    assert all(
-        g["lr"] == 1e-3 and g["betas"] == (0.9, 0.99) for g in optimizer.param_groups
-    )
+    assert all(g["lr"] == 1e-3 and g["betas"] == (0.9, 0.99) for g in optimizer.param_groups)
 
 
 def test_clipping():

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tiny_models import config, save_model, write_data
 from tiny_tokenizer import byte_tokenizer
 
-from prefkern.train import checkpoint, models, train
-from prefkern.train.checkpoint import damage, find_resume
+from prefkern.train import models, seals, train
 from prefkern.train.data import load_examples
+from prefkern.train.seals import damage, find_resume
 
 QUICK = settings(
     max_examples=60, deadline=None, database=None,
@@ -87,7 +87,7 @@ def test_a_whole_checkpoint_that_does_not_fit_is_one_line(run, tmp_path):
     path = out / "checkpoint-3"
     (path / "scheduler.json").write_text("[]")
     (path / "prefkern_run.json").unlink()
-    checkpoint.seal(path, checkpoint.read_mark(out)["run"])
+    seals.seal(path, seals.read_mark(out)["run"])
     with pytest.raises(ValueError, match=r"checkpoint-3 cannot be read"):
         train(config(out, model, data, save_steps=1, resume_from_checkpoint="auto"))
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import config, save_model, write_data
 
-from prefkern.train import checkpoint, run, train
+from prefkern.train import checkpoint, run, seals, train
 from prefkern.train.demo import DemoSettings, run_demo
 from prefkern.train.output import LOG, MARK, Output, check_inputs, list_checkpoints, new_folder
 from prefkern.train.plots import plot_history
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path, materials, monke
     with pytest.raises(OSError, match=r"checkpoint-2 could not be written: No space.*checkpoint-1"):
         train(config(out, *materials, max_steps=3, save_steps=1, save_total_limit=1))
     assert [p.name for p in list_checkpoints(out)] == ["checkpoint-1"]
-    assert checkpoint.damage(out / "checkpoint-1") is None
+    assert seals.damage(out / "checkpoint-1") is None
     assert not list(out.glob(".prefkern-*")) and not (out / "model.safetensors").exists()
     monkeypatch.undo()
     common = dict(max_steps=3, save_steps=1, save_total_limit=1, resume_from_checkpoint="auto")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_models import config, save_model, write_data
 
-from prefkern.train import checkpoint, train
+from prefkern.train import seals, train
 from prefkern.train.loop import train_run
 from prefkern.train.run import Run, prepare
 
@@ -156,10 +156,10 @@ def test_half_written_checkpoints_are_never_read(tmp_path):
     model, data = materials(tmp_path)
     out = tmp_path / "out"
     train(config(out, model, data, **COMMON | {"max_steps": 4}))
-    assert checkpoint.find_resume("auto", out)[0].name == "checkpoint-4"
+    assert seals.find_resume("auto", out)[0].name == "checkpoint-4"
     (out / "tmp-checkpoint-6").mkdir()
-    assert checkpoint.find_resume("auto", out)[0].name == "checkpoint-4"
-    assert checkpoint.find_resume("auto", tmp_path / "empty") == (None, [])
+    assert seals.find_resume("auto", out)[0].name == "checkpoint-4"
+    assert seals.find_resume("auto", tmp_path / "empty") == (None, [])
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

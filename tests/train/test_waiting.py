@@ -24,7 +24,7 @@ def process(rank: int, port: int, fails: bool, out) -> None:
         num_processes=2, is_main_process=rank == 0, wait_for_everyone=dist.barrier
     )
     try:
-        with others_wait(accelerator, "round"):
+        with others_wait(accelerator):
             if rank == 0:
                 time.sleep(4)  # longer than a collective of this group may take
                 if fails:
@@ -56,6 +56,6 @@ def test_two_processes(fails):
 
 def test_one_process_waits_for_nobody():
     ran = []
-    with others_wait(SimpleNamespace(num_processes=1), "round"):
+    with others_wait(SimpleNamespace(num_processes=1)):
         ran.append(1)
     assert ran

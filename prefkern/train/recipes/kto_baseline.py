@@ -23,6 +23,7 @@ class KtoBaseline(Provider):
     """`kl_baseline`, over the micro-batches of all ranks."""
 
     wants_reference = "the reference on mismatched completions"
+    counts_rounds = True
 
     @classmethod
     def wanted(cls, config: TrainConfig, records: Sequence[Loss]) -> bool:

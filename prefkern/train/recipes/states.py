@@ -25,10 +25,10 @@ from ...losses.pointwise import bco
 from ...losses.record import Loss
 from ...prep.annotators import UNKNOWN
 from ...stats import SeqStats
-from ..checkpoint import STATE_FILE, read_json, write_json
 from ..config import TrainConfig
 from ..processes import Processes
 from ..providers import Micro, Opened, Provider
+from ..seals import STATE_FILE, read_json, write_json
 
 FILE = "loss_states.json"  # beside a trained model
 
@@ -151,6 +151,8 @@ def rule_of(record: Loss) -> Rule | None:
 
 class LossStates(Provider):
     """The states of a run's losses, and the arguments that they give."""
+
+    counts_rounds = True
 
     def __init__(self, config: TrainConfig, records: Sequence[Loss]) -> None:
         super().__init__(config, records)

@@ -19,6 +19,7 @@ from ...losses.record import Loss
 from ..config import TrainConfig
 from ..demands import ReferenceNeeds
 from ..providers import Opened, Provider
+from ..sharded import is_sharded, reshard
 
 FILE = "reference.safetensors"
 
@@ -62,13 +63,26 @@ class ReferenceSync(Provider):
 
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         if step % self.config.ref_model_sync_steps == 0:
+            for model in (self.reference, self.policy):
+                reshard(model)
             soft_update(self.reference, self.policy, self.config.ref_model_mixup_alpha)
+
+    def moved(self) -> dict[str, nn.Module]:
+        return {"reference": self.reference}
 
     def save(self, folder: Path) -> None:
         """The reference is no longer the model it was."""
-        save_model(self.reference, str(folder / FILE))
+        if not is_sharded(self.reference):
+            save_model(self.reference, str(folder / FILE))
 
     def load(self, folder: Path) -> None:
+        if not (folder / FILE).is_file():
+            return  # in parts, and read with those of the policy
+        if is_sharded(self.reference):
+            raise ValueError(
+                f"{folder} holds a moved reference as one file, and this run is sharded; continue "
+                "it unsharded."
+            )
         device = next(self.reference.parameters()).device
         load_model(self.reference, folder / FILE, device=str(device))
 

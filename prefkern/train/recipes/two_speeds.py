@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from ...integrations import hf
 from ...losses.record import Loss
-from ..checkpoint import read_json, write_json
 from ..config import TrainConfig
 from ..providers import Micro, Provider
 from ..reference import ReferenceRows, sequence_sums, token_logps
+from ..seals import read_json, write_json
 from ..step import PreferenceStep
 
 FAST, SLOW = "default", "slow"  # PEFT writes the adapter "default" into the folder itself

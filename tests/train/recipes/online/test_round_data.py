@@ -10,11 +10,11 @@ from tiny_models import config, save_model, tiny_model
 from tiny_tokenizer import byte_tokenizer
 
 from prefkern.losses import LOSSES
+from prefkern.train.processes import make_accelerator
 from prefkern.train.recipes.online import round_data
 from prefkern.train.recipes.online.makers import maker_of
 from prefkern.train.recipes.online.round_data import Start, make_round, prompts_of_round, with_room
 from prefkern.train.recipes.online.sampling import Answer
-from prefkern.train.processes import make_accelerator
 
 PROMPTS = [{"prompt": f"{x}:"} for x in "abcde"]
 
