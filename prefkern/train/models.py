@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,14 @@ def load_whole(kind: Any, name: str, config: TrainConfig, tensor_parallel: int =
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"{name} is an adapter; fetch it into a folder and pass the folder.")
     return model
+
+
+def loaded_whole() -> AbstractContextManager[None]:
+    """In here every process reads models for itself. Where accelerate's FSDP loads in one process,
+    the others' weights are empty until a model is sharded, and some models never are."""
+    from accelerate.utils import patch_environment
+
+    return patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false")
 
 
 def load_causal_lm(name: str, config: TrainConfig, tensor_parallel: int = 1) -> hf.Model:

@@ -4,6 +4,9 @@ process; checkpoints in parts."""
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,19 @@ from tiny_models import config, save_model, write_data
 
 from prefkern.train import seals, train
 
+LAUNCH = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+  fsdp_cpu_ram_efficient_loading: true
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+use_cpu: false
+"""
 WORKER = str(Path(__file__).with_name("sharded_ranks.py"))
 # 11 rows in micro-batches of 2: the last step of an epoch leaves a rank without rows of its own
 COMMON = dict(
@@ -189,3 +205,32 @@ def test_an_error_in_one_rank_is_every_ranks(tmp_path):
     more = (str(tmp_path), "run", "stays")
     with pytest.raises(AssertionError, match=r"--- rank 0\n(.*\n)*process 1 failed: out of paper"):
         run_ranks(tmp_path / "more", WORKER, "fails", 2, *more, seconds=50)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_with_its_own_file(tmp_path):
+    """The weights are read by one process and handed round."""
+    model, data = save_model(tmp_path / "model"), write_data(tmp_path / "pairs.jsonl", rows=11)
+
+    def made(where: str, accumulate: int):
+        options = COMMON | CASES["masks"] | {"gradient_accumulation_steps": accumulate}
+        return config(tmp_path / where, model, data, eval_dataset=data, **options)
+
+    (tmp_path / "fsdp.yaml").write_text(LAUNCH)
+    (tmp_path / "run.yaml").write_text(json.dumps(made("two", 2).as_dict()))
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+    ]
+    command += [str(tmp_path / "fsdp.yaml"), "-m", "prefkern", "train", "--config"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "run.yaml")], env=environment, capture_output=True, text=True,
+        check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    train(made("one", 4))
+    assert_equal(tmp_path / "one", tmp_path / "two")

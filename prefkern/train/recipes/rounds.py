@@ -152,7 +152,7 @@ class Rounds:
         """Makes the data of a round where it has its own, and runs it."""
         config, start = self.config, self.start
         self.accelerator.wait_for_everyone()
-        with others_wait(self.accelerator):
+        with others_wait(self.accelerator), models.loaded_whole():
             made = self._make_data(number)
         has_data = config.round_data != "same"
         run = prepare(round_config(config, number, start, has_data=has_data))

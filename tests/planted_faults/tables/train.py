@@ -139,26 +139,33 @@ LOOP: list[Row] = [
         ("            provider.load(checkpoint)\n", ""),
         ("            provider.restore(saved)\n", ""),
         ('return rows, saved["window"]', "return rows, {}"),
+        ("name: saved[name] for name in names}", "name: 0 for name in names}"),
+    ),
+    *of(
+        f"{TRAIN}resumed.py",
+        f"{TESTS}test_resume.py {TESTS}recipes/test_states.py",
         ('if saved["data"] != run.data_hash:', 'if saved["data"] == "":'),
         ('if saved["packed"] != run.packed:', 'if saved["packed"] is None:'),
-        ('check_same_run(saved["config"], run.config)', "pass"),
-        ("name: saved[name] for name in names}", "name: 0 for name in names}"),
+        ('check_same_run(saved["config"] | _world', 'dict(saved["config"] | _world'),
+    ),
+    *of(
+        f"{TRAIN}seals.py",
+        f"{TESTS}test_resume.py",
+        (
+            "in reversed(list_checkpoints(output_dir)):\n        if (why",
+            "in list_checkpoints(output_dir):\n        if (why",
+        ),
     ),
     *of(
         f"{TRAIN}checkpoint.py",
         f"{TESTS}test_resume.py {TESTS}test_loop.py {TESTS}recipes/test_sync.py",
         ("output.checkpoints()[:-keep]", "output.checkpoints()[: -keep - 1]"),
-        (
-            "in reversed(list_checkpoints(output_dir)):\n        if (why",
-            "in list_checkpoints(output_dir):\n        if (why",
-        ),
         ('torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))', "pass"),
         ("    scheduler.load_state_dict(read_json", "    dict(read_json"),
-        ("if world != len(rng):", "if world > 100:"),
         ('if now != [g["params"] for g in groups]:', "if not now:"),
         ("state.setdefault(order.index(name), {})", "state.setdefault(0, {})"),
-        ("            module.load_state_dict(load_file", "            dict(load_file"),
-        ("        part.save(building)", "        pass"),
+        ("sharded.fill_module(module, load_file", "dict(load_file"),
+        ("    part.save(building)", "    pass"),
     ),
     *of(
         f"{TRAIN}output.py",
@@ -275,9 +282,12 @@ LOOP: list[Row] = [
             "elif has_adapter and not given_adapter and config.ref_model is None and not moves:",
             "elif has_adapter:",
         ),
-        ("            stack.callback(self.policy.train, self.policy.training)\n", ""),
-        ("            self.policy.eval()  # no dropout in a reference\n", ""),
-        ("            stack.enter_context(hf.adapter_off(self.policy))\n", ""),
+        ("            self.policy.train(training)\n            # PEFT", "            # PEFT"),
+        ("        self.policy.eval()\n        try:", "        try:"),
+        (
+            "            with hf.adapter_off(self.policy):\n                yield",
+            "            yield",
+        ),
         ("layers=self.layers", "layers=False"),
         ("logp=batch.numbers[CACHED]", "logp=0 * batch.numbers[CACHED]"),
         ('if needs.tokens and mode == "columns":', 'if needs.tokens and mode == "model":'),
@@ -301,7 +311,10 @@ LOOP: list[Row] = [
         f"{TESTS}test_loop.py {TESTS}test_hf_head.py",
         ("    if own != other:\n", "    if own < 0:\n"),
         ("    check_pairing(name, model, policy)\n", ""),
-        ("elif (found := packing_difference(model, examples, config)) > limit:", "elif limit > 9:"),
+        (
+            "elif (found := packing_difference(model, examples, config, root)) > limit:",
+            "elif limit > 9:",
+        ),
         ("    packed_attention.stop(inner)\n", ""),
     ),
     *of(
@@ -351,10 +364,14 @@ KINDS: list[Row] = [
         ('if mark is not None and mark["run"] != _owner(resume):', "if False:"),
     ),
     *of(
-        f"{TRAIN}checkpoint.py",
+        f"{TRAIN}seals.py",
         f"{TESTS}test_output.py {TESTS}test_damage.py",
         ("crc = zlib.crc32(block, crc)", "crc = 0"),
         ("if size != files[name][0]:", "if False:"),
+    ),
+    *of(
+        f"{TRAIN}checkpoint.py",
+        f"{TESTS}test_output.py {TESTS}test_damage.py",
         ("shutil.rmtree(building, ignore_errors=True)  # a full", "pass  # a full"),
     ),
     *of(
@@ -367,7 +384,7 @@ KINDS: list[Row] = [
     *of(
         f"{TRAIN}finite.py",
         f"{TESTS}test_finite.py",
-        ("not bool(parameter.isfinite().all())", "False"),
+        ("not bool(own.isfinite().all())", "False"),
     ),
     *of(
         f"{TRAIN}models.py",
