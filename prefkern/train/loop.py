@@ -106,7 +106,7 @@ class Loop:
             checkpoint, run.processes, modules=run.step.trained(), optimizer=self.optimizer,
             scheduler=self.scheduler, parts=run.providers,
         )  # fmt: skip
-        if not same:
+        if not same or saved["world"] != run.world:
             resumed.other_world(run, saved)
         for provider in run.providers:
             provider.restore(saved)

@@ -23,6 +23,11 @@ def check_name(name: str) -> None:
     A name with one slash is a path where its first part is a folder here.
     """
     path = Path(name)
+    if name and sharded_files.are_in(path):
+        raise ValueError(
+            f"{name} is a checkpoint in parts, which only --resume-from-checkpoint reads; pass the "
+            "output folder of the finished run."
+        )
     if name and path.is_dir():
         return
     if path.is_file():

@@ -159,6 +159,7 @@ def _shard_on_cpu(accelerator: Any) -> None:
 
 def _check_kind(accelerator: Any) -> None:
     from accelerate.utils import DistributedType
+    from torch.distributed.fsdp import CPUOffloadPolicy
 
     kind = accelerator.distributed_type
     plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -171,6 +172,8 @@ def _check_kind(accelerator: Any) -> None:
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise ValueError("FSDP1 is not supported; set fsdp_version: 2 in accelerate's file.")
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            raise ValueError("fsdp_offload_params is not supported; set it to false.")
         if plugin.activation_checkpointing:
             raise ValueError(
                 "fsdp_activation_checkpointing is not supported, since it renames weights; set it "

@@ -165,7 +165,11 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
     kind: Any = next((p.step_class for p in providers if p.step_class), PreferenceStep)
     step: PreferenceStep = kind(policy, config, data.layout, providers)
     root, optimizer = Root(step), make_optimizer(step, config)
-    wrapped, optimizer = accelerator.prepare(root, optimizer)
+    wrapped: Any = root
+    if training or accelerator.is_fsdp2:
+        wrapped, optimizer = accelerator.prepare(root, optimizer)
+    else:  # no gradients, and no room for them
+        sharded.place(accelerator, root)
     difference = pairing.check_own_logits(policy, config, root)
     pairing.check_noise(policy, data.examples, config, root)
     packed = pairing.choose_packing(tell, policy, data.examples, config, root)

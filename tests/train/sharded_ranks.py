@@ -95,4 +95,4 @@ def fails(folder: str, name: str, then: str) -> None:
     try:
         train(configured(folder, name))
     except ValueError:
-        time.sleep(60)
+        time.sleep(900)

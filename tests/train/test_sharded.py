@@ -30,6 +30,7 @@ num_processes: 2
 use_cpu: false
 """
 WORKER = str(Path(__file__).with_name("sharded_ranks.py"))
+LONG = 400  # seconds, on a machine that much else runs on
 # 11 rows in micro-batches of 2: the last step of an epoch leaves a rank without rows of its own
 COMMON = dict(
     per_device_train_batch_size=2, max_steps=4, learning_rate=1e-3, weight_decay=0.1,
@@ -52,7 +53,7 @@ def runs(tmp_path_factory):
     tied = save_model(folder / "tied", tie_word_embeddings=True)
 
     def made(name: str, where: str, accumulate: int, **more):
-        own = tied if name == "tdpo2" else model
+        own = more.pop("model", tied if name == "tdpo2" else model)
         options = COMMON | CASES[name] | {"gradient_accumulation_steps": accumulate} | more
         return config(folder / where / name, own, data, eval_dataset=data, **options)
 
@@ -66,7 +67,18 @@ def runs(tmp_path_factory):
     # and from one that one process wrote
     other = made("lora", "other", 2, resume_from_checkpoint=str(folder / "one/lora/checkpoint-2"))
     (folder / "other.json").write_text(json.dumps(other.as_dict()))
-    run_ranks(folder / "ranks", WORKER, "runs", 2, "fsdp", str(folder), *CASES, "again", "other")
+    run_ranks(
+        folder / "ranks",
+        WORKER,
+        "runs",
+        2,
+        "fsdp",
+        str(folder),
+        *CASES,
+        "again",
+        "other",
+        seconds=LONG,
+    )
     return folder, made
 
 
@@ -141,6 +153,12 @@ def test_another_number_of_processes_needs_as_many_micro_batches(runs):
         train(made("dpo", "refused", 2, resume_from_checkpoint=start))
 
 
+def test_a_checkpoint_in_parts_is_no_model(runs):
+    folder, made = runs
+    with pytest.raises(ValueError, match=r"checkpoint in parts.*--resume-from-checkpoint"):
+        train(made("dpo", "refused", 4, model=str(folder / "two/dpo/checkpoint-4")))
+
+
 def test_a_damaged_part_is_seen(runs, tmp_path):
     folder, made = runs
     start = folder / "two/dpo/checkpoint-4"
@@ -164,10 +182,10 @@ def test_a_rank_that_is_killed_leaves_what_can_be_continued(runs):
     for number, point in enumerate(("step", "save", "rename")):
         with pytest.raises(AssertionError, match="rank 0"):
             place = folder / f"ranks-{number}"
-            run_ranks(place, WORKER, "killed", 2, str(folder), "killed", point)
+            run_ranks(place, WORKER, "killed", 2, str(folder), "killed", point, seconds=LONG)
     whole = [path.name for path in (folder / "killed/masks").glob("checkpoint-*")]
     assert whole == ["checkpoint-2"] and seals.damage(folder / "killed/masks/checkpoint-2") is None
-    run_ranks(folder / "ranks-9", WORKER, "runs", 2, "fsdp", str(folder), "killed")
+    run_ranks(folder / "ranks-9", WORKER, "runs", 2, "fsdp", str(folder), "killed", seconds=LONG)
     for name in ("model.safetensors", "masks.safetensors"):
         again, before = (folder / d / "masks" / name for d in ("killed", "two"))
         assert again.read_bytes() == before.read_bytes(), name
@@ -187,7 +205,9 @@ def test_two_ranks_of_tensor_parallelism_are_one_process(tmp_path):
     start = str(tmp_path / "two/checkpoint-2")
     for name, more in (("two", {}), ("again", {"resume_from_checkpoint": start})):
         (tmp_path / f"{name}.json").write_text(json.dumps(made(name, **more).as_dict()))
-    run_ranks(tmp_path / "ranks", WORKER, "runs", 2, "tensor", str(tmp_path), "two", "again")
+    run_ranks(
+        tmp_path / "ranks", WORKER, "runs", 2, "tensor", str(tmp_path), "two", "again", seconds=LONG
+    )
     assert_equal(tmp_path / "one", tmp_path / "two")
     again, before = (tmp_path / d / "model.safetensors" for d in ("again", "two"))
     assert again.read_bytes() == before.read_bytes()
@@ -198,13 +218,15 @@ def test_an_error_in_one_rank_is_every_ranks(tmp_path):
     model, data = save_model(tmp_path / "model"), write_data(tmp_path / "pairs.jsonl", rows=11)
     settings = config(tmp_path / "out", model, data, **COMMON | CASES["tdpo2"])
     (tmp_path / "run.json").write_text(json.dumps(settings.as_dict()))
-    found = run_ranks(tmp_path / "ranks", WORKER, "fails", 2, str(tmp_path), "run", "ends")
+    found = run_ranks(
+        tmp_path / "ranks", WORKER, "fails", 2, str(tmp_path), "run", "ends", seconds=LONG
+    )
     assert "ValueError: out of paper" in found[1]
     assert "ValueError: process 1 failed: out of paper" in found[0]
     # and where the one that failed neither ends nor lets go of the others
     more = (str(tmp_path), "run", "stays")
     with pytest.raises(AssertionError, match=r"--- rank 0\n(.*\n)*process 1 failed: out of paper"):
-        run_ranks(tmp_path / "more", WORKER, "fails", 2, *more, seconds=50)
+        run_ranks(tmp_path / "more", WORKER, "fails", 2, *more, seconds=LONG)
 
 
 @pytest.mark.slow
@@ -225,7 +247,7 @@ def test_accelerate_launch_with_its_own_file(tmp_path):
         "launch",
         "--config_file",
     ]
-    command += [str(tmp_path / "fsdp.yaml"), "-m", "prefkern", "train", "--config"]
+    command += ["--config_file", str(tmp_path / "fsdp.yaml"), "-m", "prefkern", "train", "--config"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
         [*command, str(tmp_path / "run.yaml")], env=environment, capture_output=True, text=True,
