@@ -238,7 +238,7 @@ def save_weights(
     the model in a file of its own name each. `states`: the whole tensors of sharded modules."""
     states = states or {}
     given = {"state_dict": states["policy"]} if "policy" in states else {}
-    with own_rates(modules["policy"]):
+    with own_rates(modules["policy"]), sharded.as_whole(modules["policy"]):
         modules["policy"].save_pretrained(folder, **given)
     tokenizer.save_pretrained(folder)
     for name, module in modules.items():

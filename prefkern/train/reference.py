@@ -156,9 +156,10 @@ class Reference:
         """The policy without its adapter and without dropout."""
         if self._sharded is None:
             self._sharded = is_sharded(self.policy)
+        flags = []
         if self._sharded:
             reshard(self.policy)
-        flags = [(p, p.requires_grad) for p in self.policy.parameters()]
+            flags = [(p, p.requires_grad) for p in self.policy.parameters()]
         training = self.policy.training
         self.policy.eval()
         try:
@@ -170,8 +171,8 @@ class Reference:
             # with FSDP2 those may be gathered ones, and the optimizer's would stay frozen
             if self._sharded:
                 reshard(self.policy)
-                for parameter, flag in flags:
-                    parameter.requires_grad_(flag)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
     def _read(self, model: hf.Model, batch: PreferenceBatch) -> ReferenceRows:
         with ExitStack() as stack:

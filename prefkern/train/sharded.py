@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,6 +83,19 @@ def gathered(module: nn.Module, keep: bool) -> dict[str, Tensor]:
         if keep:
             found[name] = seen[id(tensor)]
     return found
+
+
+@contextmanager
+def as_whole(model: hf.Model) -> Iterator[None]:
+    """In here transformers' `save_pretrained` of whole tensors is this process's alone, and the
+    model's settings do not say that it was shared out."""
+    settings = vars(hf.causal_lm(model).config)
+    shared = settings.pop("distributed_config", None)
+    try:
+        yield
+    finally:
+        if shared is not None:
+            settings["distributed_config"] = shared
 
 
 Compute = Callable[..., Any]

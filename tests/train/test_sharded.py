@@ -216,7 +216,8 @@ def test_two_ranks_of_tensor_parallelism_are_one_process(tmp_path):
 
 def test_an_error_in_one_rank_is_every_ranks(tmp_path):
     model, data = save_model(tmp_path / "model"), write_data(tmp_path / "pairs.jsonl", rows=11)
-    settings = config(tmp_path / "out", model, data, **COMMON | CASES["tdpo2"])
+    options = COMMON | CASES["tdpo2"] | {"overwrite_output_dir": True}
+    settings = config(tmp_path / "out", model, data, **options)
     (tmp_path / "run.json").write_text(json.dumps(settings.as_dict()))
     found = run_ranks(
         tmp_path / "ranks", WORKER, "fails", 2, str(tmp_path), "run", "ends", seconds=LONG
