@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,42 +143,59 @@ def save_checkpoint(
     weights = sharded_files.tensors_of(modules, frozen) if in_parts else {}
     tensors, groups = optimizer_state(optimizer, modules)
 
-    def begin() -> Path:
-        assert output is not None
-        with writing(output.folder / name, lambda: last_whole(output.folder)):
-            return output.partial(name)
-
-    building = processes.from_main(begin)
-
-    def rest(sums: dict[str, list[int]]) -> None:
-        """What the main process writes, and the name."""
-        assert output is not None
-        final = output.folder / name
-        with writing(final, lambda: last_whole(output.folder)):
-            try:
-                if not in_parts:
-                    save_weights(building, modules, tokenizer)
-                    save_file(tensors, building / "optimizer.safetensors")
-                write_json(building / "optimizer.json", groups)
-                write_json(building / "scheduler.json", scheduler.state_dict())
-                write_json(building / "rng_state.json", rng)
-                write_json(building / "trainer_state.json", trainer_state)
-                write_json(building / STATE_FILE, state)
-                for part in parts:
-                    part.save(building)
-                seal(building, output.run, sums)
-                _sync(building)
-            except BaseException:
-                shutil.rmtree(building, ignore_errors=True)  # a full disk gets its space back
-                raise
-            _put_in_place(output, building, final, keep)
-
+    building = processes.from_main(lambda: _begin(_held(output), name))
     sums: dict[str, list[int]] = {}
     if in_parts:
         tensors, numbers = sharded_files.split(tensors)
         state = state | {"optimizer": {"tensors": sorted(tensors), "numbers": numbers}}
         sums = _write_parts(processes, building, weights | tensors)
-    processes.from_main(lambda: rest(sums))
+
+    def files() -> None:
+        if not in_parts:
+            save_weights(building, modules, tokenizer)
+            save_file(tensors, building / "optimizer.safetensors")
+        write_json(building / "optimizer.json", groups)
+        write_json(building / "scheduler.json", scheduler.state_dict())
+        write_json(building / "rng_state.json", rng)
+        write_json(building / "trainer_state.json", trainer_state)
+        write_json(building / STATE_FILE, state)
+        for part in parts:
+            part.save(building)
+
+    processes.from_main(lambda: _finish(_held(output), building, name, keep, sums, files))
+
+
+def _held(output: Output | None) -> Output:
+    """The output folder, which the main process holds."""
+    assert output is not None
+    return output
+
+
+def _begin(output: Output, name: str) -> Path:
+    """In the main process: the folder in which a checkpoint is built."""
+    with writing(output.folder / name, lambda: last_whole(output.folder)):
+        return output.partial(name)
+
+
+def _finish(
+    output: Output,
+    building: Path,
+    name: str,
+    keep: int | None,
+    sums: dict[str, list[int]],
+    files: Callable[[], None],
+) -> None:
+    """In the main process: its own files, the mark, and the name. `sums`: of the others' files."""
+    final = output.folder / name
+    with writing(final, lambda: last_whole(output.folder)):
+        try:
+            files()
+            seal(building, output.run, sums)
+            _sync(building)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)  # a full disk gets its space back
+            raise
+        _put_in_place(output, building, final, keep)
 
 
 def _write_parts(
@@ -188,7 +205,7 @@ def _write_parts(
     rank = processes.accelerator.process_index
     sums, failed = {}, ""
     try:
-        sharded_files.write(building, tensors)
+        sharded_files.write_parts(building, tensors)
         if (building / sharded_files.FOLDER).is_dir():
             _sync(building / sharded_files.FOLDER)
         sums = file_sums(building, sharded_files.own_files(building, rank))
@@ -337,7 +354,7 @@ def _load_tensors(
         found = read_json(checkpoint / STATE_FILE)["optimizer"]
         state = sharded_files.empty_state(found["tensors"], parameters)
         weights = sharded_files.tensors_of(modules, frozen)
-        sharded_files.read(checkpoint, weights | state)
+        sharded_files.read_parts(checkpoint, weights | state)
         state |= {name: torch.tensor(value) for name, value in found["numbers"].items()}
     else:
         for name, module in modules.items():

@@ -99,7 +99,7 @@ class Loop:
         run, checkpoint = self.run, self.run.resume
         assert checkpoint is not None
         saved = ckpt.read_json(checkpoint / ckpt.STATE_FILE)
-        resumed.check(run, checkpoint, saved)
+        resumed.check_continued(run, checkpoint, saved)
         if run.is_main:
             sources.check_same(saved["contents"], run.config)
         same = ckpt.load_training_state(

@@ -84,6 +84,7 @@ def make_accelerator(config: TrainConfig) -> Any:
         ValueError: settings of accelerate's that this trainer cannot follow, with what to do.
     """
     from accelerate import Accelerator, tracking
+    from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin, patch_environment
 
     # accelerate leaves out trackers that are not installed without a word
@@ -95,6 +96,10 @@ def make_accelerator(config: TrainConfig) -> Any:
         )
     _check_environment(config)
     on_cpu = config.device == "cpu"
+    # what an earlier run in this process set, see _shard_on_cpu
+    before = AcceleratorState._shared_state.get("parallelism_config") if on_cpu else None
+    if before is not None:
+        AcceleratorState._shared_state["parallelism_config"] = None
     with patch_environment(ACCELERATE_USE_PARALLELISM_CONFIG="false") if on_cpu else nullcontext():
         accelerator = Accelerator(
             cpu=on_cpu,
@@ -105,7 +110,7 @@ def make_accelerator(config: TrainConfig) -> Any:
             project_dir=config.output_dir,
         )
     if on_cpu:
-        _shard_on_cpu(accelerator)
+        _shard_on_cpu(accelerator, before)
     _check_kind(accelerator)
     together.watch(accelerator)
     return accelerator
@@ -138,7 +143,7 @@ def _check_environment(config: TrainConfig) -> None:
             )
 
 
-def _shard_on_cpu(accelerator: Any) -> None:
+def _shard_on_cpu(accelerator: Any, before: Any) -> None:
     """accelerate leaves its settings of FSDP out of account on CPUs and refuses tensor parallelism
     there; both work over gloo."""
     from accelerate.parallelism_config import ParallelismConfig
@@ -146,6 +151,9 @@ def _shard_on_cpu(accelerator: Any) -> None:
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     state = accelerator.state
+    if before is not None:
+        state.parallelism_config = before
+        return
     if state.distributed_type != DistributedType.MULTI_CPU:
         return
     if _set("ACCELERATE_USE_FSDP"):

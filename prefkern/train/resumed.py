@@ -11,7 +11,7 @@ from .config import check_same_run
 from .run import Run
 
 
-def check(run: Run, checkpoint: Path, saved: dict[str, Any]) -> None:
+def check_continued(run: Run, checkpoint: Path, saved: dict[str, Any]) -> None:
     """Refuses a checkpoint of another run."""
     check_same_run(saved["config"] | _world(checkpoint, saved, run), run.config)
     if saved["data"] != run.data_hash:
@@ -57,6 +57,6 @@ def other_world(run: Run, saved: dict[str, Any]) -> None:
     )
     if any(provider.counts_rounds for provider in run.providers):
         run.say(
-            "losses with a memory, and kto's baseline, see as many micro-batches at a time as "
-            "there are processes: their numbers differ from here on."
+            "losses with a memory, and baselines over all rows, see as many micro-batches at a "
+            "time as there are processes: their numbers differ from here on."
         )

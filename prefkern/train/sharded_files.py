@@ -46,7 +46,7 @@ def tensors_of(modules: dict[str, nn.Module], frozen: dict[str, nn.Module]) -> d
     return found
 
 
-def write(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+def write_parts(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     """Writes the parts of all processes, which must all call it.
 
     Raises:
@@ -60,7 +60,7 @@ def write(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def read(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+def read_parts(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     """Reads into tensors that are as sharded as those that were written, or otherwise.
 
     Raises:

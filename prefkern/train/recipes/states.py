@@ -160,6 +160,7 @@ class LossStates(Provider):
         self.given = frozenset(config.loss_args) | frozenset(config.columns)
         self.rules = {r.name: rule for r in records if (rule := rule_of(r)) is not None}
         self.values = {name: rule.start(config.loss_args) for name, rule in self.rules.items()}
+        self.processes = Processes(None)
         self.updates = 0
         self.progress = 1.0  # share of the run that is done
         self._found: dict[str, dict[str, Tensor]] = {}  # by loss
