@@ -187,6 +187,8 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
     )  # fmt: skip
     for provider in providers:
         provider.open(opened)
+        late = [name for name in provider.modules() if not hasattr(step, name)]
+        assert not late, f"{late} must be there after on_policy, before the model is shared out"
     facts = facts_of(config, step, providers, mode, packed, difference, data, eval_data)
     return Run(
         config=config, records=records, accelerator=accelerator, processes=processes,
