@@ -70,9 +70,4 @@ MUTANTS: list[Row] = [
         ("first = _watch[0].tell(error) if _watch else None", "first = None"),
         ("                os._exit(1)\n", "                pass\n"),
     ),
-    *of(
-        "prefkern/integrations/reference.py",
-        RANKS,
-        ("shared = view.head.shard is not None", "shared = False"),
-    ),
 ]
