@@ -164,12 +164,8 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
     own_hash = data_hash(data.examples, columns=True)
     kind: Any = next((p.step_class for p in providers if p.step_class), PreferenceStep)
     step: PreferenceStep = kind(policy, config, data.layout, providers)
-    root, optimizer = Root(step), make_optimizer(step, config)
-    wrapped: Any = root
-    if training or accelerator.is_fsdp2:
-        wrapped, optimizer = accelerator.prepare(root, optimizer)
-    else:  # no gradients, and no room for them
-        sharded.place(accelerator, root)
+    root = Root(step)
+    wrapped, optimizer = prepared(accelerator, root, make_optimizer(step, config), training)
     difference = pairing.check_own_logits(policy, config, root)
     pairing.check_noise(policy, data.examples, config, root)
     packed = pairing.choose_packing(tell, policy, data.examples, config, root)
@@ -196,6 +192,14 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
         reference=reference, packed=packed, data=data, eval_data=eval_data, data_hash=own_hash,
         resume=resume, facts=facts,
     )  # fmt: skip
+
+
+def prepared(accelerator: Any, root: Root, optimizer: Any, training: bool) -> tuple[Any, Any]:
+    """Root and optimizer as accelerate wraps them; an evaluation has no gradients, and takes no
+    room for them where the model is whole."""
+    if training or accelerator.is_fsdp2:
+        return accelerator.prepare(root, optimizer)
+    return sharded.place(accelerator, root), optimizer
 
 
 def mode_of(

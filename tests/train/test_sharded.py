@@ -241,13 +241,7 @@ def test_accelerate_launch_with_its_own_file(tmp_path):
 
     (tmp_path / "fsdp.yaml").write_text(LAUNCH)
     (tmp_path / "run.yaml").write_text(json.dumps(made("two", 2).as_dict()))
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--config_file",
-    ]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(tmp_path / "fsdp.yaml"), "-m", "prefkern", "train", "--config"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
