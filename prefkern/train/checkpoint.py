@@ -330,6 +330,8 @@ def load_training_state(
             return False
         set_rng_state(rng[processes.accelerator.process_index], processes.accelerator.device)
         return True
+    except torch.OutOfMemoryError:
+        raise
     except (*reading, CheckpointException) as error:
         why = sharded_files.reason(error)
         raise ValueError(f"{checkpoint} cannot be read ({why}).") from error
