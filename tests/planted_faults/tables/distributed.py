@@ -108,7 +108,7 @@ MUTANTS = [
     (
         "logits_of_the_own_tokens_kept_alone",
         "prefkern/ops/linear_stats.py",
-        "scored = budget.count_of_all(record.targets, shard.world)",
+        "scored = budget.count_of_all(record.targets, record.shard.world)",
         "scored = record.N",
         HEADS,
     ),
