@@ -1,6 +1,6 @@
-"""The command line: prefkern train | eval | precompute | losses | plot | env | bench | demo.
+"""The command line: prefkern train | eval | precompute | score | sample | losses | plot | env | ...
 
-Options of training come from TrainConfig through tyro, a YAML file fills them and flags beat it.
+Options come from dataclasses through tyro, a YAML file fills them and flags beat it.
 A mistake of the user's ends in one line and exit status 2; --debug shows the traceback.
 """
 
@@ -94,7 +94,7 @@ def _is_missing_extra(error: ImportError) -> bool:
     return "prefkern[train]" in str(error)
 
 
-# Train, eval, precompute.
+# Verbs that load a model.
 
 
 def _configure(verb: str, args: list[str]) -> tuple[Any, Any]:
@@ -155,6 +155,34 @@ def _precompute(args: list[str]) -> int:
 
     for path in precompute(config):
         print(path)
+    return 0
+
+
+def _score(args: list[str]) -> int:
+    from ..train import require_train_extra
+
+    require_train_extra()
+    from ..train.stored.options import ScoreConfig
+    from .options import parse_table_options
+
+    config = parse_table_options("score", ScoreConfig, args)
+    from ..train.stored.score import score
+
+    print(score(config))
+    return 0
+
+
+def _sample(args: list[str]) -> int:
+    from ..train import require_train_extra
+
+    require_train_extra()
+    from ..train.stored.options import SampleConfig
+    from .options import parse_table_options
+
+    config = parse_table_options("sample", SampleConfig, args)
+    from ..train.stored.sample import sample
+
+    print(sample(config))
     return 0
 
 
@@ -300,6 +328,8 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a causal language model from preferences"),
     "eval": (_eval, "measure a model on held-out preferences"),
     "precompute": (_precompute, "write reference log-probabilities for later runs"),
+    "score": (_score, "put scores of stored answers into columns of a new file"),
+    "sample": (_sample, "sample answers of a model to stored prompts"),
     "merge": (_merge, "add up the adapters of several runs"),
     "losses": (_losses, "list the losses, or show one"),
     "plot": (_plot, "draw the curves of finished or running runs"),

@@ -1,4 +1,4 @@
-"""TrainConfig from a command line: a YAML file fills it, flags beat it."""
+"""Options from a command line: a YAML file fills them, flags beat it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import inspect
 import io
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
 from ..train.config import TrainConfig
-from ..train.read_config import from_mapping, nearest, read_yaml
+from ..train.read_config import nearest, options_from, read_yaml
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,22 +41,7 @@ def parse(verb: str, args: list[str]) -> tuple[TrainConfig, Command]:
         ValueError: an unknown option or YAML key (nearest names given), a value that does not fit.
         SystemExit: --help.
     """
-    if args and args[0].endswith((".yaml", ".yml")):
-        args = ["--config", *args]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    found, args = first.parse_known_args(args)
-    values = {} if found.config is None else read_yaml(found.config)
-    given = {str(key).replace("-", "_") for key in values}
-    absent: dict[str, Any] = {
-        f.name: tyro.MISSING
-        for f in dataclasses.fields(TrainConfig)
-        if f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-        and f.name not in given
-    }
-    blank = dict.fromkeys(absent, "")
-    defaults = from_mapping(values | blank, origin=found.config or "configuration")
+    args, defaults, absent = _from_yaml(TrainConfig, args)
     from_file, columns = defaults.loss_args, defaults.columns
     # dictionaries are no flags: --loss-arg name=value and --column name=column stand for them
     defaults = dataclasses.replace(defaults, loss_args={}, columns={}, **absent)
@@ -68,15 +55,55 @@ def parse(verb: str, args: list[str]) -> tuple[TrainConfig, Command]:
             return_unknown_args=True,
             config=(tyro.conf.SuppressFixed,),
         )
-    if unknown:
-        names = [f.name for f in dataclasses.fields(TrainConfig)]
-        names += ["loss_arg", "column", "dry_run", "json", "debug", "config"]
-        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
-        near = nearest(name, names).replace("_", "-")
-        raise ValueError(f"unknown option {unknown[0]}{near}.")
+    _refuse_unknown(unknown, TrainConfig, ("loss_arg", "column", "dry_run", "json"))
     loss_args = from_file | parse_loss_args(parsed.loss_arg)
     columns = columns | parse_columns(parsed.column)
     return dataclasses.replace(parsed.options, loss_args=loss_args, columns=columns), parsed
+
+
+def parse_table_options(verb: str, kind: type[T], args: list[str]) -> T:
+    """The options of `score` or `sample` from a YAML file and flags; raises as `parse`."""
+    args, defaults, absent = _from_yaml(kind, args)
+    with _one_line():
+        parsed, unknown = tyro.cli(
+            kind,
+            args=args,
+            default=dataclasses.replace(defaults, **absent),
+            prog=f"prefkern {verb} [CONFIG.yaml]",
+            description=inspect.getdoc(kind),
+            return_unknown_args=True,
+        )
+    _refuse_unknown(unknown, kind)
+    return parsed
+
+
+def _from_yaml(kind: type[Any], args: list[str]) -> tuple[list[str], Any, dict[str, Any]]:
+    """The flags, what a YAML file says, and what flags must give (with tyro's mark)."""
+    if args and args[0].endswith((".yaml", ".yml")):
+        args = ["--config", *args]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    found, args = first.parse_known_args(args)
+    values = {} if found.config is None else read_yaml(found.config)
+    given = {str(key).replace("-", "_") for key in values}
+    absent: dict[str, Any] = {
+        f.name: tyro.MISSING
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and f.name not in given
+    }
+    blank = dict.fromkeys(absent, "")
+    origin = found.config or "configuration"
+    return args, options_from(kind, values | blank, origin=origin), absent
+
+
+def _refuse_unknown(unknown: list[str], kind: type[Any], further: tuple[str, ...] = ()) -> None:
+    if unknown:
+        names = [f.name for f in dataclasses.fields(kind)] + [*further, "debug", "config"]
+        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        near = nearest(name, names).replace("_", "-")
+        raise ValueError(f"unknown option {unknown[0]}{near}.")
 
 
 @contextlib.contextmanager

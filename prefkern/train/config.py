@@ -15,7 +15,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from .recipes.options import FusedOptions, MaskOptions, OnlineOptions, SpeedOptions, SyncOptions
+from .recipes.options import (
+    BaselineOptions,
+    FusedOptions,
+    MaskOptions,
+    OnlineOptions,
+    SpeedOptions,
+    SyncOptions,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +299,7 @@ class TrainConfig(
     MaskOptions,
     SyncOptions,
     FusedOptions,
+    BaselineOptions,
     ReferenceOptions,
     ObjectiveOptions,
     DataOptions,

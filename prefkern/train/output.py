@@ -41,7 +41,10 @@ NAMES = frozenset(
 # A folder is a model from the moment it has one of these: they are written last.
 _LAST = ("config.json", "adapter_config.json")
 _INPUTS = ("model", "ref_model", "aux_model", "judge_model", "judge_ref_model")
-_STORED = ("dataset", "eval_dataset", "precomputed_ref", "precomputed_aux", "fused_ref")
+_STORED = (
+    "dataset", "eval_dataset", "precomputed_ref", "precomputed_aux", "fused_ref",
+    "precomputed_baseline",
+)  # fmt: skip
 
 
 def read_mark(folder: Path) -> dict[str, Any] | None:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from .config import TrainConfig
 
+C = typing.TypeVar("C", bound=Any)
+
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """'; nearest: a, b' or an empty string."""
@@ -56,8 +58,13 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
 
 def from_mapping(values: dict[str, Any], *, origin: str = "configuration") -> TrainConfig:
     """A TrainConfig from a mapping (YAML, JSON); unknown keys are errors with the nearest names."""
-    hints = typing.get_type_hints(TrainConfig)
-    kinds = {option.name: hints[option.name] for option in dataclasses.fields(TrainConfig)}
+    return options_from(TrainConfig, values, origin=origin)
+
+
+def options_from(kind: type[C], values: dict[str, Any], *, origin: str) -> C:
+    """As `from_mapping`, of any dataclass of options."""
+    hints = typing.get_type_hints(kind)
+    kinds = {option.name: hints[option.name] for option in dataclasses.fields(kind)}
     known = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -66,14 +73,14 @@ def from_mapping(values: dict[str, Any], *, origin: str = "configuration") -> Tr
         known[name] = _coerce(f"{origin}: {key}", value, kinds[name])
     missing = [
         f.name
-        for f in dataclasses.fields(TrainConfig)
+        for f in dataclasses.fields(kind)
         if f.default is dataclasses.MISSING
         and f.default_factory is dataclasses.MISSING
         and f.name not in known
     ]
     if missing:
         raise ValueError(f"{origin}: {' and '.join(missing)} must be given.")
-    return TrainConfig(**known)
+    return kind(**known)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -248,7 +248,7 @@ def check_sources(config: TrainConfig) -> None:
         with _of_option(option):
             if (source := getattr(config, option)) is not None:
                 check_source(source)
-    for option in ("precomputed_ref", "precomputed_aux", "fused_ref"):
+    for option in ("precomputed_ref", "precomputed_aux", "fused_ref", "precomputed_baseline"):
         value = getattr(config, option) or ()
         for path in value if isinstance(value, tuple) else (value,):
             if not Path(path).exists():

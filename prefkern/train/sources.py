@@ -12,7 +12,7 @@ from .config import TrainConfig, short_hash
 from .seals import file_sum, file_sums
 
 _MODELS = ("model", "ref_model", "aux_model", "judge_model", "judge_ref_model")
-_FILES = ("precomputed_ref", "precomputed_aux", "fused_ref", "judge")
+_FILES = ("precomputed_ref", "precomputed_aux", "fused_ref", "precomputed_baseline", "judge")
 _CONFIGS = ("config.json", "adapter_config.json")
 # What of a model folder decides its numbers.
 _READ = ("*.safetensors", "*.bin", "*.json")
@@ -27,7 +27,7 @@ def contents(config: TrainConfig) -> dict[str, str]:
     for option in (*_MODELS, *_FILES):
         value = getattr(config, option)
         names = list(value) if isinstance(value, tuple) else [value]
-        parts = [_content(name, option in _MODELS) for name in names if name]
+        parts = [content(name, option in _MODELS) for name in names if name]
         if any(parts):
             found[option] = short_hash(parts)
     return found
@@ -50,7 +50,7 @@ def check_same(saved: dict[str, str], config: TrainConfig) -> None:
         )
 
 
-def _content(name: str, is_model: bool) -> str:
+def content(name: str, is_model: bool) -> str:
     """Of a folder, a file or a hub name; empty where nothing is known of it."""
     path = Path(name)
     if not is_model and not path.exists():  # a judge: file.py:function or module:function
@@ -71,7 +71,7 @@ def _of_folder(folder: Path, files: Iterable[str]) -> str:
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        parts.append(_content(str(base), True) if base else "")
+        parts.append(content(str(base), True) if base else "")
     return short_hash(parts)
 
 

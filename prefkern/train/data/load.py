@@ -62,6 +62,8 @@ class Loader:
     labelled: bool = True
     """Whether single answers must have a label. Otherwise labels are read where all rows have
     them."""
+    may_be_empty: bool = False
+    """Whether a source may have no row that can be used."""
     columns: Items[Column] = ()
     """Columns that losses read beside the texts."""
     roles: Mapping[str, Column] = field(default_factory=dict)
@@ -117,7 +119,7 @@ class Loader:
                 _report(report, row, why, self.strict)
         report.kept = len(examples)
         report.truncated = sum(example.truncated for example in examples)
-        if not examples:
+        if not examples and not self.may_be_empty:
             raise ValueError(f"no row of {_name(source)} can be used as {layout}: {report}")
         beside.weigh(example.weight for example in examples)
         report.notes += [f"{count} {note}" for note, count in encoder.notes.items()]
@@ -125,7 +127,7 @@ class Loader:
         examples = self._graded(examples, report)
         if layout == "unpaired" and any(example.desirable is None for example in examples):
             examples = [replace(example, desirable=None) for example in examples]
-        if self.columns:
+        if self.columns and examples:
             rows = [(f"row {e.row}", e.columns, e.sequences[0].numbers) for e in examples]
             check_alike(rows, self.columns)
         return Loaded(examples, layout, report)

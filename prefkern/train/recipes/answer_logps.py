@@ -13,6 +13,7 @@ from ...integrations.head import at_head
 from .. import models, reference_cache
 from ..config import TrainConfig
 from ..data import Loader
+from ..data.rows import Text
 
 Prompt = Mapping[str, Any]  # a row of the prompts' table
 
@@ -21,7 +22,7 @@ def answer_logps(
     model: hf.Model,
     tokenizer: Any,
     rows: Sequence[Prompt],
-    answers: Sequence[str],
+    answers: Sequence[Text],
     config: TrainConfig,
     *,
     off: Callable[[], AbstractContextManager] = nullcontext,
@@ -35,23 +36,28 @@ def answer_logps(
     loader = Loader(
         tokenizer=tokenizer, layout="unpaired", labelled=False, max_length=config.max_length,
         model_context=models.context_length(model), append_eos=config.append_eos,
+        may_be_empty=True,
     )  # fmt: skip
     examples = loader.load(table).examples
+    found: list[Tensor | None] = [None] * len(table)
+    if not examples:
+        return found
     at_head(model)
     training = model.training
     model.eval()
     with off():
         logp, ends = reference_cache.compute(model, examples, config, packed=False, pad_id=0)
     model.train(training)
-    found: list[Tensor | None] = [None] * len(table)
     for example, a, b in zip(examples, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
         found[example.row] = logp[a:b]
     return found
 
 
-def as_completion(row: Prompt, text: str) -> Any:
-    """An answer in the form of the prompt: text, or one assistant message."""
-    return text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+def as_completion(row: Prompt, text: Text) -> Any:
+    """An answer in the form of the prompt: text, or one assistant message; messages as they are."""
+    if isinstance(row["prompt"], str) or not isinstance(text, str):
+        return text
+    return [{"role": "assistant", "content": text}]
 
 
 def training_row(row: Prompt) -> dict[str, Any]:

@@ -18,6 +18,15 @@ class FusedOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaselineOptions:
+    """Of recipes.baseline."""
+
+    precomputed_baseline: tuple[str, ...] = ()
+    """poft: files or folders of `prefkern precompute`, one per baseline model; the mean of their
+    mean log-probabilities is what the policy is to surpass."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SyncOptions:
     """Of recipes.sync."""
 

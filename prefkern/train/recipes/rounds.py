@@ -91,10 +91,13 @@ def check(config: TrainConfig) -> None:
             "round_extrapolation works on the weights, and an adapter's change of them is a "
             "product of two matrices, which does not extrapolate; set lora_r=0."
         )
-    if config.round_data != "same" and (config.fused_ref or config.precomputed_aux):
+    stored = [
+        n for n in ("fused_ref", "precomputed_aux", "precomputed_baseline") if getattr(config, n)
+    ]
+    if config.round_data != "same" and stored:
         raise ValueError(
-            "fused_ref and precomputed_aux belong to one data set; with round_data="
-            f"{config.round_data} every round has its own: use aux_model, or round_data=same."
+            f"{' and '.join(stored)} belong to one data set; with round_data={config.round_data} "
+            "every round has its own: use a model (aux_model) or columns, or round_data=same."
         )
     if config.round_data == "online" and config.score_prompt:
         raise ValueError(

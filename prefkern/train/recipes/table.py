@@ -11,6 +11,7 @@ from ..demands import check_loss_args
 from ..providers import Provider, check_supplied
 from .activations import Activations
 from .aux_model import AuxModel
+from .baseline import Baseline
 from .fused_reference import FusedReference
 from .kto_baseline import KtoBaseline
 from .masks import Masks
@@ -21,8 +22,8 @@ from .two_speeds import TwoSpeeds
 
 # In the order in which a step calls them.
 PROVIDERS: tuple[type[Provider], ...] = (
-    StepCounts, KtoBaseline, Activations, AuxModel, FusedReference, Masks, LossStates, TwoSpeeds,
-    ReferenceSync,
+    StepCounts, KtoBaseline, Activations, AuxModel, FusedReference, Baseline, Masks, LossStates,
+    TwoSpeeds, ReferenceSync,
 )  # fmt: skip
 
 

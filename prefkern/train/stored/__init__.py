@@ -1,0 +1,1 @@
+"""Stored answers: `prefkern score` puts numbers beside them, `prefkern sample` makes them."""
