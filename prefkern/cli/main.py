@@ -233,6 +233,8 @@ def _losses(args: list[str]) -> int:
         ]
         print("\n" + _table(rows, ("argument", "default")))
         print(f"\nstatus: {record.status}\nsource: {record.source}")
+        for part in record.parts:
+            print(f"in training, only with {part.how}; without it {part.without}")
         return 0
     found: list[dict[str, str]] = []
     for name, record in losses.LOSSES.items():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import core, docstrings
 from .diffusion import core as diffusion_core
-from .record import LOSSES, Loss, Supervised, TokenWeights
+from .record import LOSSES, Loss, Part, Supervised, TokenWeights
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,6 +50,7 @@ class Family:
         supervised: Supervised | None = None,
         update: Callable[..., Any] | None = None,
         constant: tuple[str, ...] = (),
+        parts: tuple[Part, ...] = (),
     ) -> Callable[[F], F]:
         """Declares the function below as a loss; the fields are those of `Loss`, None the usual.
 
@@ -79,7 +80,7 @@ class Family:
                 loss, self.name, source, status,
                 self.reads if reads is None else reads, reference, score or self.score,
                 rewards or self.rewards[reference is False], items or self.items,
-                weights, supervised, update, constant,
+                weights, supervised, update, constant, parts,
             )  # fmt: skip
             provisional = record.provisional
             loss.__doc__ = fn.__doc__ = docstrings.complete(record)

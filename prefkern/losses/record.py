@@ -44,6 +44,15 @@ class Supervised(NamedTuple):
     scale: str | None = None  # a hyper-parameter that multiplies the weight
 
 
+class Part(NamedTuple):
+    """What makes a loss its method beside the tensors it reads, and what a run without it is."""
+
+    name: str  # what supplies it in a trainer calls it so
+    without: str  # a clause: what is trained where it is absent
+    how: str  # what has it, in words of a trainer's options
+    refused: bool = False  # a run without it would be another method under the name
+
+
 _LARGEST = sys.float_info.max
 
 
@@ -69,6 +78,7 @@ class Loss:
     supervised: Supervised | None = None
     update: Callable[..., Any] | None = None  # stateful losses: update(state, ...) -> state
     constant: tuple[str, ...] = ()  # fields of `reads` that it reads without gradient
+    parts: tuple[Part, ...] = ()  # without which a trainer's run is not the method
     inputs: Inputs = field(init=False)
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ else a list of dictionaries. Nothing here reads a model, and importing it does n
 
 from .annotators import number_annotators, pairs_per_annotator, with_reliability
 from .conditioning import (
+    context_conditioned,
     control_prefix,
     direction_conditioned,
     direction_prompts,
@@ -22,6 +23,7 @@ from .triples import triples_from_lists
 from .weights import pair_weights, token_weights
 
 __all__ = [
+    "context_conditioned",
     "control_prefix",
     "curriculum",
     "direction_conditioned",

@@ -13,6 +13,7 @@ from .prompts import SEPARATOR, conditioned, swapped
 from .table import Row, Table, map_rows
 
 SCORE_TEMPLATE = "Write an answer that deserves the overall score {score}."
+CONTEXT_TEMPLATE = "Judge answers by this: {context}"
 DIRECTION_TEMPLATE = "Write the answer that has the highest weighted rating {weights}."
 
 
@@ -61,6 +62,61 @@ def score_conditioned(
         yield conditioned(swapped(data, (chosen_score, rejected_score)), wanted[1], separator)
 
     return map_rows(table, both)
+
+
+def context_conditioned(
+    table: Table,
+    *,
+    template: str = CONTEXT_TEMPLATE,
+    context: str = "context",
+    context_rejected: str = "context_rejected",
+    separator: str = SEPARATOR,
+) -> Table:
+    """Writes the context of a comparison into the prompt, and where a second context turns it
+    round, adds the pair swapped under that one.
+
+    A model that does not read the context is right on half of such reversals, however good it is on
+    each context alone.
+
+    Source: context-aware preference modelling (arXiv 2407.14916), whose data hold two criteria per
+    pair, each preferring another answer; abstract and data card read. Our wording is another.
+
+    Columns in: `prompt`, `chosen`, `rejected`, `context` (text under which chosen is better) and,
+    where there is one, `context_rejected` (text under which rejected is better).
+    Columns out: the same; `prompt` begins with the context. One row per row and context; under the
+    second, `chosen_<x>` and `rejected_<x>` are exchanged for every x.
+
+    Args:
+        table: Pairs with their context.
+        template: Text of the condition with the field {context}.
+        context, context_rejected: Columns, default these names.
+        separator: Between condition and a plain-text prompt, default an empty line.
+
+    Raises:
+        ValueError: A template without {context}; names row and column: a missing context, two equal
+            ones, equal answers, a column computed for the old prompt.
+    """
+    _check_template(template, "context")
+
+    def each(data: Row) -> Iterator[Row]:
+        pair_of(data)
+        words = _plain(data, context)
+        yield conditioned(data, template.format(context=words), separator)
+        if data.get(context_rejected) is not None:
+            other = _plain(data, context_rejected)
+            if other == words:
+                raise BadRow(context_rejected, f"is the same as {context}")
+            turned = swapped(data, (context, context_rejected))
+            yield conditioned(turned, template.format(context=other), separator)
+
+    return map_rows(table, each)
+
+
+def _plain(data: Row, column: str) -> str:
+    words = text_of(data, column)
+    if not isinstance(words, str):
+        raise BadRow(column, "must be a string")
+    return words
 
 
 def direction_conditioned(

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 from .recipes.options import (
     BaselineOptions,
     FusedOptions,
+    HeadOptions,
     MaskOptions,
     OnlineOptions,
     SpeedOptions,
@@ -300,6 +301,7 @@ class TrainConfig(
     SyncOptions,
     FusedOptions,
     BaselineOptions,
+    HeadOptions,
     ReferenceOptions,
     ObjectiveOptions,
     DataOptions,

@@ -35,6 +35,8 @@ class Columns(Provider):
             that read a different number of answers per row.
     """
 
+    makes_parts = False  # numbers of a file: nothing learns or samples them
+
     def __init__(
         self,
         config: TrainConfig,

@@ -48,12 +48,12 @@ def facts_of(
         "layout": data.layout,
         "columns": {column.argument: column.column for column in columns},
         "batches": "packed" if packed else "padded",
-        "data": _counts(data),
-        "eval_data": None if eval_data is None else _counts(eval_data),
+        "data": counts(data),
+        "eval_data": None if eval_data is None else counts(eval_data),
     }
 
 
-def _counts(data: Loaded) -> dict[str, Any]:
+def counts(data: Loaded) -> dict[str, Any]:
     sequences = [seq for example in data.examples for seq in example.sequences]
     return {
         "groups": len(data.examples),

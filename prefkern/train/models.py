@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,18 @@ def told(name: str, what: str = "model") -> Iterator[None]:
         raise ValueError(f"the {what} of {name} cannot be loaded: {reason}") from error
 
 
-def load_whole(kind: Any, name: str, config: TrainConfig, tensor_parallel: int = 1) -> hf.Model:
-    """A transformers model of the auto class `kind`, every weight of it out of the checkpoint; of
-    its matrices a part where `tensor_parallel` processes share them.
+def load_whole(
+    kind: Any,
+    name: str,
+    config: TrainConfig,
+    tensor_parallel: int = 1,
+    *,
+    may_lack: Callable[[str], bool] = lambda key: False,
+    **more: Any,
+) -> hf.Model:
+    """A transformers model of the auto class `kind`, every weight of it out of the checkpoint but
+    those that it may lack; of its matrices a part where `tensor_parallel` processes share them;
+    `more` goes to from_pretrained.
 
     Raises:
         ValueError: weights are missing or of another shape (transformers would draw them at
@@ -81,6 +90,7 @@ def load_whole(kind: Any, name: str, config: TrainConfig, tensor_parallel: int =
 
     check_name(name)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": False}
+    options |= more
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if tensor_parallel > 1:
@@ -99,6 +109,7 @@ def load_whole(kind: Any, name: str, config: TrainConfig, tensor_parallel: int =
         )
     lacking = sorted(found["missing_keys"])
     lacking += sorted(str(key) for key in found.get("mismatched_keys", ()))
+    lacking = [key for key in lacking if not may_lack(key)]
     if lacking or found.get("error_msgs"):
         what = ", ".join(lacking[:3]) + (" ..." if len(lacking) > 3 else "")
         raise ValueError(

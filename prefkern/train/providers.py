@@ -65,6 +65,7 @@ class Provider:
     wants_layers: ClassVar[bool] = False  # the reference's hidden states after every block
     moves_reference: ClassVar[bool] = False  # the reference must have weights of its own
     counts_rounds: ClassVar[bool] = False  # what it gives depends on the number of processes
+    makes_parts: ClassVar[bool] = True  # what it supplies counts as a part of a loss (Loss.parts)
     step_class: ClassVar[type[nn.Module] | None] = None  # takes the place of PreferenceStep
 
     def __init__(self, config: TrainConfig, records: Sequence[Loss]) -> None:
@@ -183,6 +184,28 @@ def supplied(record: Loss, config: TrainConfig, providers: Iterable[Provider]) -
     """The arguments of `record` that a run gives it."""
     found = {*filled_here(record), *config.loss_args}
     return frozenset(found).union(*(provider.supplies(record) for provider in providers))
+
+
+def lacking_parts(
+    records: Sequence[Loss], config: TrainConfig, providers: Iterable[Provider]
+) -> list[str]:
+    """What to say of losses that are trained without a part that makes them the method; a column of
+    constants is no such part.
+
+    Raises:
+        ValueError: a part without which a run would be another method under the name.
+    """
+    notes = []
+    for record in records:
+        given = {n for p in providers if p.makes_parts for n in p.supplies(record)}
+        for part in record.parts:
+            if part.name in given or part.name in config.loss_args:
+                continue
+            text = f"loss {record.name!r} is its method only with {part.how}; here {part.without}."
+            if part.refused:
+                raise ValueError(text)
+            notes.append(text)
+    return notes
 
 
 def check_supplied(

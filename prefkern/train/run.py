@@ -26,7 +26,7 @@ from .facts import facts_of
 from .models import autocast
 from .optimizer import make_optimizer
 from .processes import Processes, make_accelerator
-from .providers import Micro, Opened, Provider
+from .providers import Micro, Opened, Provider, lacking_parts
 from .recipes.table import providers_of
 from .reference import CACHED, Reference, ReferenceRows, choose_mode
 from .root import Root
@@ -144,13 +144,17 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
         raise ValueError(
             "num_rounds, round_data: a run of rounds is started by prefkern.train.train."
         )
+    if config.head == "reward":
+        from .recipes.reward.prepare import prepare_reward
+
+        return prepare_reward(config, training=training)
     records, providers = plan(config)
     check_sources(config)
     accelerator = make_accelerator(config)
     processes = Processes.of(accelerator)
-    resume, notes = processes.from_main(partial(_resume, config)) if training else (None, [])
+    resume, notes = processes.from_main(partial(resume_point, config)) if training else (None, [])
     tell = partial(say, accelerator)
-    for note in notes:
+    for note in (*notes, *lacking_parts(records, config, providers)):
         tell(note)
     tokenizer, policy = open_policy(config, providers, resume, processes)
     mode = mode_of(config, providers, policy, training, tell)
@@ -265,7 +269,7 @@ def _of_option(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _resume(config: TrainConfig) -> tuple[Path | None, list[str]]:
+def resume_point(config: TrainConfig) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from, and what to say of it; the output folder is checked."""
     folder = Path(config.output_dir)
     output.check_inputs(config)

@@ -19,7 +19,8 @@ from prefkern.train.run import prepare
 # What the trainer cannot run, by family or name, and the words of its refusal.
 REFUSED = {
     "diffusion": "has no language-model head",
-    "more": "needs source and source_weights, which this trainer does not supply",
+    "more": "is its method only with --head reward",
+    "pal": "is its method only with --head reward",
 }
 # What a step may depend on how it is split: a sort over the batch, a baseline of the batch, a state
 # that moves after every micro-batch.

@@ -22,8 +22,9 @@ from prefkern.train.run import plan, prepare
 # What must be asked for by an option before a loss of that name can be planned at all.
 OPTIONS = {
     "tgdpo": {"aux_model": "a"}, "adpa": {"aux_model": "a"},
+    "pal": {"head": "reward", "num_outputs": 2}, "more": {"head": "reward"},
 }  # fmt: skip
-PLANNED = [n for n, r in LOSSES.items() if r.family != "diffusion" and n != "more"]
+PLANNED = [n for n, r in LOSSES.items() if r.family != "diffusion"]
 
 
 def settings(name: str, **changes):
@@ -42,8 +43,8 @@ def test_everything_that_a_loss_requires_is_supplied(name):
 
 
 def test_what_nothing_supplies_is_named_before_anything_loads():
-    with pytest.raises(ValueError, match="loss 'more' needs source and source_weights, which"):
-        plan(settings("more"))
+    with pytest.raises(ValueError, match="loss 'more' is its method only with --head reward"):
+        plan(settings("more", head="lm"))
 
 
 def test_every_provider_serves_a_loss_or_an_option():
@@ -51,6 +52,7 @@ def test_every_provider_serves_a_loss_or_an_option():
     for name, changes in (
         ("dpo_second_reference", {"slow_learning_rate": 1e-3, "lora_r": 2}),
         ("infifpo", {"fused_ref": ("c",)}),
+        ("poft", {"precomputed_baseline": ("c",)}),
         ("dpo", {"sync_ref_model": True}),
     ):
         kinds |= {type(p) for p in plan(settings(name, **changes))[1]}

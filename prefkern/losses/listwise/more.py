@@ -10,6 +10,7 @@ from ...ops import ragged
 from ...ops.list_rank import list_rank
 from .. import core
 from ..declare import listwise
+from ..record import Part
 
 NORMALIZERS = ("none", "l2", "loss", "loss+")
 _TOLERANCE = 1e-12  # of an inner product, relative to the longest gradient's square
@@ -20,6 +21,14 @@ _ROUNDS = 1000  # the method ends after a few rounds per gradient; this bounds a
     source="arXiv 2312.07401",
     status="loss executed against the authors' code; paper read in abstract only",
     score="mean_logp",
+    parts=(
+        Part(
+            "source_weights",
+            "there would be no gradients at a reward head to weigh the sources by",
+            "--head reward with a column source",
+            refused=True,
+        ),
+    ),
 )
 def more(
     scores: Tensor,  # [S]

@@ -9,6 +9,7 @@ from ...ops.list_rank import list_rank
 from .. import core
 from ..declare import listwise
 from ..lists import Lists
+from ..record import Part
 from .lipo import pair_hinges
 
 
@@ -16,6 +17,14 @@ from .lipo import pair_hinges
     source="arXiv 2406.08469",
     status="scores and loss executed against the authors' code; paper read in abstract only",
     score="mean_logp",
+    parts=(
+        Part(
+            "ideal_points",
+            "it would be a hinge on mean log-probabilities, without users and prototypes",
+            "--head reward with a column user",
+            refused=True,
+        ),
+    ),
 )
 def pal(
     scores: Tensor,  # [S]

@@ -7,12 +7,20 @@ from torch import Tensor
 from ...stats import SeqStats
 from .. import core, links
 from ..declare import pairwise
+from ..record import Part
 
 
 @pairwise(
     source="arXiv 2403.03419 eq. 3",
     status="two independent notes agree; no official code found",
     reference=True,
+    parts=(
+        Part(
+            "self_samples",
+            "one stored answer per prompt stands for the K self-samples, and one reference for two",
+            "samples of the policy at every step",
+        ),
+    ),
 )
 def d2o(
     chosen: SeqStats,

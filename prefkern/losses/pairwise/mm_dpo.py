@@ -7,12 +7,14 @@ from torch import Tensor
 from ...stats import SeqStats
 from .. import core, links
 from ..declare import pairwise
+from ..record import Part
 
 
 @pairwise(
     source="arXiv 2406.11839, arXiv 2502.13146",
     status="checked against the authors' code",
     reference=True,
+    parts=(Part("images", "a text stands in the place of the image", "a model that reads images"),),
 )
 def mm_dpo(
     chosen: SeqStats,

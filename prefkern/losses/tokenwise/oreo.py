@@ -13,6 +13,7 @@ from ...stats import TokenStats
 from .. import core, links
 from .. import tokens as token
 from ..declare import tokenwise
+from ..record import Part
 
 
 def _reads(*, kl: str = "rkl", **_: Any) -> tuple[str, ...]:
@@ -26,6 +27,7 @@ def _reads(*, kl: str = "rkl", **_: Any) -> tuple[str, ...]:
     "level after its description",
     reference=True,
     reads=_reads,
+    parts=(Part("value", "the value is a constant that nothing learns", "a value head"),),
 )
 def oreo(
     tokens: TokenStats,  # [N]

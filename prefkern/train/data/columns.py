@@ -51,7 +51,7 @@ KINDS = {
     "cosine": TOKEN,
     "advantages": EITHER,
     "pairs": PAIRS,
-    "annotator": NAME,
+    "annotator": NAME, "user": NAME, "source": NAME,
 }  # fmt: skip
 INTEGERS = frozenset({"topk", "preference_levels", "step_index", "pairs"})
 

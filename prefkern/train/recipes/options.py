@@ -18,6 +18,33 @@ class FusedOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """Of recipes.reward."""
+
+    LOWEST: ClassVar[dict[str, float]] = {
+        "num_outputs": 1, "prototypes": 1, "prototype_learning_rate": 0.0,
+    }  # fmt: skip
+
+    head: Literal["lm", "reward"] = "lm"
+    """What is trained: a causal model's log-probabilities (lm), or the scores of a sequence-
+    classification model (reward), made of a causal model where `model` is one."""
+    num_outputs: int | None = None
+    """head=reward: outputs per answer (default: those that `model` has, else 1)."""
+    output_weights: tuple[float, ...] = ()
+    """head=reward: an answer's score is this weighted sum of its outputs; needed for several."""
+    prototypes: int = 2
+    """head=reward, pal: points of which every user's ideal point is a mixture."""
+    prototype_learning_rate: float | None = None
+    """head=reward, pal: learning rate of prototypes and users (default: learning_rate)."""
+
+    def check(self) -> None:
+        if self.head == "lm":
+            for name in ("num_outputs", "output_weights", "prototypes", "prototype_learning_rate"):
+                if getattr(self, name) != getattr(HeadOptions, name):
+                    raise ValueError(f"{name} is of reward models; set head=reward, or drop it.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaselineOptions:
     """Of recipes.baseline."""
 

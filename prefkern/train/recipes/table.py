@@ -8,7 +8,7 @@ from ...losses.record import Loss
 from ..config import TrainConfig
 from ..data_providers import Columns, StepCounts
 from ..demands import check_loss_args
-from ..providers import Provider, check_supplied
+from ..providers import Provider, check_supplied, lacking_parts
 from .activations import Activations
 from .aux_model import AuxModel
 from .baseline import Baseline
@@ -16,6 +16,9 @@ from .fused_reference import FusedReference
 from .kto_baseline import KtoBaseline
 from .masks import Masks
 from .online.makers import MAKERS
+from .reward.head import RewardHead
+from .reward.ideal_points import IdealPoints
+from .reward.sources import Sources
 from .states import LossStates
 from .sync import ReferenceSync
 from .two_speeds import TwoSpeeds
@@ -23,7 +26,7 @@ from .two_speeds import TwoSpeeds
 # In the order in which a step calls them.
 PROVIDERS: tuple[type[Provider], ...] = (
     StepCounts, KtoBaseline, Activations, AuxModel, FusedReference, Baseline, Masks, LossStates,
-    TwoSpeeds, ReferenceSync,
+    TwoSpeeds, ReferenceSync, RewardHead, Sources, IdealPoints,
 )  # fmt: skip
 
 
@@ -37,6 +40,7 @@ def providers_of(config: TrainConfig, records: Sequence[Loss]) -> list[Provider]
     check_loss_args(config, records, [name for provider in found for name in provider.takes])
     for provider in found:
         provider.check()
+    lacking_parts(records, config, found)
     found.insert(0, Columns(config, records, found, offers()))
     check_supplied(config, records, found)
     return found

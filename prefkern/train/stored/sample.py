@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from ...integrations import hf
 from ...prep.cells import BadRow, filled, get, text
 from .. import models
+from ..processes import make_accelerator
 from ..recipes.answer_logps import as_completion
 from ..recipes.online import sampling
-from ..run import make_accelerator
 from . import source as stored
 from .options import SampleConfig
 from .score import begin, check_models, kept, key_of, say

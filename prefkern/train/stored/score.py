@@ -11,8 +11,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .. import models
+from ..processes import make_accelerator
 from ..recipes.online.judges import load_scorer
-from ..run import make_accelerator
 from ..sources import content
 from . import source as stored
 from .options import SampleConfig, ScoreConfig, TableOptions

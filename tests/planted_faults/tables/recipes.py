@@ -254,7 +254,6 @@ RECIPES: list[Row] = [
         ('config.loss_args.get("beta", 0.1)', "1.0"),
         ("or len(values) != count:", "or not values:"),
         ("or not math.isfinite(value):", "or value is None:"),
-        ('f"{prompt}{answer}"', 'f"{answer}{prompt}"'),
         ("[[next(values) for _ in texts] for texts in answers]", "[list(values) for _ in answers]"),
     ),
 ]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ....integrations import hf
 from ... import models
 from ...config import TrainConfig
-from ...data.rows import template_args
+from ...stored.reward_model import conversation_ids, load_reward_model
 from ..answer_logps import Prompt, answer_logps
 
 # (row of the prompts' table, the texts of its answers) -> one number per answer
@@ -84,11 +84,9 @@ class RewardModel:
     """A sequence-classification model with one output, as a scorer of whole conversations."""
 
     def __init__(self, name: str, config: TrainConfig, device: torch.device) -> None:
-        from transformers import AutoModelForSequenceClassification
-
         self.tokenizer = models.load_tokenizer(name)
         plain = dataclasses.replace(config, attn_implementation=None)
-        model = models.load_whole(AutoModelForSequenceClassification, name, plain)
+        model = load_reward_model(name, plain)
         if model.config.num_labels != 1:
             raise ValueError(
                 f"judge_model must have one output, {name} has {model.config.num_labels}."
@@ -104,14 +102,7 @@ class RewardModel:
         return scores
 
     def _ids(self, row: Prompt, answer: str) -> list[int]:
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            return list(self.tokenizer(f"{prompt}{answer}", verbose=False)["input_ids"])
-        text = self.tokenizer.apply_chat_template(
-            [*prompt, {"role": "assistant", "content": answer}], tokenize=False,
-            **template_args(row),
-        )  # fmt: skip
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return conversation_ids(self.tokenizer, self.model, row, answer)
 
 
 def implicit_judge(
