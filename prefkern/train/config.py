@@ -321,6 +321,8 @@ class TrainConfig(
         for group in groups:
             if "check" in group:
                 group["check"](self)
+        if self.head == "reward" and self.has_rounds:
+            raise ValueError("head=reward trains in one run; drop num_rounds and round_data.")
         if self.lora_dropout and self.disable_dropout:
             raise ValueError(
                 f"lora_dropout={self.lora_dropout} needs disable_dropout=False (default: True)."

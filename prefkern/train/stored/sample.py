@@ -12,12 +12,13 @@ from tqdm.auto import tqdm
 from ...integrations import hf
 from ...prep.cells import BadRow, filled, get, text
 from .. import models
-from ..processes import make_accelerator
+from ..data.unread import Beside
 from ..recipes.answer_logps import as_completion
 from ..recipes.online import sampling
+from ..recipes.online.judges import Scorer
 from . import source as stored
 from .options import SampleConfig
-from .score import begin, check_models, kept, key_of, say
+from .score import begin, check_models, kept, key_of, one_process, say
 from .scorers import Scores, open_scorer
 from .source import Answers
 from .work import Work
@@ -44,7 +45,7 @@ def sample(config: SampleConfig) -> Path:
     """
     config.check()
     path, steps, renamed = begin(config)
-    check_models(config, ("model", "judge_model"))
+    function = check_models(config, ("model", "judge_model"))
     source = stored.read_source(config.dataset, config.dataset_split, config.limit)
     rows = [stored.under_read_names(row.data or {}, renamed) for row in source.rows]
     prompts = _prompts(source, rows)
@@ -54,7 +55,7 @@ def sample(config: SampleConfig) -> Path:
             without = [n for n in REPLACED if any(n in (r.data or {}) for r in source.rows)]
             if without:
                 say(f"columns of other answers are left out: {', '.join(without)}")
-            _sample_rows(config, work, source, rows, prompts)
+            _sample_rows(config, work, source, rows, prompts, function)
             _tell(work.rows, source)
             table = [found if found and found["completions"] else None for found in work.rows]
             if not any(table):
@@ -74,10 +75,11 @@ def _prompts(source: stored.Source, rows: Sequence[Mapping[str, Any]]) -> list[A
     """The prompt of every row, a text or messages.
 
     Raises:
-        ValueError: a row has none.
+        ValueError: a row has none, or holds pictures or sound.
     """
-    found = []
+    found, beside = [], Beside("unpaired", (), {}, {})
     for raw, row in zip(source.rows, rows, strict=True):
+        beside.add(raw.where, row, implicit=False)
         try:
             found.append(filled(text(get(row, "prompt"), "prompt"), "prompt"))
         except BadRow as why:
@@ -110,6 +112,7 @@ def _sample_rows(
     source: stored.Source,
     rows: Sequence[dict[str, Any]],
     prompts: Sequence[Any],
+    function: Scorer | None,
 ) -> None:
     """Every row that is left, batch by batch; a batch has a seed of its own, so that a run that was
     interrupted gives the same answers."""
@@ -118,11 +121,11 @@ def _sample_rows(
     if len(work.rows) == len(rows):
         return
     settings = config.training(config.model)
-    device = make_accelerator(settings).device
+    device = one_process(settings)
     tokenizer = models.load_tokenizer(config.model)
     policy = models.freeze(models.load_model(config.model, settings)).to(device)
     judged = config.judge is not None or config.judge_model is not None
-    scores = open_scorer(config, device) if judged else None
+    scores = open_scorer(config, device, function) if judged else None
     with tqdm(total=len(rows), initial=len(work.rows), disable=config.disable_tqdm) as bar:
         for start in range(len(work.rows), len(rows), config.batch_size):
             batch = range(start, min(start + config.batch_size, len(rows)))

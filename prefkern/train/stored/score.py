@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from .. import models
+from ..config import TrainConfig
 from ..processes import make_accelerator
-from ..recipes.online.judges import load_scorer
+from ..recipes.online.judges import Scorer, load_scorer
 from ..sources import content
 from . import source as stored
 from .options import SampleConfig, ScoreConfig, TableOptions
@@ -35,7 +37,7 @@ def score(config: ScoreConfig) -> Path:
     """
     config.check()
     path, steps, renamed = begin(config)
-    check_models(config, ("judge_model", "ref_model", "model"))
+    function = check_models(config, ("judge_model", "ref_model", "model"))
     source = stored.read_source(config.dataset, config.dataset_split, config.limit)
     layout, answers, report = stored.read_answers(source, renamed)
     names = columns_of(config, layout)
@@ -45,7 +47,7 @@ def score(config: ScoreConfig) -> Path:
         if not work.finished:
             say(f"{config.dataset}: {layout}, {report}")
             rows = [stored.under_read_names(row.data or {}, renamed) for row in source.rows]
-            _score_rows(config, work, source, rows, answers)
+            _score_rows(config, work, source, rows, answers, function)
             table = [row_columns(config, layout, found, names) for found in work.rows]
             nothing = sum(found is None or None in found for found in work.rows)
             if nothing:
@@ -69,8 +71,9 @@ def begin(config: TableOptions) -> tuple[Path, list[Any], dict[str, str]]:
     return path, prep_steps(config.prep), stored.parse_columns(config.column)
 
 
-def check_models(config: ScoreConfig | SampleConfig, options: Sequence[str]) -> None:
-    """Refuses names of models and functions that lead nowhere, before one of them is loaded."""
+def check_models(config: ScoreConfig | SampleConfig, options: Sequence[str]) -> Scorer | None:
+    """Refuses names of models that lead nowhere, before one of them is loaded; returns the judge's
+    function, whose file is read once."""
     for option in options:
         value = getattr(config, option) or ()
         for name in (value,) if isinstance(value, str) else value:
@@ -78,8 +81,7 @@ def check_models(config: ScoreConfig | SampleConfig, options: Sequence[str]) -> 
                 models.check_name(name)
             except ValueError as error:
                 raise ValueError(f"{option}: {error}") from error
-    if config.judge is not None:
-        load_scorer(config.judge)
+    return None if config.judge is None else load_scorer(config.judge)
 
 
 def key_of(config: ScoreConfig | SampleConfig, source: stored.Source) -> dict[str, Any]:
@@ -90,6 +92,18 @@ def key_of(config: ScoreConfig | SampleConfig, source: stored.Source) -> dict[st
         names = (value,) if isinstance(value, str) else value
         key[f"content of {option}"] = [content(name, option != "judge") for name in names]
     return key
+
+
+def one_process(settings: TrainConfig) -> torch.device:
+    """The device of the only process.
+
+    Raises:
+        ValueError: there are several.
+    """
+    accelerator = make_accelerator(settings)
+    if accelerator.num_processes > 1:
+        raise ValueError("score and sample run in one process; start them without torchrun.")
+    return accelerator.device
 
 
 def say(text: str) -> None:
@@ -146,13 +160,14 @@ def _score_rows(
     source: stored.Source,
     rows: Sequence[dict[str, Any]],
     answers: Sequence[Answers | None],
+    function: Scorer | None,
 ) -> None:
     """Every row that is left, batch by batch."""
     if work.rows:
         say(f"continuing {work.output} at row {len(work.rows)} of {len(rows)}")
     if len(work.rows) == len(rows):
         return
-    scores = open_scorer(config, make_accelerator(config.training("")).device)
+    scores = open_scorer(config, one_process(config.training("")), function)
     with tqdm(total=len(rows), initial=len(work.rows), disable=config.disable_tqdm) as bar:
         for start in range(len(work.rows), len(rows), config.batch_size):
             batch = range(start, min(start + config.batch_size, len(rows)))

@@ -16,7 +16,7 @@ from ...prep.cells import Text
 from .. import models, pairing
 from ..config import TrainConfig
 from ..recipes.answer_logps import answer_logps
-from ..recipes.online.judges import Scorer, load_scorer
+from ..recipes.online.judges import Scorer
 from .options import SampleConfig, ScoreConfig
 from .reward_model import RewardScores
 from .source import Answers
@@ -26,10 +26,12 @@ Score = float | list[float] | None  # None: the answer cannot be read by the mod
 Scores = Callable[[Sequence[dict[str, Any]], Sequence[Answers]], list[list[Score]]]
 
 
-def open_scorer(config: ScoreConfig | SampleConfig, device: torch.device) -> Scores:
-    """The scorer that the options name, its models loaded."""
-    if config.judge is not None:
-        return by_function(load_scorer(config.judge), config.judge)
+def open_scorer(
+    config: ScoreConfig | SampleConfig, device: torch.device, function: Scorer | None
+) -> Scores:
+    """The scorer that the options name, its models loaded; `function` is that of `judge`."""
+    if function is not None:
+        return by_function(function, str(config.judge))
     if config.judge_model is not None:
         settings = config.training(config.judge_model)
         return by_model(RewardScores(config.judge_model, settings, device), config.judge_model)
@@ -81,6 +83,7 @@ def by_logps(config: ScoreConfig, device: torch.device) -> Scores:
     if config.ref_model is not None:
         reference, _, _ = _open(config, config.ref_model, device)
         pairing.check_pairing(config.ref_model, reference, opened[0][0])
+        _check_same_tokens(opened[0][1], config.model[0], config.ref_model)
 
     def scores(rows: Sequence[dict[str, Any]], answers: Sequence[Answers]) -> list[list[Score]]:
         prompts = [
@@ -119,6 +122,22 @@ def _open(
             f"{config.max_length}; lower max_length."
         )
     return model, tokenizer, settings
+
+
+def _check_same_tokens(own: Any, name: str, other: str) -> None:
+    """Refuses a reference whose tokenizer has other tokens at the same ids."""
+    try:
+        theirs = models.load_tokenizer(other).get_vocab()
+    except ValueError:
+        return  # a folder of weights alone: there is nothing to compare
+    mine = own.get_vocab()
+    if mine != theirs:
+        unlike = next(t for t in sorted({*mine, *theirs}) if mine.get(t) != theirs.get(t))
+        raise ValueError(
+            f"the tokenizers of {name} and {other} differ ({unlike!r} is id {mine.get(unlike)} in "
+            f"the one and {theirs.get(unlike)} in the other); both models must read the same "
+            "tokens."
+        )
 
 
 def _implicit(beta: float, policy: Tensor | None, reference: Tensor | None) -> float | None:

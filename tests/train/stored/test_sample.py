@@ -141,6 +141,12 @@ def test_a_judge_that_gives_no_number(given, tmp_path, capsys):
     assert not (tmp_path / "o.jsonl").exists()
 
 
+def test_pictures_are_refused(given, tmp_path, capsys):
+    data = write_lines(tmp_path / "d.jsonl", [{"prompt": "p:", "image": "cat.png"}])
+    assert call(given, tmp_path / "o.jsonl", data=data) == 2
+    assert "d.jsonl:1: column 'image' holds pictures" in told(capsys)
+
+
 def test_a_missing_prompt(given, tmp_path, capsys):
     data = write_lines(tmp_path / "d.jsonl", [{"prompt": "p:"}, {"question": "q:"}])
     assert call(given, tmp_path / "o.jsonl", data=data) == 2

@@ -316,6 +316,22 @@ def test_a_killed_run_continues(given, tmp_path, point):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
 
 
+def test_a_reference_with_other_tokens(given, tmp_path, capsys):
+    other = tmp_path / "other"
+    tiny_model(seed=2).save_pretrained(other)
+    tokenizer = byte_tokenizer()
+    text = tokenizer.backend_tokenizer.to_str()
+    tokenizer.save_pretrained(other)
+    file = other / "tokenizer.json"
+    swapped = json.loads(text)
+    vocab = swapped["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(swapped))
+    more = ("--model", given / "model", "--ref-model", other)
+    assert main(call(given, tmp_path / "o.jsonl", *more)) == 2
+    assert "the tokenizers of" in told(capsys)
+
+
 def test_two_commands_on_one_file(given, tmp_path):
     held = Work(tmp_path / "out.jsonl", {}, overwrite=False)
     settings = ScoreConfig(

@@ -17,7 +17,6 @@ _OF_LANGUAGE_MODELS = (
     "reference", "ref_model", "precomputed_ref", "aux_model", "precomputed_aux", "fused_ref",
     "precomputed_baseline", "sync_ref_model", "slow_learning_rate", "mask_learning_rate",
     "token_budget", "memory_budget", "tail_mass", "score_prompt", "likelihood_prompt",
-    "num_rounds", "round_data", "round_extrapolation",
 )  # fmt: skip
 _READS = frozenset({"logp", "length", "ref_logp"})
 
