@@ -51,7 +51,7 @@ def sample(config: SampleConfig) -> Path:
     prompts = _prompts(source, rows)
     work = Work(path, key_of(config, source), overwrite=config.overwrite)
     try:
-        if not work.finished:
+        if not work.finished(len(source.rows)):
             without = [n for n in REPLACED if any(n in (r.data or {}) for r in source.rows)]
             if without:
                 say(f"columns of other answers are left out: {', '.join(without)}")
@@ -64,7 +64,7 @@ def sample(config: SampleConfig) -> Path:
                     "--drop-unfinished and --distinct."
                 )
             write = writer(source, table, without=without, steps=steps, renamed=renamed)
-            work.finish(write, overwrite=config.overwrite)
+            work.finish(write)
         work.clear()
     finally:
         work.close()

@@ -44,7 +44,7 @@ def score(config: ScoreConfig) -> Path:
     check_free_columns(source, [*names, *filter(None, [config.margin])])
     work = Work(path, key_of(config, source), overwrite=config.overwrite)
     try:
-        if not work.finished:
+        if not work.finished(len(source.rows)):
             say(f"{config.dataset}: {layout}, {report}")
             rows = [stored.under_read_names(row.data or {}, renamed) for row in source.rows]
             _score_rows(config, work, source, rows, answers, function)
@@ -53,7 +53,7 @@ def score(config: ScoreConfig) -> Path:
             if nothing:
                 say(f"{nothing} of {len(table)} rows have no score for some answer (null).")
             write = writer(source, table, steps=steps, renamed=renamed)
-            work.finish(write, overwrite=config.overwrite)
+            work.finish(write)
         work.clear()
     finally:
         work.close()

@@ -61,22 +61,21 @@ class Work:
 
     def __init__(self, output: Path, key: Mapping[str, Any], *, overwrite: bool) -> None:
         self.output, self.path = output, output.with_name(f".prefkern-{output.name}.work")
-        self.key = json.loads(json.dumps(key))
+        self.key, self.overwrite = json.loads(json.dumps(key)), overwrite
         with writing(self.path):
             output.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             self._file: TextIO = os.fdopen(handle, "r+", encoding="utf-8", newline="\n")
         try:
             self._lock()
-            self.rows = self._read(overwrite)
+            self.rows = self._read()
         except BaseException:
             self.close()
             raise
 
-    @property
-    def finished(self) -> bool:
-        """Whether the output is there and a kill fell just behind."""
-        return _linked(self.output)
+    def finished(self, count: int) -> bool:
+        """Whether the output of `count` rows is there and a kill fell just behind."""
+        return _linked(self.output) and (len(self.rows) == count or not self.overwrite)
 
     def _lock(self) -> None:
         try:
@@ -88,7 +87,7 @@ class Work:
         except OSError:  # a file system without locks
             return
 
-    def _read(self, overwrite: bool) -> list[Any]:
+    def _read(self) -> list[Any]:
         """The results of the rows that are done; the file then ends behind the last whole line."""
         rows: list[Any] = []
         data = os.pread(self._file.fileno(), os.fstat(self._file.fileno()).st_size, 0)
@@ -98,7 +97,7 @@ class Work:
             if lines or not b'{"prefkern":'.startswith(data[:12]):
                 raise ValueError(f"{self.path} is no file of this command's; move it away.")
             first = None  # nothing, or the start of the first line
-        if first is not None and first != {"prefkern": self.key} and not overwrite:
+        if first is not None and first != {"prefkern": self.key} and not self.overwrite:
             before = first["prefkern"]
             changed = sorted(k for k in {*self.key, *before} if self.key.get(k) != before.get(k))
             raise ValueError(
@@ -132,7 +131,7 @@ class Work:
             self._append(results)
         self.rows += results
 
-    def finish(self, write: Callable[[Path], None], *, overwrite: bool) -> None:
+    def finish(self, write: Callable[[Path], None]) -> None:
         """Builds the output with `write` and gives it its name; what led to it is removed.
 
         Raises:
@@ -149,7 +148,7 @@ class Work:
             except BaseException:
                 whole.unlink(missing_ok=True)
                 raise
-            if overwrite:
+            if self.overwrite:
                 os.replace(whole, self.output)
             else:
                 try:

@@ -35,7 +35,7 @@ MUTANTS: list[Row] = [
         f"{TRAIN}stored/work.py",
         f"{TESTS}stored/test_score.py",
         ("and not overwrite and not _linked(path)", "and not path.name"),
-        ('first != {"prefkern": self.key} and not overwrite', "not self.key"),
+        ('first != {"prefkern": self.key} and not self.overwrite', "not self.key"),
         (
             "                if not isinstance(batch, list):",
             "                if batch is Ellipsis:",

@@ -311,6 +311,10 @@ def test_a_killed_run_continues(given, tmp_path, point):
         assert len(left.read_text().splitlines()) > 1
         with left.open("a") as file:
             file.write("[[1.0, 2")  # half a line
+    if point is killed_behind_it:  # another command's file, to be replaced, is no such rest
+        beside = call(given, out, "--judge", f"{given}/judge.py:two", "--overwrite")
+        assert main(beside) == 0 and rows_of(out)[0]["chosen_score"][0] == 1.0
+        words.append("--overwrite")
     assert main(words) == 0
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
