@@ -59,6 +59,7 @@ def loss_at_head(
     reference: Other = None,
     aux: Other = None,
     masks: Callable[[Tensor, Tensor], dict[str, Any]] | None = None,
+    states: Callable[[Tensor], dict[str, Any]] | None = None,
     **arguments: Any,
 ) -> Compute:
     """For at_head=: `preference_loss` of the view, which returns (loss, metrics).
@@ -68,11 +69,15 @@ def loss_at_head(
         reference, aux: What `read_other` gave of the reference and of a third model.
         masks: Learned masks: (hidden states of the reference's blocks [L, B, T, D], scored [B T])
             -> arguments of the loss.
+        states: Arguments of the loss that are read off the policy's last hidden states [B, T, D],
+            with gradient where it leaves them any.
         arguments: Of `preference_loss`.
     """
 
     def compute(view: View) -> tuple[Tensor, dict[str, Tensor]]:
         given = dict(arguments)
+        if states is not None:
+            given |= states(view.hidden)
         at = targets.to(view.hidden.device)
         with ExitStack() as stack:
             if isinstance(reference, Constant):

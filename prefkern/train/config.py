@@ -22,8 +22,10 @@ from .recipes.options import (
     MaskOptions,
     OnlineOptions,
     SpeedOptions,
+    StepOptions,
     SyncOptions,
-)
+    ValueOptions,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +299,8 @@ class TrainConfig(
     OnlineOptions,
     SpeedOptions,
     AdapterOptions,
+    StepOptions,
+    ValueOptions,
     MaskOptions,
     SyncOptions,
     FusedOptions,

@@ -56,7 +56,7 @@ class Provider:
 
     It is made from options and losses alone (`wanted`, `supplies`, `check`), is handed policy, data
     and models as they come (`on_policy`, `on_examples`, `open`), and is then called around every
-    step, in training and evaluation alike (`begin_step`, `arguments`, `learned`,
+    step, in training and evaluation alike (`begin_step`, `arguments`, `learned`, `from_states`,
     `from_statistics`, `metrics`; `after_step` in training).
     """
 
@@ -136,6 +136,15 @@ class Provider:
 
     def learned(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Loss arguments with gradient; called inside the wrapped forward."""
+        return {}
+
+    def from_states(
+        self,
+        micro: Micro,
+        hidden: Tensor,  # [B, T, D]
+    ) -> dict[str, Any]:
+        """Loss arguments read off the policy's last hidden states; called at its head, inside the
+        wrapped forward, with gradient."""
         return {}
 
     def from_statistics(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..integrations import hf
 from ..ops.segment_sum import segment_sum
 from .config import TrainConfig, short_hash
-from .data import Example, collate, data_hash
+from .data import Example, PreferenceBatch, collate, data_hash
 from .models import weights_hash
 from .output import writing
 from .reference import token_logps
@@ -178,16 +178,18 @@ def compute(
     packed: bool,
     pad_id: int,
     progress: Iterable[int] | None = None,
+    read: Callable[[nn.Module, PreferenceBatch, TrainConfig], Tensor] = token_logps,
 ) -> StoredLogps:
     """Log-probabilities of every scored token of every sequence, in the order of `examples`.
 
-    `progress` gives the first example of every batch; default: all in turn.
+    `progress` gives the first example of every batch; default: all in turn. `read` may give other
+    numbers [B, T] of a batch under the model.
     """
     size, device = config.per_device_eval_batch_size, next(model.parameters()).device
     parts = []
     for start in progress if progress is not None else range(0, len(examples), size):
         batch = collate(examples[start : start + size], packed=packed, pad_id=pad_id).to(device)
-        logp = token_logps(model, batch, config)
+        logp = read(model, batch, config)
         parts.append(logp[batch.targets != -100].cpu())
     lengths = [seq.length for example in examples for seq in example.sequences]
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int64)

@@ -96,8 +96,13 @@ class PreferenceStep(nn.Module):
                 ).items()
             }
 
+        def from_states(hidden: Tensor) -> dict[str, Any]:
+            found = (p.from_states(micro, hidden) for p in self.providers)
+            return {name: value for given in found for name, value in given.items()}
+
         return loss_at_head(
             batch.targets,
+            states=from_states,
             reference=reference.logp if reference.states is None else reference.states,
             cu_seqlens=batch.cu_seqlens,
             loss=list(self.config.loss),

@@ -54,6 +54,7 @@ def test_every_provider_serves_a_loss_or_an_option():
         ("infifpo", {"fused_ref": ("c",)}),
         ("poft", {"precomputed_baseline": ("c",)}),
         ("dpo", {"sync_ref_model": True}),
+        ("tree_tpo", {"step_pattern": "#"}),
     ):
         kinds |= {type(p) for p in plan(settings(name, **changes))[1]}
     assert kinds == {*PROVIDERS, Columns}
@@ -66,6 +67,7 @@ def test_every_provider_serves_a_loss_or_an_option():
         ("infifpo", "source_chosen_mean_logps", "--fused-ref"),
         ("fdpg", "log_target_prob", "--round-data online"),
         ("soft_label", "pref_prob", "--round-data online"),
+        ("tree_tpo", "step_index", "--step-pattern"),
         ("madpo", "rm_margin", ""),
     ],
 )

@@ -12,8 +12,9 @@ from ...integrations import hf
 from ...integrations.head import at_head
 from .. import models, reference_cache
 from ..config import TrainConfig
-from ..data import Loader
+from ..data import Loader, PreferenceBatch
 from ..data.rows import Text
+from ..reference import token_logps
 
 Prompt = Mapping[str, Any]  # a row of the prompts' table
 
@@ -26,9 +27,11 @@ def answer_logps(
     config: TrainConfig,
     *,
     off: Callable[[], AbstractContextManager] = nullcontext,
+    read: Callable[[Any, PreferenceBatch, TrainConfig], Tensor] = token_logps,
 ) -> list[Tensor | None]:  # of [t]
     """Log-probabilities of every token of one answer per row, tokenised as training does it; None
-    where the row cannot be used. `off` is the context of the forwards (an adapter switched off)."""
+    where the row cannot be used. `off` is the context of the forwards (an adapter switched off);
+    `read` may give other numbers [B, T] of a batch under the model."""
     table = [
         training_row(row) | {"completion": as_completion(row, text)}
         for row, text in zip(rows, answers, strict=True)
@@ -46,7 +49,9 @@ def answer_logps(
     training = model.training
     model.eval()
     with off():
-        logp, ends = reference_cache.compute(model, examples, config, packed=False, pad_id=0)
+        logp, ends = reference_cache.compute(
+            model, examples, config, packed=False, pad_id=0, read=read
+        )
     model.train(training)
     for example, a, b in zip(examples, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
         found[example.row] = logp[a:b]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -81,6 +82,43 @@ class MaskOptions:
     """Learning rate of sparsepo's mask module (default: learning_rate)."""
     mask_weight_decay: float = 0.01
     """Weight decay of sparsepo's mask module."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueOptions:
+    """Of recipes.value_head."""
+
+    LOWEST: ClassVar[dict[str, float]] = {"value_learning_rate": 0.0}
+
+    value_learning_rate: float | None = None
+    """Learning rate of the value head of oreo and rto (default: learning_rate); 0 leaves it at
+    the value 0."""
+    value_gradient: bool = False
+    """The value loss also moves the policy below the head; default: it trains the head alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """Of recipes.steps."""
+
+    step_pattern: str | None = None
+    """Split answers into steps at this regular expression, for losses that read step_index. A match
+    begins a step; one of white space alone (\\n\\n) ends the step before it."""
+
+    def check(self) -> None:
+        if self.step_pattern is None:
+            return
+        try:
+            matches_nothing = re.compile(self.step_pattern).match("") is not None
+        except re.error as error:
+            raise ValueError(
+                f"step_pattern must be a regular expression, got {self.step_pattern!r}: {error}."
+            ) from None
+        if matches_nothing:
+            raise ValueError(
+                f"step_pattern {self.step_pattern!r} matches the empty text and would begin a step "
+                "everywhere; write what stands between or before steps, such as 'Step [0-9]+:'."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

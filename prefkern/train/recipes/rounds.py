@@ -28,7 +28,7 @@ from ..output import LOG, MARK, TRAINER_STATE, Output, writing
 from ..processes import make_accelerator
 from ..run import check_sources, plan, prepare
 from ..waiting import others_wait
-from . import masks, sync, two_speeds
+from . import masks, sync, two_speeds, value_head
 from .online.makers import maker_of
 from .online.round_data import Start, make_round
 from .options import OnlineOptions
@@ -104,6 +104,8 @@ def check(config: TrainConfig) -> None:
             "score_prompt is for stored rows: samples are judged and weighed by the log-"
             "probabilities of the answers alone; drop it with round_data=online."
         )
+    if config.round_data == "online":
+        maker_of(config, demands.losses_of(config)).check()
     plan(round_config(config, 0, config.model))
 
 
@@ -245,10 +247,12 @@ def round_config(
         maker = maker_of(config, demands.losses_of(config))
         names = (*maker.columns, *(("preference_prob",) if config.soft_judge else ()))
         changes["columns"] = {name: name for name in names} | config.columns
+        loss_args = {k: v for k, v in config.loss_args.items() if k not in maker.takes}
+        changes["loss_args"] = loss_args
         if "aux" in maker.reads:  # what is read of it stands in the round's rows
             changes["aux_model"] = None
         if (folder / MADE).is_file():
-            changes["loss_args"] = maker.loss_args(ckpt.read_json(folder / MADE)) | config.loss_args
+            changes["loss_args"] = maker.loss_args(ckpt.read_json(folder / MADE)) | loss_args
     needs = demands.ReferenceNeeds.of(config)
     if number and needs.any and not needs.teacher:
         if config.round_reference == "previous":
@@ -358,9 +362,9 @@ def _extrapolate(config: TrainConfig, ended: str, previous: str, target: Path) -
     sync.extrapolate(policy, models.load_model(previous, config), config.round_extrapolation)
     target.mkdir(exist_ok=True)
     ckpt.save_weights(target, {"policy": policy}, models.load_tokenizer(ended))
-    learned = Path(ended) / masks.FILE
-    if learned.is_file():
-        shutil.copy2(learned, target)
+    for name in (masks.FILE, value_head.FILE):
+        if (Path(ended) / name).is_file():
+            shutil.copy2(Path(ended) / name, target)
 
 
 def write_round(folder: Path, table: Rows, facts: dict[str, float]) -> None:

@@ -20,13 +20,15 @@ from .reward.head import RewardHead
 from .reward.ideal_points import IdealPoints
 from .reward.sources import Sources
 from .states import LossStates
+from .steps import StepCosine, StepIndex
 from .sync import ReferenceSync
 from .two_speeds import TwoSpeeds
+from .value_head import ValueHeads
 
 # In the order in which a step calls them.
 PROVIDERS: tuple[type[Provider], ...] = (
-    StepCounts, KtoBaseline, Activations, AuxModel, FusedReference, Baseline, Masks, LossStates,
-    TwoSpeeds, ReferenceSync, RewardHead, Sources, IdealPoints,
+    StepCounts, KtoBaseline, Activations, AuxModel, FusedReference, Baseline, StepIndex, StepCosine,
+    Masks, ValueHeads, LossStates, TwoSpeeds, ReferenceSync, RewardHead, Sources, IdealPoints,
 )  # fmt: skip
 
 

@@ -38,6 +38,24 @@ RECIPES: list[Row] = [
         ("options.difference(*map(losses.arguments, self.records))", "options"),
     ),
     *of(
+        f"{TRAIN}recipes/value_head.py",
+        f"{TESTS}recipes/test_value_head.py",
+        ("hidden if self.config.value_gradient else hidden.detach()", "hidden"),
+        ("        head.load_state_dict(load_file(stored))", "        pass"),
+        ("rate = self.config.learning_rate if rate is None else rate", "rate = 1.0"),
+        ("        nn.init.zeros_(self.weight)", "        nn.init.ones_(self.weight)"),
+        ('        if "value_pred" in self.tensors:', "        if not self.tensors:"),
+    ),
+    *of(
+        f"{TRAIN}recipes/steps.py",
+        f"{TESTS}recipes/test_steps.py",
+        ("m.end() if not m[0].strip() else m.start()", "m.start()"),
+        ("if text[:start].strip() and text[start:].strip():", "if start:"),
+        ("bisect_left(range(len(tokens)), start,", "bisect_left(range(len(tokens)), start + 1,"),
+        ("hidden.detach().flatten(0, 1)", "hidden.flatten(0, 1) * 0"),
+        ("return needed and COSINE not in config.columns", "return needed"),
+    ),
+    *of(
         f"{TRAIN}recipes/masks.py",
         f"{TESTS}recipes/test_masks.py {TESTS}test_resume.py",
         ("(mask(layers) > 0).double().mean() < _ALIVE", "(mask(layers) > 0).double().mean() < 0"),
@@ -169,7 +187,7 @@ RECIPES: list[Row] = [
         f"{TESTS}recipes/online/test_rounds.py",
         ('if "aux" in maker.reads:  #', 'if "aux" not in maker.reads:  #'),
         ('(("preference_prob",) if config.soft_judge else ())', "()"),
-        ("ckpt.read_json(folder / MADE)) | config.loss_args", "{}) | config.loss_args"),
+        ("ckpt.read_json(folder / MADE)) | loss_args", "{}) | loss_args"),
         ("(folder / MADE).is_file() and config.resume_from_checkpoint is not None", "not folder"),
     ),
     *of(

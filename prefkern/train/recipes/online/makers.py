@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from ....losses.record import Loss
 from ...config import TrainConfig
 from .policy_gradient import AdvantageRows, TargetRows, TokenRewardRows
-from .rows import ListRows, PairRows, RowMaker
+from .rows import ListRows, PairRows, RewardRows, RowMaker
 
 MAKERS: tuple[type[RowMaker], ...] = (
-    TargetRows, TokenRewardRows, AdvantageRows, ListRows, PairRows,
+    TargetRows, TokenRewardRows, AdvantageRows, RewardRows, ListRows, PairRows,
 )  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def maker_of(config: TrainConfig, records: Sequence[Loss]) -> RowMaker:
         if kind is None:
             raise ValueError(
                 f"online rounds cannot make the rows that loss {record.name!r} reads: they make "
-                "pairs, lists, and single answers for fdpg, rto and grpo."
+                "pairs, lists, and single answers for fdpg, rto, grpo and oreo."
             )
         kinds[kind.name] = kind
     if len(kinds) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,8 +46,8 @@ class AdvantageRows(RowMaker):
     """Advantages of an answer within its list."""
 
     name = "advantages"
-    makes = ("advantages", "old_logp")
-    columns = ("old_logp",)
+    makes: ClassVar[tuple[str, ...]] = ("advantages", "old_logp")
+    columns: ClassVar[tuple[str, ...]] = ("old_logp",)
     distinct = False
 
     @classmethod
@@ -60,15 +60,29 @@ class AdvantageRows(RowMaker):
 
 
 class TokenRewardRows(AdvantageRows):
-    """Advantages of every token, from the token rewards of a DPO-trained model (RTO)."""
+    """Advantages of every token, from the token rewards of a DPO-trained model (RTO), and what its
+    critic is trained on."""
 
     name = "rto"
+    makes: ClassVar[tuple[str, ...]] = (*AdvantageRows.makes, "old_values", "returns")
+    columns: ClassVar[tuple[str, ...]] = ("old_logp", "old_values", "returns")
     least = 1
-    reads = ("reference", "aux")
+    reads = ("reference", "aux", "values")
+    REWARDS: ClassVar[tuple[str, ...]] = ("beta1", "beta2", "beta3", "dpo_reward_clip")
+    TRACE: ClassVar[tuple[str, ...]] = ("gamma", "lam")
+    takes = (*REWARDS, *TRACE)
 
     @classmethod
     def serves(cls, record: Loss) -> bool:
         return record.name == "rto"
+
+    def check(self) -> None:
+        super().check()
+        for name in self.TRACE:
+            if self.config.loss_args.get(name, 0.0) > 1.0:
+                raise ValueError(
+                    f"loss_args: {name} must be in [0, 1], got {self.config.loss_args[name]}."
+                )
 
     def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
         if models.aux is None:
@@ -77,7 +91,10 @@ class TokenRewardRows(AdvantageRows):
                 "aux_model."
             )
         lists, (aux, ref, own) = models.logps(lists, "aux", "reference", "policy")
-        return token_reward_rows(lists, aux, ref, own)
+        return token_reward_rows(
+            lists, aux, ref, own, models.values(lists),
+            rewards=self.given(*self.REWARDS), trace=self.given(*self.TRACE),
+        )  # fmt: skip
 
 
 def target_rows(
@@ -130,23 +147,38 @@ def token_reward_rows(
     aux_logps: Sequence[Tensor],  # each [t]
     ref_logps: Sequence[Tensor],
     own_logps: Sequence[Tensor],
+    own_values: Sequence[Tensor],
+    *,
+    rewards: Mapping[str, float] | None = None,
+    trace: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Single answers with RTO's columns: `advantages` and `old_logp` per token.
+    """Single answers with RTO's columns, per token: `advantages`, `old_logp`, `old_values` and
+    `returns`.
 
     Token rewards are a DPO-trained model's log-ratios, a KL penalty and the score at the end,
-    which is normalised over all answers here; advantages without a value head, whitened.
+    which is normalised over all answers here. Advantages are whitened over all tokens here, the
+    critic's returns are not.
+
+    Args:
+        aux_logps, ref_logps, own_logps: Of the DPO-trained model, the reference and the policy.
+        own_values: V of the policy at the state before each token; 0 without a value head.
+        rewards: Of prefkern.losses.advantages.rto_rewards: beta1, beta2, beta3, dpo_reward_clip.
+        trace: Of prefkern.losses.advantages.gae: gamma, lam.
     """
     scores = torch.tensor([s for row in lists for s in row["scores"]], dtype=torch.float64)
     scores = (scores - scores.mean()) / scores.std(correction=0).clamp(min=1e-8)
     sizes = [len(x) for x in own_logps]
     cu = torch.tensor([0, *sizes]).cumsum(0).int()
-    aux, ref, own = (torch.cat(list(x)).double() for x in (aux_logps, ref_logps, own_logps))
+    aux, ref, own, value = (
+        torch.cat(list(x)).double() for x in (aux_logps, ref_logps, own_logps, own_values)
+    )
     every = torch.ones(len(own), dtype=torch.bool)
-    rewards = advantages.rto_rewards(aux, ref, own, scores, cu, every)
-    values, _ = advantages.gae(rewards, torch.zeros_like(rewards), cu, every)
+    dense = advantages.rto_rewards(aux, ref, own, scores, cu, every, **(rewards or {}))
+    values, returns = advantages.gae(dense, value, cu, every, **(trace or {}))
     whitened = advantages.whiten(values, every)
     columns = {
-        "advantages": [x.tolist() for x in whitened.split(sizes)],
-        "old_logp": [x.tolist() for x in own_logps],
-    }
-    return single_rows(lists, columns)
+        "advantages": whitened, "old_logp": own, "old_values": value, "returns": returns,
+    }  # fmt: skip
+    return single_rows(
+        lists, {name: [x.tolist() for x in all_.split(sizes)] for name, all_ in columns.items()}
+    )

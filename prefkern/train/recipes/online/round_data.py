@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from ....integrations import hf
 from ... import models
 from ...config import TrainConfig
+from .. import value_head
+from ..value_head import ValueHead
 from . import judges, sampling
 from .answers import judged_lists
 from .rows import Models, RowMaker
@@ -61,12 +64,20 @@ def make_round(
         config=config, tokenizer=tokenizer, policy=policy, reference=reference,
         off=policy.disable_adapter if hasattr(policy, "peft_config") else None,
         aux=other(str(config.aux_model)) if reads_aux else None,
+        value=_value_head(start.model, policy, maker),
     )  # fmt: skip
     table = maker.rows(lists, scored_by)
     counts = {name.replace(" ", "_"): n for name, n in report.counts.items()}
     return table, {
         "score": report.score, "rows": len(table), **maker.facts(table), **counts,
     }  # fmt: skip
+
+
+def _value_head(folder: str, policy: hf.Model, maker: RowMaker) -> ValueHead | None:
+    """The value head that a run left beside the policy, where the rows are made with one."""
+    if "values" not in maker.reads or not (Path(folder) / value_head.FILE).is_file():
+        return None
+    return value_head.build(folder, policy).to(next(policy.parameters()).device)
 
 
 def prompts_of_round(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from ....losses.record import Loss
 from ....prep import pairs_from_lists
 from ...config import TrainConfig
 from ..answer_logps import answer_logps
+from ..value_head import ValueHead, token_values
 
 Lists = list[dict[str, Any]]  # rows of `judged_lists`
 
@@ -35,17 +37,26 @@ class Models:
     reference: hf.Model = None  # None: the policy in the context `off`
     off: Callable[[], AbstractContextManager] | None = None  # switches the policy's adapter off
     aux: hf.Model = None
+    value: ValueHead | None = None  # of the policy
 
     def logps(self, lists: Lists, *names: str) -> tuple[Lists, list[list[Tensor]]]:
         """Per model ("policy", "reference", "aux") the log-probabilities [t] of every answer, in
         order; and the lists without the answers that one of the models cannot read."""
+        return _usable(lists, *(self._read(lists, name) for name in names))
+
+    def values(self, lists: Lists) -> list[Tensor]:
+        """The value [t] at the state before every token of every answer, in order: 0 where the
+        policy has no value head yet. The answers are those that `logps` left."""
+        if self.value is None:
+            return [torch.zeros_like(x) for x in self._read(lists, "policy") if x is not None]
+        read = partial(token_values, self.value)
+        return [x for x in self._read(lists, "policy", read=read) if x is not None]
+
+    def _read(self, lists: Lists, name: str, **options: Any) -> list[Tensor | None]:
         texts = [_text(text) for row in lists for text in row["completions"]]
         rows = [row for row in lists for _ in row["completions"]]
-        columns = []
-        for name in names:
-            model, off = self._of(name)
-            columns.append(answer_logps(model, self.tokenizer, rows, texts, self.config, off=off))
-        return _usable(lists, *columns)
+        model, off = self._of(name)
+        return answer_logps(model, self.tokenizer, rows, texts, self.config, off=off, **options)
 
     def _of(self, name: str) -> tuple[hf.Model, Callable[[], AbstractContextManager]]:
         model = getattr(self, name)
@@ -67,6 +78,7 @@ class RowMaker:
     least: ClassVar[int] = 2  # answers that a prompt must have
     distinct: ClassVar[bool] = True  # whether a repeated answer is left out
     reads: ClassVar[tuple[str, ...]] = ()  # models beside the policy
+    takes: ClassVar[tuple[str, ...]] = ()  # those of config.loss_args that make the rows
 
     def __init__(self, config: TrainConfig, records: Sequence[Loss]) -> None:
         self.config, self.records = config, records
@@ -75,6 +87,20 @@ class RowMaker:
     def serves(cls, record: Loss) -> bool:
         """Whether its rows are those that the loss trains on."""
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises ValueError for values of `takes` that are no numbers >= 0."""
+        for name in self.takes:
+            value = self.config.loss_args.get(name, 0.0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                raise ValueError(
+                    f"loss_args: {name} must be a number >= 0, got {value!r}; write --loss-arg "
+                    f"{name}=VALUE."
+                )
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of config.loss_args that have these names."""
+        return {k: v for k, v in self.config.loss_args.items() if k in names}
 
     def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
         raise NotImplementedError
@@ -119,6 +145,21 @@ class ListRows(RowMaker):
         if any("pairs" in losses.required(record) for record in self.records):
             return [row | soft_pair_columns(row["scores"]) for row in ranked]
         return ranked
+
+
+class RewardRows(RowMaker):
+    """Answers and their scores, as whole trajectories with a reward at the end (OREO)."""
+
+    name = "rewards"
+    makes = ("reward",)
+    least, distinct = 1, False
+
+    @classmethod
+    def serves(cls, record: Loss) -> bool:
+        return "reward" in losses.required(record)
+
+    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+        return single_rows(lists, {"reward": [s for row in lists for s in row["scores"]]})
 
 
 def pair_rows(

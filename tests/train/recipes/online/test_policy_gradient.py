@@ -20,6 +20,7 @@ LISTS = [
     {"prompt": "y", "completions": ["d", "ee"], "scores": [-2.0, 2.0]},
 ]
 LOGPS = [torch.tensor([-0.5] * n) for n in (2, 3, 4, 2, 3)]
+NO_VALUES = [torch.zeros_like(x) for x in LOGPS]
 
 
 def relative(scores: list[float]) -> list[float]:
@@ -65,7 +66,7 @@ def test_advantages_of_a_round_are_those_of_its_scores(tmp_path):
 
 def test_token_rewards_end_with_the_normalised_score():
     """With all models alike a token's reward is 0 but at the end of its answer."""
-    rows = policy_gradient.token_reward_rows(LISTS, LOGPS, LOGPS, LOGPS)
+    rows = policy_gradient.token_reward_rows(LISTS, LOGPS, LOGPS, LOGPS, NO_VALUES)
     scores = [1.0, 4.0, 1.0, -2.0, 2.0]
     mean, deviation = statistics.mean(scores), statistics.pstdev(scores)
     plain = [
@@ -82,12 +83,45 @@ def test_token_rewards_read_each_model_in_its_place():
     """One answer, one score: the rewards are 0.05 (aux - ref) - 0.01 (own - ref), whitened."""
     lists = [{"prompt": "x", "completions": ["ab"], "scores": [3.0]}]
     aux, ref, own = (torch.tensor(x) for x in ([-1.0, -4.0], [-2.0, -1.0], [-3.0, -1.5]))
-    (row,) = policy_gradient.token_reward_rows(lists, [aux], [ref], [own])
+    (row,) = policy_gradient.token_reward_rows(lists, [aux], [ref], [own], [0.0 * own])
     reward = (0.05 * (aux - ref) - 0.01 * (own - ref)).tolist()
     total = [reward[0] + 0.95 * reward[1], reward[1]]
     centre, width = statistics.mean(total), statistics.stdev(total)
     assert row["advantages"] == pytest.approx([(x - centre) / width for x in total], rel=1e-5)
     assert row["old_logp"] == own.tolist()
+
+
+def test_a_critic_and_its_arguments_by_a_loop():
+    """Advantages and returns with values, every weight another, from the recursion itself."""
+    given = {"beta1": 0.3, "beta2": 0.2, "beta3": 2.0, "dpo_reward_clip": 0.4}
+    generator = torch.Generator().manual_seed(0)
+    aux, ref, own, value = (
+        [-3 * torch.rand(len(x), generator=generator).double() for x in LOGPS] for _ in range(4)
+    )
+    rows = policy_gradient.token_reward_rows(
+        LISTS, aux, ref, own, value, rewards=given, trace={"gamma": 0.9, "lam": 0.7}
+    )
+    scores = [1.0, 4.0, 1.0, -2.0, 2.0]
+    mean, deviation = statistics.mean(scores), statistics.pstdev(scores)
+    plain = []
+    for a, r, o, v, score in zip(aux, ref, own, value, scores, strict=True):
+        reward = [
+            max(-0.4, min(0.4, 0.3 * float(a[t] - r[t]))) - 0.2 * float(o[t] - r[t])
+            for t in range(len(o))
+        ]
+        reward[-1] += 2.0 * (score - mean) / deviation
+        ahead, found = 0.0, []
+        for t in reversed(range(len(o))):
+            later = float(v[t + 1]) if t + 1 < len(o) else 0.0
+            ahead = reward[t] + 0.9 * later - float(v[t]) + 0.9 * 0.7 * ahead
+            found.append(ahead)
+        plain.append(found[::-1])
+    flat = [x for one in plain for x in one]
+    centre, width = statistics.mean(flat), statistics.stdev(flat)
+    for row, want, v in zip(rows, plain, value, strict=True):
+        assert row["advantages"] == pytest.approx([(x - centre) / width for x in want], rel=1e-6)
+        assert row["returns"] == pytest.approx([x + float(y) for x, y in zip(want, v, strict=True)])
+        assert row["old_values"] == v.tolist()
 
 
 def test_target_columns_by_hand():
