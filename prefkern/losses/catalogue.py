@@ -22,6 +22,7 @@ from .diffusion.tlpo import tlpo as tlpo
 from .listwise.bradley_terry import bradley_terry as bradley_terry
 from .listwise.contrastive import infonca as infonca
 from .listwise.contrastive import nca as nca
+from .listwise.d2o_list import d2o_list as d2o_list
 from .listwise.first_ranks import kpo as kpo
 from .listwise.first_ranks import sdpo as sdpo
 from .listwise.lipo import lipo as lipo

@@ -79,6 +79,7 @@ class Loss:
     update: Callable[..., Any] | None = None  # stateful losses: update(state, ...) -> state
     constant: tuple[str, ...] = ()  # fields of `reads` that it reads without gradient
     parts: tuple[Part, ...] = ()  # without which a trainer's run is not the method
+    alone: bool = False  # of its rows it reads the first alone, and trains on single answers too
     inputs: Inputs = field(init=False)
 
     def __post_init__(self) -> None:

@@ -85,7 +85,8 @@ def preference_loss(
         ref_seq_logp: its sum over each sequence `[S]`; fp32 sums are compared with the policy's in
             fp32, so that equal models give 0. At most one of the three.
         aux_hidden, aux_head, values: A of the statistic `ev`, as in `linear_divergence`.
-        layout: How sequences form pairs: "pairs" (chosen, rejected neighbours) or "halves".
+        layout: How sequences form pairs: "pairs" (chosen, rejected neighbours) or "halves"; for
+            `sft`, which reads the chosen answer alone, also "unpaired" (every sequence is one).
         cu_groups: Boundaries of the lists `[G+1]` on the sequence axis, for listwise losses.
         relevance: Per sequence `[S]`, for listwise losses: higher is better, NaN leaves out.
         desirable: Per sequence `[S]` bool, for losses of single answers.

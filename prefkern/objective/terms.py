@@ -342,7 +342,14 @@ def _fill(name: str, record: Loss, seq: SeqStats, objective: Objective) -> Tenso
 
 
 def _split(term: Term, seq: SeqStats, objective: Objective) -> list[SeqStats]:
+    if _single(term, objective):  # the other rows are there for their shape
+        return [seq] * len(term.record.rows)
     return segments.split_rows(seq, len(term.record.rows), objective.layout, term.record.rows)
+
+
+def _single(term: Term, objective: Objective) -> bool:
+    """Whether every sequence is the one answer of its group that the loss reads."""
+    return term.record.alone and objective.layout == "unpaired"
 
 
 def _per_sequence(name: str, record: Loss, objective: Objective) -> Tensor:
@@ -378,7 +385,7 @@ def term_metrics(term: Term, seq: SeqStats, objective: Objective) -> dict[str, T
     fn = record.rewards
     rewards = None if fn is None else lambda s: fn(s, **call.hyper)
     seq = seq.map(Tensor.detach)
-    if record.family == "pairwise":
+    if record.family == "pairwise" and not _single(term, objective):
         chosen, rejected = _split(term, seq, objective)[:2]
         return pair_metrics(chosen, rejected, rewards, record.score)
     if record.family == "pointwise" and "desirable" in record.extra:

@@ -83,6 +83,15 @@ class Columns(Provider):
     def supplies(self, record: Loss) -> frozenset[str]:
         return frozenset({"desirable", *self.columns})
 
+    def on_examples(self, examples: list[Example]) -> list[Example]:
+        alone = any(record.alone for record in self.records)
+        if alone and (bad := sum(example.desirable is False for example in examples)):
+            raise ValueError(
+                f"loss {', '.join(self.config.loss)} imitates every single answer, and {bad} of "
+                f"{len(examples)} have the label false; leave those rows or the column label out."
+            )
+        return examples
+
     def arguments(self, micro: Micro, reference: ReferenceRows) -> dict[str, Any]:
         batch = micro.batch
         given = {**batch.columns, **{k: v.flatten() for k, v in batch.numbers.items()}}

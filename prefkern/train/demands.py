@@ -142,7 +142,7 @@ def check_layout(records: Iterable[Loss], layout: str) -> None:
     """Refuses losses that train on other rows than the data hold."""
     for record in records:
         wanted = wanted_layout(record)
-        if wanted not in (None, layout):
+        if wanted not in (None, layout) and not (record.alone and layout == "unpaired"):
             raise ValueError(
                 f"loss {record.name!r} is {record.family} and trains on {wanted}, but the data are "
                 f"{layout}; choose another loss (prefkern losses) or other data."

@@ -161,6 +161,8 @@ class Loop:
             while counts.step < self.total_steps:
                 chunks = epoch_chunks(self.run, counts.epoch)
                 while counts.step_in_epoch < len(chunks) and counts.step < self.total_steps:
+                    if any([provider.renew(counts.step) for provider in self.run.providers]):
+                        break
                     self._one_step(chunks[counts.step_in_epoch], len(chunks))
                     bar.update()
                     self._after_step(bar)

@@ -40,7 +40,9 @@ NAMES = frozenset(
 )  # fmt: skip
 # A folder is a model from the moment it has one of these: they are written last.
 _LAST = ("config.json", "adapter_config.json")
-_INPUTS = ("model", "ref_model", "aux_model", "judge_model", "judge_ref_model")
+_INPUTS = (
+    "model", "ref_model", "rejected_ref_model", "aux_model", "judge_model", "judge_ref_model",
+)  # fmt: skip
 _STORED = (
     "dataset", "eval_dataset", "precomputed_ref", "precomputed_aux", "fused_ref",
     "precomputed_baseline",

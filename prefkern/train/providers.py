@@ -57,7 +57,7 @@ class Provider:
     It is made from options and losses alone (`wanted`, `supplies`, `check`), is handed policy, data
     and models as they come (`on_policy`, `on_examples`, `open`), and is then called around every
     step, in training and evaluation alike (`begin_step`, `arguments`, `learned`, `from_states`,
-    `from_statistics`, `metrics`; `after_step` in training).
+    `from_statistics`, `metrics`; `renew` and `after_step` in training).
     """
 
     offers: ClassVar[Mapping[str, str]] = {}  # tensor -> the option by which it would supply it
@@ -161,6 +161,11 @@ class Provider:
     def metrics(self) -> dict[str, Tensor]:
         """What to log of the last micro-batch, as means."""
         return {}
+
+    def renew(self, step: int) -> bool:
+        """Before the step that follows number `step`, in training: whether it changed the examples
+        of the run, whose next epoch then begins."""
+        return False
 
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """After the optimizer's step number `step` (from 1)."""

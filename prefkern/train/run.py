@@ -244,7 +244,14 @@ def check_sources(config: TrainConfig) -> None:
     Raises:
         ValueError: naming the option.
     """
-    for option in ("model", "ref_model", "aux_model", "judge_model", "judge_ref_model"):
+    for option in (
+        "model",
+        "ref_model",
+        "rejected_ref_model",
+        "aux_model",
+        "judge_model",
+        "judge_ref_model",
+    ):
         with _of_option(option):
             if (name := getattr(config, option)) is not None:
                 models.check_name(name)

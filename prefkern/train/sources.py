@@ -11,7 +11,9 @@ from pathlib import Path
 from .config import TrainConfig, short_hash
 from .seals import file_sum, file_sums
 
-_MODELS = ("model", "ref_model", "aux_model", "judge_model", "judge_ref_model")
+_MODELS = (
+    "model", "ref_model", "rejected_ref_model", "aux_model", "judge_model", "judge_ref_model",
+)  # fmt: skip
 _FILES = ("precomputed_ref", "precomputed_aux", "fused_ref", "precomputed_baseline", "judge")
 _CONFIGS = ("config.json", "adapter_config.json")
 # What of a model folder decides its numbers.

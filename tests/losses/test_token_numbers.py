@@ -79,6 +79,14 @@ def test_d2o_has_two_references(dtype):
     stat = out["grad_per_token_stat"]
     want = [max(stat[n]["logp"], key=abs) for n in c.names]
     vectors.assert_close("logp", grad, want, relative=tight(c) * 10)
+    # as one list of K + 1 answers, wherever the bad one stands, beside a list without any
+    order, labels = [2, 0, 1, 0], torch.tensor([0.0, 1.0, 1.0, 1.0])
+    scores = (logp - torch.cat([harmful[:2], helpful[2:]]))[order]
+    cu = torch.tensor([0, 3, 4], dtype=torch.int32)
+    found = losses.d2o_list(scores, labels, cu, beta=c.hyper["beta"], alpha=c.hyper["alpha"])
+    assert found.tolist() == [pytest.approx(out["loss"], rel=tight(c) * 10), 0.0]
+    (grad,) = torch.autograd.grad(found.sum(), logp)
+    vectors.assert_close("logp", grad, want, relative=tight(c) * 10)
 
 
 def test_mixture_statistic_of_ipo_md():

@@ -15,6 +15,7 @@ from ..record import Supervised
     source="TRL loss_type sft",
     status="checked against TRL",
     supervised=Supervised("sft_weight", 1.0),
+    alone=True,
 )
 def sft(chosen: SeqStats, rejected: SeqStats) -> Tensor:  # [P]
     """SFT: no preference loss of its own; the objective's likelihood term is all there is.

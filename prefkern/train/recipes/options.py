@@ -85,6 +85,15 @@ class MaskOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RejectedReferenceOptions:
+    """Of recipes.rejected_reference."""
+
+    rejected_ref_model: str | None = None
+    """d2o, d2o_list: reference of the rejected answers (the more helpful one), beside ref_model,
+    that of the self-samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValueOptions:
     """Of recipes.value_head."""
 
@@ -169,18 +178,25 @@ class OnlineOptions(RoundOptions):
         "generation_temperature": 0.0,
         "generation_batch_size": 1,
         "prompts_per_round": 1,
+        "sample_every": 0,
     }
     # Options that say that answers are to be sampled; the others only say how.
     ONLINE_ALONE: ClassVar[tuple[str, ...]] = (
         "judge", "judge_model", "judge_ref_model", "generation_mixture", "soft_judge",
-        "keep_unfinished", "prompts_per_round",
+        "keep_unfinished", "prompts_per_round", "sample_every", "judge_weights", "judge_normalize",
     )  # fmt: skip
 
     judge: str | None = None
     """Scores sampled answers: module:function or file.py:function, called with (row, answers) and
-    returning one number per answer; or `implicit`, the policy's log-ratio to judge_ref_model."""
+    returning one number per answer, or a list of numbers, one per objective, with judge_weights; or
+    `implicit`, the policy's log-ratio to judge_ref_model."""
     judge_model: str | None = None
-    """Reward model (sequence classification, one output) instead of judge."""
+    """Reward model (sequence classification, one output per objective) instead of judge."""
+    judge_weights: tuple[float, ...] | None = None
+    """Factor of each objective in an answer's score, for a judge of several."""
+    judge_normalize: Literal["sum", "each"] = "sum"
+    """Losses over advantages: normalise the weighted sum within the answers to a prompt, or each
+    objective before they are summed."""
     judge_ref_model: str | None = None
     """The model that judge=implicit compares the policy with: the one it was trained from."""
     num_generations: int = 2
@@ -199,6 +215,9 @@ class OnlineOptions(RoundOptions):
     """Also train on answers that max_new_tokens cut off; an end is appended to them."""
     prompts_per_round: int | None = None
     """Prompts sampled from per round, in the order of the data; default: all in every round."""
+    sample_every: int = 0
+    """Sample anew after so many steps of a round too, with model and optimizer kept (needs
+    max_steps); 0: once, when a round starts."""
     online_pairs: Literal["all", "best_vs_rest", "adjacent", "best_vs_worst"] = "best_vs_worst"
     """Which answers to a prompt form pairs."""
     soft_judge: bool = False
@@ -214,11 +233,13 @@ class OnlineOptions(RoundOptions):
                         f"{name} is for answers sampled in rounds; set round_data=online."
                     )
             return
-        if (self.judge is None) == (self.judge_model is None):
+        if self.judge is not None and self.judge_model is not None:
             raise ValueError(
                 "round_data=online scores sampled answers: give exactly one of judge and "
                 "judge_model."
             )
+        if self.judge_normalize != "sum" and self.judge_weights is None:
+            raise ValueError("judge_normalize=each is for several objectives: set judge_weights.")
         if (self.judge == "implicit") != (self.judge_ref_model is not None):
             raise ValueError(
                 "judge=implicit and judge_ref_model go together: the implicit reward is the "

@@ -9,14 +9,13 @@ continues with resume_from_checkpoint=auto.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...prep import curriculum, split_stages
 from .. import checkpoint as ckpt
@@ -26,19 +25,18 @@ from ..data.read import raw_rows
 from ..loop import train_run
 from ..output import LOG, MARK, TRAINER_STATE, Output, writing
 from ..processes import make_accelerator
-from ..run import check_sources, plan, prepare
+from ..run import Run, check_sources, prepare, say
 from ..waiting import others_wait
 from . import masks, sync, two_speeds, value_head
+from .online.answers import NothingToTrain
 from .online.makers import maker_of
-from .online.round_data import Start, make_round
-from .options import OnlineOptions
+from .online.renewal import Renewal, samplings_per_round, shared
+from .online.round_data import Start, make_sampler
+from .round_config import DATA, MADE, check, round_config, scored_against
 
-STATE, DATA, MADE = "rounds.json", "data.jsonl", "data.json"
+STATE = "rounds.json"
 # Of a round's folder, what is not part of its final model.
 _NOT_MODEL = {LOG, TRAINER_STATE, MARK, DATA, MADE}
-# Options that mean something to the sequence of rounds alone, as one run of them has them.
-_PLAIN = {option.name: option.default for option in dataclasses.fields(OnlineOptions)}
-
 Rows = list[dict[str, Any]]
 
 
@@ -58,55 +56,17 @@ def train_rounds(config: TrainConfig) -> dict[str, Any]:
     try:
         rounds.open()
         for number in range(len(rounds.done), rounds.count):
-            rounds.one(number)
+            try:
+                rounds.one(number)
+            except NothingToTrain as why:
+                if number == 0:
+                    raise
+                say(rounds.accelerator, f"round {number + 1}: {why} The rounds end here.")
+                break
         return rounds.finish()
     finally:
         if rounds.output is not None:
             rounds.output.close()
-
-
-def check(config: TrainConfig) -> None:
-    """Raises ValueError for options that contradict each other, with what to do."""
-    moves = config.round_reference == "previous" and config.num_rounds != 1
-    if (moves or config.round_data != "same") and (
-        config.precomputed_ref or config.reference == "columns"
-    ):
-        raise ValueError(
-            "precomputed reference log-probabilities are those of one model on one data set, and "
-            "rounds change the reference or the data; drop precomputed_ref (or the columns): each "
-            "round then computes its reference."
-        )
-    if moves and config.reference == "adapter":
-        raise ValueError(
-            "reference=adapter is always the base model, so the model of the previous round cannot "
-            "be the reference; use reference=model or auto, or round_reference=start."
-        )
-    if moves and config.sync_ref_model and config.lora_r:
-        raise ValueError(
-            "with lora_r the reference of the second round would be an adapter, whose weights "
-            "sync_ref_model cannot move; use round_reference=start."
-        )
-    if config.round_extrapolation and config.lora_r:
-        raise ValueError(
-            "round_extrapolation works on the weights, and an adapter's change of them is a "
-            "product of two matrices, which does not extrapolate; set lora_r=0."
-        )
-    stored = [
-        n for n in ("fused_ref", "precomputed_aux", "precomputed_baseline") if getattr(config, n)
-    ]
-    if config.round_data != "same" and stored:
-        raise ValueError(
-            f"{' and '.join(stored)} belong to one data set; with round_data={config.round_data} "
-            "every round has its own: use a model (aux_model) or columns, or round_data=same."
-        )
-    if config.round_data == "online" and config.score_prompt:
-        raise ValueError(
-            "score_prompt is for stored rows: samples are judged and weighed by the log-"
-            "probabilities of the answers alone; drop it with round_data=online."
-        )
-    if config.round_data == "online":
-        maker_of(config, demands.losses_of(config)).check()
-    plan(round_config(config, 0, config.model))
 
 
 class Rounds:
@@ -157,10 +117,11 @@ class Rounds:
         """Makes the data of a round where it has its own, and runs it."""
         config, start = self.config, self.start
         self.accelerator.wait_for_everyone()
-        with others_wait(self.accelerator), models.loaded_whole():
-            made = self._make_data(number)
+        made = self._make_data(number)
         has_data = config.round_data != "same"
         run = prepare(round_config(config, number, start, has_data=has_data))
+        if config.sample_every:
+            run.providers.append(self._renewal(run, number))
         run.say(f"round {number + 1} of {self.count}: from {start}, data {run.config.dataset}")
         final = train_run(run, final_run=False)
         rows = [{f"online/{k}": v for k, v in made.items()}] if made else []
@@ -179,22 +140,57 @@ class Rounds:
             self._write()
 
     def _make_data(self, number: int) -> dict[str, float]:
-        """Writes the data of a round that has its own, once; returns what to log of them."""
+        """Writes the data of a round that has its own, once; returns what to log of them.
+
+        Raises:
+            NothingToTrain: on every process, where there is nothing to learn from.
+        """
         config, folder = self.config, self.out / f"round-{number}"
-        if config.round_data == "stages":
-            if self.main and not (folder / MADE).is_file():
-                write_round(folder, self.stages[number], {})
-            return {}
-        if config.round_data != "online":
-            return {}
-        if (folder / MADE).is_file() and config.resume_from_checkpoint is not None:
+        made, why = dict[str, float](), ""
+        with others_wait(self.accelerator), models.loaded_whole():
+            if config.round_data == "stages":
+                if self.main and not (folder / MADE).is_file():
+                    write_round(folder, self.stages[number], {})
+            elif config.round_data == "online":
+                try:
+                    made = self._sampled(number, folder)
+                except NothingToTrain as error:
+                    why = str(error)
+                except ValueError as error:
+                    if not number:
+                        raise
+                    raise ValueError(
+                        f"{error} Rounds 1 to {number} are done, their model is {self.start}."
+                    ) from error
+        if told := shared(self.accelerator, why):
+            raise NothingToTrain(told)
+        return made
+
+    def _sampled(self, number: int, folder: Path) -> dict[str, float]:
+        if (folder / MADE).is_file() and self.config.resume_from_checkpoint is not None:
             return ckpt.read_json(folder / MADE)
-        maker = maker_of(config, demands.losses_of(config))
-        start = Start(number, self.start, _scored_against(config, number, self.start))
-        table, made = make_round(config, _rows(config), start, maker, self.accelerator)
+        maker = maker_of(self.config, demands.losses_of(self.config))
+        sampler = make_sampler(
+            self.config, _rows(self.config), self._begins(number), maker, self.accelerator
+        )
+        table, made = sampler.rows(number)
         if self.main:
             write_round(folder, table, made)
         return made
+
+    def _begins(self, number: int) -> Start:
+        """What a round's samples are drawn from and scored against."""
+        first = number * samplings_per_round(self.config)
+        return Start(first, self.start, scored_against(self.config, number, self.start))
+
+    def _renewal(self, run: Run, number: int) -> Renewal:
+        maker = maker_of(self.config, demands.losses_of(self.config))
+        sampler = make_sampler(
+            self.config, _rows(self.config), self._begins(number), maker, self.accelerator,
+            policy=run.step.policy, tokenizer=run.tokenizer, reference=run.reference.model,
+            value=cast(Any, run.step.trained().get(value_head.NAME)),
+        )  # fmt: skip
+        return Renewal(sampler, run, first=number * samplings_per_round(self.config))
 
     def _next(self, ended: str) -> str:
         """Where the next round starts: at this one's model, or beyond it."""
@@ -228,57 +224,6 @@ class Rounds:
         self.accelerator.end_training()
         final = self.done[-1]["final"] if self.done else {}
         return {**final, "log_history": self.history}
-
-
-def round_config(
-    config: TrainConfig, number: int, start: str, *, has_data: bool = False
-) -> TrainConfig:
-    """The configuration of one round as a run of its own."""
-    folder = Path(config.output_dir) / f"round-{number}"
-    changes: dict[str, Any] = _PLAIN | {
-        "model": start,
-        "output_dir": str(folder),
-        "seed": config.seed + number,
-        "resume_from_checkpoint": config.resume_from_checkpoint and "auto",
-    }
-    if has_data:
-        changes |= {"dataset": str(folder / DATA), "limit": None, "layout": "auto"}
-    if config.round_data == "online":
-        maker = maker_of(config, demands.losses_of(config))
-        names = (*maker.columns, *(("preference_prob",) if config.soft_judge else ()))
-        changes["columns"] = {name: name for name in names} | config.columns
-        loss_args = {k: v for k, v in config.loss_args.items() if k not in maker.takes}
-        changes["loss_args"] = loss_args
-        if "aux" in maker.reads:  # what is read of it stands in the round's rows
-            changes["aux_model"] = None
-        if (folder / MADE).is_file():
-            changes["loss_args"] = maker.loss_args(ckpt.read_json(folder / MADE)) | loss_args
-    needs = demands.ReferenceNeeds.of(config)
-    if number and needs.any and not needs.teacher:
-        if config.round_reference == "previous":
-            changes["ref_model"] = start
-        elif not _base_is_start(config):
-            changes["ref_model"] = config.ref_model or config.model
-        elif config.reference == "auto":  # the base without its adapter, as in the first round
-            changes["reference"] = "adapter"
-    return dataclasses.replace(config, **changes)
-
-
-def _base_is_start(config: TrainConfig) -> bool:
-    """Whether the first round's reference is the policy without its adapter, in every round."""
-    fresh = config.lora_r > 0 and not (Path(config.model) / "adapter_config.json").is_file()
-    return (
-        fresh
-        and config.ref_model is None
-        and config.reference != "model"
-        and not config.sync_ref_model
-    )
-
-
-def _scored_against(config: TrainConfig, number: int, start: str) -> str | None:
-    """The reference that samples of a round are scored against; None: the policy's base model."""
-    name = round_config(config, number, start).ref_model
-    return name or (None if _base_is_start(config) else config.model)
 
 
 def describe_rounds(config: TrainConfig) -> str:

@@ -16,6 +16,7 @@ from .fused_reference import FusedReference
 from .kto_baseline import KtoBaseline
 from .masks import Masks
 from .online.makers import MAKERS
+from .rejected_reference import RejectedReference
 from .reward.head import RewardHead
 from .reward.ideal_points import IdealPoints
 from .reward.sources import Sources
@@ -27,8 +28,9 @@ from .value_head import ValueHeads
 
 # In the order in which a step calls them.
 PROVIDERS: tuple[type[Provider], ...] = (
-    StepCounts, KtoBaseline, Activations, AuxModel, FusedReference, Baseline, StepIndex, StepCosine,
-    Masks, ValueHeads, LossStates, TwoSpeeds, ReferenceSync, RewardHead, Sources, IdealPoints,
+    StepCounts, KtoBaseline, Activations, AuxModel, FusedReference, Baseline, RejectedReference,
+    StepIndex, StepCosine, Masks, ValueHeads, LossStates, TwoSpeeds, ReferenceSync, RewardHead,
+    Sources, IdealPoints,
 )  # fmt: skip
 
 

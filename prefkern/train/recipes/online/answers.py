@@ -13,12 +13,17 @@ from .judges import Judge
 from .sampling import Answer
 
 
+class NothingToTrain(ValueError):
+    """No answers that a loss can learn from: all alike, cut off, or equally good."""
+
+
 @dataclass
 class OnlineReport:
     """What became of the sampled answers."""
 
     counts: Counter[str] = field(default_factory=Counter)
     score: float = math.nan  # mean over the answers that were judged
+    objectives: list[float] = field(default_factory=list)  # the same of each, where judged apart
 
     def __str__(self) -> str:
         parts = [f"{n} {what}" for what, n in self.counts.items() if n]
@@ -33,14 +38,22 @@ def judged_lists(
     keep_unfinished: bool = False,
     distinct: bool = True,
     least: int = 2,
+    weights: Sequence[float] | None = None,
+    keeps: Sequence[str] = (),
 ) -> tuple[list[dict[str, Any]], OnlineReport]:
     """One row per prompt with `completions`, `scores` and the prompt.
 
     Left out are answers that were cut off (unless `keep_unfinished`), blank ones, repeated ones (if
     `distinct`) and those the judge scores -inf; and prompts with fewer than `least` answers left.
 
+    Args:
+        weights: Factor of each objective of a judge of several: an answer's score is their sum, and
+            its numbers one by one stand in `objectives`.
+        keeps: Columns of a prompt's row that go on with it.
+
     Raises:
-        ValueError: nothing is left; the judge's own errors.
+        NothingToTrain: nothing is left.
+        ValueError: scores that do not fit the weights; the judge's own errors.
     """
     report = OnlineReport()
     kept = [
@@ -51,24 +64,50 @@ def judged_lists(
     if short := len(rows) - len(kept):
         report.counts["prompts without enough answers"] += short
     scores = judge([row for row, _ in kept], [texts for _, texts in kept]) if kept else []
-    out, total = [], []
+    out: list[dict[str, Any]] = []
     for (row, texts), values in zip(kept, scores, strict=True):
-        good = [(t, s) for t, s in zip(texts, values, strict=True) if s != -math.inf]
+        totals = [_total(value, weights) for value in values]
+        good = [i for i, total in enumerate(totals) if total != -math.inf]
         report.counts["unusable"] += len(texts) - len(good)
         if len(good) < least:
             report.counts["prompts without enough answers"] += 1
             continue
-        total += [s for _, s in good]
-        texts = [as_completion(row, text) for text, _ in good]
-        out.append(training_row(row) | {"completions": texts, "scores": [s for _, s in good]})
+        made = training_row(row) | {name: row[name] for name in keeps}
+        made["completions"] = [as_completion(row, texts[i]) for i in good]
+        made["scores"] = [totals[i] for i in good]
+        if weights is not None:
+            made["objectives"] = [values[i] for i in good]
+        out.append(made)
     if not out:
-        raise ValueError(
+        raise NothingToTrain(
             f"no prompt has {least} answers to train on ({report}); raise max_new_tokens or "
             "num_generations, or set keep_unfinished."
         )
     report.counts["prompts"] = len(out)
+    total = [score for row in out for score in row["scores"]]
     report.score = math.fsum(total) / len(total)
+    if weights is not None:
+        columns = zip(*(vector for row in out for vector in row["objectives"]), strict=True)
+        report.objectives = [math.fsum(column) / len(column) for column in columns]
     return out, report
+
+
+def _total(value: float | list[float], weights: Sequence[float] | None) -> float:
+    """The score of an answer, a weighted sum where the judge gave several numbers."""
+    if isinstance(value, float):
+        if weights is not None:
+            raise ValueError(
+                f"judge_weights has {len(weights)} factors, and the judge returns one number per "
+                "answer; return a list of numbers for each, or drop judge_weights."
+            )
+        return value
+    if weights is None or len(weights) != len(value):
+        got = "none" if weights is None else str(len(weights))
+        raise ValueError(
+            f"the judge returns {len(value)} numbers per answer and judge_weights has {got}; give "
+            "one factor per objective."
+        )
+    return math.fsum(w * x for w, x in zip(weights, value, strict=True))
 
 
 def _texts(

@@ -21,10 +21,11 @@ from ...config import TrainConfig
 from ...stored.reward_model import conversation_ids, load_reward_model
 from ..answer_logps import Prompt, answer_logps
 
-# (row of the prompts' table, the texts of its answers) -> one number per answer
-Scorer = Callable[[Prompt, list[str]], Sequence[float]]
-# (rows, the texts of the answers to each) -> numbers, alike
-Judge = Callable[[Sequence[Prompt], list[list[str]]], list[list[float]]]
+Scores = list[float] | list[list[float]]  # of the answers to a prompt: a number each, or several
+# (row of the prompts' table, the texts of its answers) -> their scores
+Scorer = Callable[[Prompt, list[str]], Sequence[float] | Sequence[Sequence[float]]]
+# (rows, the texts of the answers to each) -> scores, alike
+Judge = Callable[[Sequence[Prompt], list[list[str]]], list[Scores]]
 
 
 def load_scorer(path: str) -> Scorer:
@@ -61,44 +62,79 @@ def load_scorer(path: str) -> Scorer:
 def scorer_judge(scorer: Scorer, name: str = "judge") -> Judge:
     """A judge that asks `scorer` row by row and checks what it returns."""
 
-    def judge(rows: Sequence[Prompt], answers: list[list[str]]) -> list[list[float]]:
-        return [
+    def judge(rows: Sequence[Prompt], answers: list[list[str]]) -> list[Scores]:
+        found = [
             _checked(name, scorer(r, list(a)), len(a)) for r, a in zip(rows, answers, strict=True)
         ]
+        widths = {len(x) if isinstance(x, list) else 0 for values in found for x in values}
+        if len(widths) > 1:
+            counts = ", ".join("one number" if not n else f"a list of {n}" for n in sorted(widths))
+            raise ValueError(f"{name} must return as many numbers for every answer, got {counts}.")
+        return found
 
     return judge
 
 
-def _checked(name: str, values: Any, count: int) -> list[float]:
+def no_judge(rows: Sequence[Prompt], answers: list[list[str]]) -> list[Scores]:
+    """For losses that compare samples with something else than each other."""
+    return [[0.0] * len(texts) for texts in answers]
+
+
+def _checked(name: str, values: Any, count: int) -> Scores:
+    values = _plain(values)
+    if not isinstance(values, list) or len(values) != count:
+        raise ValueError(
+            f"{name} must return one number per answer ({count}), or one list of numbers, got "
+            f"{values!r}."
+        )
+    many = [_plain(value) for value in values]
+    found = [
+        [_number(name, x) for x in value] if isinstance(value, list) else _number(name, value)
+        for value in many
+    ]
+    if any(value == [] for value in found):
+        raise ValueError(f"{name} must return at least one number per answer, got an empty list.")
+    return found  # type: ignore[return-value]  # alike, which the judge checks over all rows
+
+
+def _plain(values: Any) -> Any:
+    """Tensors, arrays and tuples as lists."""
     if isinstance(values, Tensor) or hasattr(values, "tolist"):
         values = values.tolist()
-    if not isinstance(values, list | tuple) or len(values) != count:
-        raise ValueError(f"{name} must return one number per answer ({count}), got {values!r}.")
-    for value in values:
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise ValueError(f"{name} must return finite numbers, got {value!r}.")
-    return [float(value) for value in values]
+    return list(values) if isinstance(values, tuple) else values
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must return finite numbers, got {value!r}.")
+    return float(value)
 
 
 class RewardModel:
-    """A sequence-classification model with one output, as a scorer of whole conversations."""
+    """A sequence-classification model as a scorer of whole conversations: its one output, or one
+    per objective where config.judge_weights says how they count."""
 
     def __init__(self, name: str, config: TrainConfig, device: torch.device) -> None:
         self.tokenizer = models.load_tokenizer(name)
         plain = dataclasses.replace(config, attn_implementation=None)
         model = load_reward_model(name, plain)
-        if model.config.num_labels != 1:
+        outputs, weights = model.config.num_labels, config.judge_weights
+        if outputs != (1 if weights is None else len(weights)):
             raise ValueError(
-                f"judge_model must have one output, {name} has {model.config.num_labels}."
+                f"judge_model {name} has {outputs} output(s) and judge_weights "
+                f"{'is not given' if weights is None else f'has {len(weights)} factors'}: a model "
+                "with several outputs needs one factor each."
             )
+        self.several = weights is not None
         self.model = models.freeze(model).to(device)
 
     @torch.no_grad()
-    def __call__(self, row: Prompt, answers: list[str]) -> list[float]:
-        scores = []
+    def __call__(self, row: Prompt, answers: list[str]) -> Scores:
+        scores: list[Any] = []
         for answer in answers:  # one by one: no padding token and no padded position is needed
             ids = torch.tensor([self._ids(row, answer)], device=self.model.device)
-            scores.append(float(self.model(input_ids=ids).logits[0, 0]))
+            outputs = self.model(input_ids=ids).logits[0].tolist()
+            scores.append(outputs if self.several else outputs[0])
         return scores
 
     def _ids(self, row: Prompt, answer: str) -> list[int]:
@@ -115,7 +151,7 @@ def implicit_judge(
     """
     beta = float(config.loss_args.get("beta", 0.1))
 
-    def judge(rows: Sequence[Prompt], answers: list[list[str]]) -> list[list[float]]:
+    def judge(rows: Sequence[Prompt], answers: list[list[str]]) -> list[Scores]:
         flat = [(row, text) for row, texts in zip(rows, answers, strict=True) for text in texts]
         table, texts = [row for row, _ in flat], [text for _, text in flat]
         scores = []

@@ -56,7 +56,9 @@ class AdvantageRows(RowMaker):
 
     def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
         lists, (own,) = models.logps(lists, "policy")
-        return advantage_rows(lists, own)
+        each = self.config.judge_normalize == "each"
+        mode = "normalize_then_sum" if each else "sum_then_normalize"
+        return advantage_rows(lists, own, weights=self.config.judge_weights, mode=mode)
 
 
 class TokenRewardRows(AdvantageRows):
@@ -132,11 +134,22 @@ def fdpg_baseline(rows: Sequence[Mapping[str, Any]], divergence: str = "js") -> 
     return float(fdpg.advantages(own, target, divergence).mean())
 
 
-def advantage_rows(lists: Lists, own_logps: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """Single answers with `advantages` (group-relative) and `old_logp` per token."""
-    scores = torch.tensor([s for row in lists for s in row["scores"]], dtype=torch.float64)
+def advantage_rows(
+    lists: Lists,
+    own_logps: Sequence[Tensor],
+    *,
+    weights: Sequence[float] | None = None,
+    mode: str = "sum_then_normalize",
+) -> list[dict[str, Any]]:
+    """Single answers with `advantages` (group-relative) and `old_logp` per token.
+
+    `weights` and `mode` are those of prefkern.losses.advantages.group_advantages, for lists with
+    several `objectives`.
+    """
+    name = "scores" if weights is None else "objectives"
+    rewards = torch.tensor([s for row in lists for s in row[name]], dtype=torch.float64)
     sizes = torch.tensor([0, *(len(row["scores"]) for row in lists)])
-    values = advantages.group_advantages(scores, sizes.cumsum(0).int())
+    values = advantages.group_advantages(rewards, sizes.cumsum(0).int(), weights=weights, mode=mode)
     return single_rows(
         lists, {"advantages": values.tolist(), "old_logp": [x.tolist() for x in own_logps]}
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,49 +28,92 @@ class Start:
     reference: str | None  # None: the model itself with its adapter, if any, switched off
 
 
-def make_round(
+@dataclass
+class Sampler:
+    """Prompts answered by a policy, judged, and made into rows."""
+
+    config: TrainConfig
+    prompts: Sequence[dict[str, Any]]
+    maker: RowMaker
+    models: Models
+    accelerator: Any
+    load: Callable[[str], hf.Model]  # a further frozen model
+    judge: judges.Judge | None = None  # made at the first use, on the main process
+
+    def rows(self, number: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """The rows of the sampling of that number and what to log of them; both empty but on the
+        main process.
+
+        Raises:
+            NothingToTrain: no answer that can be trained on.
+            ValueError: no prompt that can be answered, a judge that does not judge.
+        """
+        config, maker, here = self.config, self.maker, self.models
+        rows = prompts_of_round(config, self.prompts, number)
+        for i, row in enumerate(rows):
+            if lacking := [name for name in maker.keeps if not row.get(name)]:
+                raise ValueError(
+                    f"row {i} of {config.dataset} has no {' and no '.join(lacking)}, which loss "
+                    f"{', '.join(config.loss)} reads beside its samples."
+                )
+        rows = with_room(rows, here.tokenizer, here.policy, config)
+        answers = sample(
+            config, rows, number, here.policy, here.tokenizer, here.reference, self.accelerator
+        )
+        if not self.accelerator.is_main_process:
+            return [], {}
+        if not maker.judged:
+            self.judge = judges.no_judge
+        if self.judge is None:
+            self.judge = make_judge(
+                config, here.policy, here.tokenizer, self.load, self.accelerator.device
+            )
+        lists, report = judged_lists(
+            rows, answers, self.judge,
+            keep_unfinished=config.keep_unfinished, least=maker.least, distinct=maker.distinct,
+            weights=config.judge_weights, keeps=maker.keeps,
+        )  # fmt: skip
+        print(f"sampling {number + 1}: {report}")
+        table = maker.rows(lists, here)
+        scored = {"score": report.score} if maker.judged else {}
+        parts = {f"objective_{i}": x for i, x in enumerate(report.objectives, 1)}
+        counts = {name.replace(" ", "_"): n for name, n in report.counts.items()}
+        return table, {**scored, **parts, "rows": len(table), **maker.facts(table), **counts}
+
+
+def make_sampler(
     config: TrainConfig,
     prompts: Sequence[dict[str, Any]],
     start: Start,
     maker: RowMaker,
     accelerator: Any,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The rows of a round and what to log of it; both empty but on the main process.
-
-    Raises:
-        ValueError: no prompt that can be answered, no answer that can be trained on.
-    """
-    tokenizer = models.load_tokenizer(start.model)
-    policy = models.load_model(start.model, config).to(accelerator.device).eval()
+    *,
+    policy: hf.Model = None,
+    tokenizer: Any = None,
+    reference: hf.Model = None,
+    value: ValueHead | None = None,
+) -> Sampler:
+    """A sampler of the model that a round starts from, or of a `policy` that is being trained, with
+    the tokenizer, reference and value head of its run."""
+    if policy is None:
+        policy = models.load_model(start.model, config).to(accelerator.device).eval()
+        value = _value_head(start.model, policy, maker)
 
     def other(name: str) -> hf.Model:
         return models.freeze(models.load_model(name, config)).to(accelerator.device)
 
     reads = "reference" in maker.reads or config.generation_mixture > 0.0
     switched_off = start.reference is None and hasattr(policy, "peft_config")
-    reference = other(start.reference or start.model) if reads and not switched_off else None
-    rows = prompts_of_round(config, prompts, start.number)
-    rows = with_room(rows, tokenizer, policy, config)
-    answers = sample(config, rows, start.number, policy, tokenizer, reference, accelerator)
-    if not accelerator.is_main_process:
-        return [], {}
-    lists, report = judged_lists(
-        rows, answers, make_judge(config, policy, tokenizer, other, accelerator.device),
-        keep_unfinished=config.keep_unfinished, least=maker.least, distinct=maker.distinct,
-    )  # fmt: skip
-    print(f"round {start.number + 1}: {report}")
+    if reads and not switched_off and reference is None:
+        reference = other(start.reference or start.model)
     reads_aux = "aux" in maker.reads and config.aux_model is not None
-    scored_by = Models(
-        config=config, tokenizer=tokenizer, policy=policy, reference=reference,
+    here = Models(
+        config=config, tokenizer=tokenizer or models.load_tokenizer(start.model), policy=policy,
+        reference=reference if reads and not switched_off else None,
         off=policy.disable_adapter if hasattr(policy, "peft_config") else None,
-        aux=other(str(config.aux_model)) if reads_aux else None,
-        value=_value_head(start.model, policy, maker),
+        aux=other(str(config.aux_model)) if reads_aux else None, value=value,
     )  # fmt: skip
-    table = maker.rows(lists, scored_by)
-    counts = {name.replace(" ", "_"): n for name, n in report.counts.items()}
-    return table, {
-        "score": report.score, "rows": len(table), **maker.facts(table), **counts,
-    }  # fmt: skip
+    return Sampler(config, prompts, maker, here, accelerator, other)
 
 
 def _value_head(folder: str, policy: hf.Model, maker: RowMaker) -> ValueHead | None:

@@ -23,8 +23,10 @@ from ....prep import pairs_from_lists
 from ...config import TrainConfig
 from ..answer_logps import answer_logps
 from ..value_head import ValueHead, token_values
+from .answers import NothingToTrain
 
 Lists = list[dict[str, Any]]  # rows of `judged_lists`
+PER_ANSWER = ("completions", "scores", "objectives")  # columns of theirs with an entry per answer
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class RowMaker:
     distinct: ClassVar[bool] = True  # whether a repeated answer is left out
     reads: ClassVar[tuple[str, ...]] = ()  # models beside the policy
     takes: ClassVar[tuple[str, ...]] = ()  # those of config.loss_args that make the rows
+    judged: ClassVar[bool] = True  # whether the answers are compared by a judge's scores
+    keeps: ClassVar[tuple[str, ...]] = ()  # columns of the prompts that the rows have too
 
     def __init__(self, config: TrainConfig, records: Sequence[Loss]) -> None:
         self.config, self.records = config, records
@@ -162,6 +166,81 @@ class RewardRows(RowMaker):
         return single_rows(lists, {"reward": [s for row in lists for s in row["scores"]]})
 
 
+class BestRows(RowMaker):
+    """The best answer to every prompt, for losses that imitate it and read no other."""
+
+    name = "best answers"
+    least = 1
+
+    @classmethod
+    def serves(cls, record: Loss) -> bool:
+        return record.alone
+
+    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+        places = [row["scores"].index(max(row["scores"])) for row in lists]
+        return [
+            _rest(row) | {"completion": row["completions"][i], "score": row["scores"][i]}
+            for row, i in zip(lists, places, strict=True)
+        ]
+
+
+class LevelRows(RowMaker):
+    """Lists of draws by preference level: the judge returns whole numbers from 1, the best."""
+
+    name = "levels"
+    makes = ("preference_levels", "old_logp")
+    columns = ("old_logp",)
+    distinct = False
+
+    @classmethod
+    def serves(cls, record: Loss) -> bool:
+        return "preference_levels" in losses.required(record)
+
+    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+        for level in (level for row in lists for level in row["scores"]):
+            if level < 1 or level != int(level):
+                raise ValueError(
+                    f"loss {self.records[0].name!r} reads preference levels: the judge must return "
+                    f"whole numbers from 1 (the best), got {level:g}."
+                )
+        lists, (own,) = models.logps(lists, "policy")
+        logps = iter(own)
+        every = [
+            row
+            | {
+                "preference_levels": row["scores"],
+                "scores": [-level for level in row["scores"]],
+                "old_logp": [next(logps).tolist() for _ in row["completions"]],
+            }
+            for row in lists
+        ]
+        return _ranked(every)
+
+
+class NegativeRows(RowMaker):
+    """Samples of the policy beside the prompt's stored bad answer, in one list (D2O)."""
+
+    name = "samples and a stored answer"
+    least, distinct = 1, False
+    judged, keeps = False, ("rejected",)
+
+    @classmethod
+    def serves(cls, record: Loss) -> bool:
+        return record.name == "d2o_list"
+
+    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+        out = []
+        for row in lists:
+            bad = row["rejected"]
+            samples = [text for text in row["completions"] if text != bad]
+            if samples:
+                scores = [1.0] * len(samples) + [0.0]
+                out.append(_rest(row) | {"completions": [*samples, bad], "scores": scores})
+        if not out:
+            raise NothingToTrain("every sample is the stored rejected answer of its prompt.")
+        return [{k: v for k, v in row.items() if k != "rejected"} for row in out]
+
+
 def pair_rows(
     lists: list[dict[str, Any]], *, pairs: str, probability: str | None = None
 ) -> list[dict[str, Any]]:
@@ -180,9 +259,13 @@ def pair_rows(
 
 def _ranked(lists: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lists in which an answer is better than another."""
-    usable = [row for row in lists if min(row["scores"]) < max(row["scores"])]
+    usable = [
+        {name: value for name, value in row.items() if name != "objectives"}
+        for row in lists
+        if min(row["scores"]) < max(row["scores"])
+    ]
     if not usable:
-        raise ValueError(
+        raise NothingToTrain(
             "the judge gave all answers to every prompt the same score, so nothing is preferred; "
             "look at what it returns, or raise num_generations."
         )
@@ -201,13 +284,18 @@ def single_rows(lists: Lists, columns: Mapping[str, Sequence[Any]]) -> list[dict
     """One row per answer, with its entry of every column."""
     out, at = [], 0
     for row in lists:
-        rest = {n: v for n, v in row.items() if n not in ("completions", "scores")}
+        rest = _rest(row)
         for text in row["completions"]:
             out.append(
                 rest | {"completion": text} | {name: column[at] for name, column in columns.items()}
             )
             at += 1
     return out
+
+
+def _rest(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A list's row without its answers and what is said of each."""
+    return {name: value for name, value in row.items() if name not in PER_ANSWER}
 
 
 def _usable(
@@ -224,7 +312,8 @@ def _usable(
                 row
                 | {
                     name: [x for x, ok in zip(row[name], flags, strict=True) if ok]
-                    for name in ("completions", "scores")
+                    for name in PER_ANSWER
+                    if name in row
                 }
             )
     picked = [[x for x, ok in zip(c, good, strict=True) if ok and x is not None] for c in columns]

@@ -13,7 +13,12 @@ from prefkern.losses import LOSSES
 from prefkern.train.processes import make_accelerator
 from prefkern.train.recipes.online import round_data
 from prefkern.train.recipes.online.makers import maker_of
-from prefkern.train.recipes.online.round_data import Start, make_round, prompts_of_round, with_room
+from prefkern.train.recipes.online.round_data import (
+    Start,
+    make_sampler,
+    prompts_of_round,
+    with_room,
+)
 from prefkern.train.recipes.online.sampling import Answer
 
 PROMPTS = [{"prompt": f"{x}:"} for x in "abcde"]
@@ -77,7 +82,8 @@ def made(tmp_path, models, start: Start, **options) -> list[dict]:
         tmp_path, models[0], loss=("fdpg",), judge=f"{tmp_path}/judge.py:length", **options
     )
     maker = maker_of(settings, [LOSSES["fdpg"]])
-    rows, facts = make_round(settings, PROMPTS, start, maker, make_accelerator(settings))
+    sampler = make_sampler(settings, PROMPTS, start, maker, make_accelerator(settings))
+    rows, facts = sampler.rows(start.number)
     assert facts["rows"] == len(rows) and facts["answers"] == 10
     return rows
 

@@ -180,7 +180,7 @@ def test_directions_in_the_prompt_are_learned_by_rejection_sampling(tmp_path, ma
     found = run(
         tmp_path, (folder, model, write_rows(folder / "d.jsonl", prompts), judge), loss=("sft",),
         judge=f"{judge}:by_direction", num_rounds=3, learning_rate=5e-3, max_new_tokens=16,
-        keep_unfinished=True, max_steps=15,
+        keep_unfinished=True, max_steps=15, num_generations=8,
     )  # fmt: skip
     assert scores(found)[2] > scores(found)[0] + 0.1
 
@@ -270,7 +270,7 @@ def test_lists_and_the_command_line(tmp_path, materials, capsys):
 
 def test_kinds():
     names = {
-        "dpo": "pairs", "sft": "pairs", "lipo": "lists", "fdpg": "fdpg", "rto": "rto",
+        "dpo": "pairs", "sft": "best answers", "lipo": "lists", "fdpg": "fdpg", "rto": "rto",
         "grpo": "advantages",
     }  # fmt: skip
     for name, kind in names.items():

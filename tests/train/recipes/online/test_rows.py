@@ -111,6 +111,6 @@ def test_every_maker_serves_a_loss_and_rows_of_other_kinds_are_refused():
         except ValueError as error:
             assert f"loss {name!r} reads" in str(error)
     assert kinds == set(MAKERS)
-    for name in ("tpo", "mm_dpo", "kto", "oreo"):
+    for name in ("tpo", "mm_dpo", "kto", "poft"):
         with pytest.raises(ValueError, match="cannot make the rows"):
             maker_of(settings, [LOSSES[name]])
