@@ -61,6 +61,8 @@ class Batch:
         found = {k: many[k] for k in losses.required(record) if many.get(k) is not None}
         if name == "adpa":
             found |= {"aux_hidden": self.ref.flip(0), "aux_head": self.weight.detach()}
+        if "cu_segments" in losses.arguments(record):
+            found["step_index"] = many["step_index"]
         return found
 
     def arguments(self, name: str, **args) -> dict:
@@ -72,6 +74,8 @@ class Batch:
             args["desirable"] = torch.tensor([True, False, True, True, False, False])
         grouped = record.family == "listwise" or "cu_groups" in record.extra
         groups = cu(0, 3, 6) if grouped else None
+        if "cu_segments" in losses.arguments(record):  # of pairs
+            groups = cu(0, 2, 4, 6)
         return {"ref_hidden": self.ref, "cu_groups": groups, **self.given(name), **args}
 
     def __call__(self, name: str, loss=None, **args):

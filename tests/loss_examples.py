@@ -77,6 +77,9 @@ def extra(record: Loss, n: int) -> dict:
     found = {name: make[name]() for name in record.extra if name in make}
     if "pairs" in found:
         found["pref_prob"] = torch.rand(len(found["pairs"]), generator=g, dtype=torch.float64)
+    if "cu_segments" in inspect.signature(record.fn).parameters:
+        found["step_index"] = 1 + torch.arange(2 * n) % 2
+        found["cu_groups"] = torch.arange(0, n + 1, 2, dtype=torch.int32)
     if "old_logp" in inspect.signature(record.fn).parameters:
         # beyond the clip for some, else the ratio is 1 everywhere
         found["old_logp"] = tokens(n, 0.0, 0).logp.detach() - 0.1 - torch.rand(2 * n, generator=g)

@@ -54,3 +54,13 @@ def first_best(values: Tensor, cu: Tensor) -> Tensor:  # [N] bool
         0, segment, torch.where(top, position, n), "amin"
     )
     return position == first[segment]
+
+
+def distinct(key: Tensor) -> Tensor:  # [N] int64 -> [N] int64
+    """The rank of each position's key among the distinct ones."""
+    key, order = torch.sort(key)
+    new = torch.ones_like(key)
+    new[1:] = (key[1:] != key[:-1]).long()
+    number = torch.empty_like(order)
+    number[order] = new.cumsum(0) - 1
+    return number

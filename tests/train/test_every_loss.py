@@ -28,6 +28,7 @@ COUPLED = {"aot", "kto", "bco", "beta_dpo", "lcpo", "selfie"}
 # With the reference at the policy's start the gradient of these is 0.
 OTHER_REFERENCE = {"gkd", "distill", "dckd", "adpa", "bialign", "kl_penalty"}
 AUX = {"tgdpo", "adpa"}
+STEPPED = {"adpo"}
 LAYOUTS = ("pairs", "lists", "unpaired")
 TRAINED = [n for n, record in LOSSES.items() if not {n, record.family} & REFUSED.keys()]
 
@@ -96,6 +97,8 @@ def settings(name: str, models, data, folder, **changes):
     if name in AUX:
         options["aux_model"] = models[2]
     dataset = data[changes.pop("layout", layout_of(name))]
+    if name in STEPPED:
+        options["step_size"] = 4
     return config(folder, models[0], dataset, **options | changes)
 
 

@@ -49,7 +49,7 @@ def tree_tpo(
         )
     counted = scored & (step_index > 0)
     owner = ragged.owner(cu_seqlens, scored.numel())
-    step = _number(_key(owner, step_index))
+    step = ragged.distinct(_key(owner, step_index))
     size = torch.zeros_like(cosine, dtype=torch.float64).index_add(0, step, counted.double())
     share = torch.where(counted, (1.0 + cosine.double()) / size[step].clamp(min=1), 0.0)
     total = segment_sum(share, cu_seqlens)[owner]  # over a step's tokens it adds up to c_k
@@ -100,11 +100,11 @@ def step_cosine(
     group = ragged.owner(cu_groups, sequences)[owner]  # [N]
     best = ragged.first_best(relevance, cu_groups)[owner]  # [N] bool
     # Means over a step's tokens need no division: a cosine does not see lengths.
-    own = _number(_key(owner, step_index))
+    own = ragged.distinct(_key(owner, step_index))
     n, width = states.shape
     total = states.new_zeros(n, width).index_add(0, own, torch.where(counted[:, None], states, 0.0))
     # The best answer's sum of the same step, under the key (list, step).
-    shared = _number(_key(group, step_index))
+    shared = ragged.distinct(_key(group, step_index))
     from_best = counted & best
     wanted = states.new_zeros(n, width).index_add(
         0, shared, torch.where(from_best[:, None], states, 0.0)
@@ -120,13 +120,3 @@ def _key(owner: Tensor, step_index: Tensor) -> Tensor:  # [N] int64
     """One key per (owner, step); the number of steps never exceeds the number of tokens."""
     n = owner.numel()
     return owner * (n + 1) + step_index.long().clamp(max=n)
-
-
-def _number(key: Tensor) -> Tensor:  # [N] int64
-    """The rank of each token's key among the distinct ones."""
-    key, order = torch.sort(key)
-    new = torch.ones_like(key)
-    new[1:] = (key[1:] != key[:-1]).long()
-    number = torch.empty_like(order)
-    number[order] = new.cumsum(0) - 1
-    return number

@@ -110,11 +110,22 @@ class ValueOptions:
 class StepOptions:
     """Of recipes.steps."""
 
+    LOWEST: ClassVar[dict[str, float]] = {"step_size": 1, "step_count": 1}
+
     step_pattern: str | None = None
     """Split answers into steps at this regular expression, for losses that read step_index. A match
     begins a step; one of white space alone (\\n\\n) ends the step before it."""
+    step_size: int | None = None
+    """Instead of step_pattern: steps of so many tokens."""
+    step_count: int | None = None
+    """Instead of step_pattern: so many steps of every answer, equally long to one token."""
 
     def check(self) -> None:
+        given = (self.step_pattern, self.step_size, self.step_count)
+        if sum(value is not None for value in given) > 1:
+            raise ValueError(
+                "step_pattern, step_size and step_count are three ways to split answers; give one."
+            )
         if self.step_pattern is None:
             return
         try:

@@ -25,7 +25,8 @@ INDEX, COSINE = "step_index", "cosine"
 
 
 class StepIndex(Provider):
-    """`step_index` [N] of answers that are split at config.step_pattern."""
+    """`step_index` [N] of answers that are split at config.step_pattern, into steps of
+    config.step_size tokens, or into config.step_count steps."""
 
     offers = dict.fromkeys((INDEX,), "--step-pattern")
 
@@ -35,7 +36,8 @@ class StepIndex(Provider):
 
     @classmethod
     def wanted(cls, config: TrainConfig, records: Sequence[Loss]) -> bool:
-        return config.step_pattern is not None
+        ways = (config.step_pattern, config.step_size, config.step_count)
+        return any(way is not None for way in ways)
 
     def supplies(self, record: Loss) -> frozenset[str]:
         return frozenset({INDEX} & losses.arguments(record).keys())
@@ -44,14 +46,15 @@ class StepIndex(Provider):
         names = ", ".join(self.config.loss)
         if INDEX in self.config.columns:
             raise ValueError(
-                "step_pattern and the column step_index are two sources of one thing; give one."
+                "the column step_index and an option that splits answers are two sources of one "
+                "thing; give one."
             )
         if self.config.score_prompt:
-            raise ValueError("step_pattern splits answers, and score_prompt scores prompts too.")
+            raise ValueError("steps are those of answers, and score_prompt scores prompts too.")
         if not any(map(self._reads, self.records)):
             raise ValueError(
-                f"step_pattern: loss {names} reads no steps; drop it, or for oreo set --loss-arg "
-                "level=step."
+                f"loss {names} reads no steps: drop the option that splits answers, or for oreo "
+                "set --loss-arg level=step."
             )
 
     def _reads(self, record: Loss) -> bool:
@@ -64,15 +67,17 @@ class StepIndex(Provider):
     def on_examples(self, examples: list[Example]) -> list[Example]:
         if self.tokenizer is None:
             self.tokenizer = models.load_tokenizer(self.config.model)
-        pattern = re.compile(str(self.config.step_pattern))
-        return [
-            replace(e, sequences=tuple(self._numbered(s, pattern) for s in e.sequences))
-            for e in examples
-        ]
+        return [replace(e, sequences=tuple(map(self._numbered, e.sequences))) for e in examples]
 
-    def _numbered(self, sequence: Encoded, pattern: re.Pattern[str]) -> Encoded:
-        tokens = sequence.input_ids[sequence.completion_start :].tolist()
-        index = step_index(tokens, self._text, pattern)
+    def _numbered(self, sequence: Encoded) -> Encoded:
+        config, count = self.config, sequence.length
+        if config.step_pattern is not None:
+            tokens = sequence.input_ids[sequence.completion_start :].tolist()
+            index = step_index(tokens, self._text, re.compile(config.step_pattern))
+        elif config.step_size is not None:
+            index = 1.0 + np.arange(count) // config.step_size
+        else:
+            index = 1.0 + np.arange(count) * (config.step_count or 1) // max(count, 1)
         return replace(sequence, numbers={**sequence.numbers, INDEX: index})
 
     def _text(self, tokens: Sequence[int]) -> str:
@@ -84,7 +89,7 @@ class StepIndex(Provider):
         answers = [s for e in opened.examples for s in e.sequences]
         split = sum(int(s.numbers[INDEX].max(initial=1)) > 1 for s in answers)
         opened.say(
-            f"step_pattern: {split} of {len(answers)} answers have more than one step"
+            f"steps: {split} of {len(answers)} answers have more than one step"
             + ("" if split else ", so every loss of steps is one of whole answers here")
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -98,6 +99,23 @@ def test_tree_tpo_ranks_answers_by_its_steps(tmp_path, model):
     assert log[-2]["loss"] < 0.5 * log[0]["loss"]
 
 
+@pytest.mark.parametrize(
+    ("option", "want"), [({"step_size": 3}, [1, 1, 1, 2, 2]), ({"step_count": 2}, [1, 1, 1, 2, 2])]
+)
+def test_adpo_trains_on_segments_of_answers(tmp_path, model, option, want):
+    pairs = [{"prompt": f"{i}:", "chosen": "abcd", "rejected": f"xyz{i}"} for i in range(4)]
+    data = write_rows(tmp_path / "pairs.jsonl", pairs)
+    settings = config(
+        tmp_path / "out", model, data, loss=("adpo",), max_steps=12, learning_rate=3e-3, **option
+    )
+    numbers = prepare(settings).examples[0].sequences[0].numbers
+    assert numbers["step_index"].tolist() == want  # four letters and the end
+    log = train(settings)["log_history"]
+    # two segments at the reference: twice log 2
+    assert log[0]["loss"] == pytest.approx(2 * math.log(2.0), rel=1e-5)
+    assert log[-2]["loss"] < 0.6 * log[0]["loss"]
+
+
 def test_columns_take_the_place_of_both(tmp_path, model):
     table = [
         {
@@ -126,6 +144,7 @@ def test_columns_take_the_place_of_both(tmp_path, model):
         ("tree_tpo", "(", {}, "regular expression"),
         ("tree_tpo", "#*", {}, "matches the empty text"),
         ("tree_tpo", "#", {"score_prompt": True}, "scores prompts too"),
+        ("tree_tpo", "#", {"step_size": 2}, "give one"),
     ],
 )
 def test_patterns_that_cannot_be_meant(tmp_path, model, loss, pattern, more, match):
