@@ -169,9 +169,15 @@ def entropy(c: Case) -> None:
 
 
 def bialign(c: Case) -> None:
+    """An early reading of its ranking term, which is rank_gap_hinge; the KL of the first sequence
+    alone is an average over its tokens."""
+    first = torch.arange(c.scored.numel()) < int(c.cu[1])
     c.args = dict(
-        loss="bialign", ref_hidden=c.logits("aux1"), cu_groups=group(c),
-        relevance=c.number(c.out["teacher_scores"]), lam=c.hyper["lambda"],
+        loss=["rank_gap_hinge", "distill"], loss_weights=[c.hyper["lambda"], 1.0],
+        ref_hidden=c.logits("aux1"), cu_groups=group(c), per_item=True,
+        relevance=c.number(c.out["teacher_scores"]),
+        token_weights={"fkl": first.to(c.dtype)},
+        num_items={"scored_tokens": int((first & c.scored).sum())},
     )  # fmt: skip
 
 

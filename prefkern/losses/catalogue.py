@@ -19,6 +19,7 @@ from .diffusion.rank_dpo import rank_dpo as rank_dpo
 from .diffusion.self_npo import self_npo as self_npo
 from .diffusion.smpo import smpo as smpo
 from .diffusion.tlpo import tlpo as tlpo
+from .listwise.bialign import bialign as bialign
 from .listwise.bradley_terry import bradley_terry as bradley_terry
 from .listwise.contrastive import infonca as infonca
 from .listwise.contrastive import nca as nca
@@ -38,7 +39,6 @@ from .listwise.ndcg import neural_ndcg as neural_ndcg
 from .listwise.pal import pal as pal
 from .listwise.plackett_luce import plackett_luce as plackett_luce
 from .listwise.pro import pro as pro
-from .listwise.rank_gap_hinge import bialign as bialign
 from .listwise.rank_gap_hinge import rank_gap_hinge as rank_gap_hinge
 from .listwise.rrhf import knowpat as knowpat
 from .listwise.rrhf import rrhf as rrhf

@@ -19,6 +19,7 @@ RECORDS: dict[str, str] = {
 }
 
 SCORES: dict[str, str] = {
+    "logp": "`[S]` log-probability of each answer.",
     "logratio": "`[S]` log-ratio of each answer.",
     "mean_logp": "`[S]` mean log-probability per token of each answer.",
 }

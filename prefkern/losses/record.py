@@ -79,6 +79,7 @@ class Loss:
     update: Callable[..., Any] | None = None  # stateful losses: update(state, ...) -> state
     constant: tuple[str, ...] = ()  # fields of `reads` that it reads without gradient
     parts: tuple[Part, ...] = ()  # without which a trainer's run is not the method
+    whole: tuple[str, ...] = ()  # fields that it reads over likelihood_targets, where given
     alone: bool = False  # of its rows it reads the first alone, and trains on single answers too
     inputs: Inputs = field(init=False)
 

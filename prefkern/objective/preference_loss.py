@@ -101,8 +101,9 @@ def preference_loss(
         metrics: Also compute what trainers log. Default True. Their extra statistics are top1,
             zmean and the entropy, without gradient: they add no product. With `tail_mass` also
             perf/active_share, the share of the vocabulary that the backward computes.
-        likelihood_targets: Labels of the likelihood terms (ORPO's, `sft`) where those score more
-            than `targets` does, such as the prompt too; equal to `targets` where that counts.
+        likelihood_targets: Labels of the likelihood terms (ORPO's, `sft`) and of bialign's KL where
+            those score more than `targets` does, such as the prompt too; equal to `targets` where
+            that counts.
             Their tokens count as scored for num_scored and in the default denominator. Default
             None, `targets`.
         state_arguments: Called for every loss that keeps a state between batches (bco, beta_dpo,
@@ -147,7 +148,7 @@ def preference_loss(
         likelihood = None
         if likelihood_targets is not None:
             likelihood = segments.sequence_stats(
-                TokenStats(logp=tokens.logp), wide, cu_seqlens, ignore_index=ignore_index
+                _of_whole(terms, tokens), wide, cu_seqlens, ignore_index=ignore_index
             )
             tokens = only_scored(tokens, targets != ignore_index)
         objective = Objective(
@@ -158,6 +159,13 @@ def preference_loss(
         if metrics and active is not None:
             found["perf/active_share"] = active.double().sum() / objective.scored.sum().clamp(min=1)
     return total.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32), found
+
+
+def _of_whole(terms: list[Term], tokens: TokenStats) -> TokenStats:
+    """The statistics that are summed over likelihood_targets: those of likelihood terms, and what
+    else a loss reads there."""
+    names = {"logp", *(name for term in terms for name in term.record.whole)} - {"length"}
+    return TokenStats(**{name: getattr(tokens, name) for name in names})
 
 
 def loss_from_stats(

@@ -145,7 +145,7 @@ class Objective(NamedTuple):
     user_weights: Tensor | dict[str, Tensor] | None
     item_weights: Tensor | None  # [P], [G] or [S]
     ref_seq_logp: Tensor | None
-    likelihood: SeqStats | None = None  # logp, length over likelihood_targets, where given
+    likelihood: SeqStats | None = None  # over likelihood_targets, where given
 
     @property
     def scored(self) -> Tensor:  # [N] bool
@@ -309,7 +309,7 @@ def check_likelihood_targets(
     if wide is targets:
         return
     checks.check_integer_targets("likelihood_targets", wide)
-    if not any(t.record.supervised is not None for t in terms):
+    if not any(t.record.supervised is not None or t.record.whole for t in terms):
         names = ", ".join(t.record.name for t in terms)
         raise ValueError(
             f"likelihood_targets serve likelihood terms, and loss {names} has none; add 'sft'."
@@ -337,7 +337,8 @@ def only_scored(tokens: TokenStats, scored: Tensor) -> TokenStats:
 
 def _fill(name: str, record: Loss, seq: SeqStats, objective: Objective) -> Tensor:
     if name in SeqStats._fields:
-        return seq.require(name)
+        wide = objective.likelihood if name in record.whole else None
+        return (seq if wide is None else wide).require(name)
     return objective.scored if name == "scored" else _groups(record, objective)
 
 

@@ -158,7 +158,9 @@ class StepCounts(Provider):
         return frozenset(self.wanted_here)
 
     def begin_step(self, examples: list[Example], progress: float | None) -> None:
-        self.given = {name: COUNTS[name](examples) for name in self.wanted_here}
+        whole = self.config.likelihood_prompt and any(record.whole for record in self.records)
+        counts = COUNTS | ({"tokens_per_group": _whole_length} if whole else {})
+        self.given = {name: counts[name](examples) for name in self.wanted_here}
 
     def arguments(self, micro: Micro, reference: ReferenceRows) -> dict[str, Any]:
         return dict(self.given)
@@ -167,6 +169,12 @@ class StepCounts(Provider):
 def _mean_length(examples: list[Example], answer: int) -> float:
     """Scored tokens of one answer, a mean over the groups."""
     return sum(example.sequences[answer].length for example in examples) / len(examples)
+
+
+def _whole_length(examples: list[Example]) -> float:
+    """Tokens of the first answer and its prompt, all but the very first, a mean over the groups."""
+    lengths = [len(example.sequences[0].input_ids) - 1 for example in examples]
+    return sum(lengths) / len(lengths)
 
 
 def _tokens_per_sequence(examples: list[Example]) -> float:

@@ -173,7 +173,7 @@ def whole_row(records: Sequence[Loss], config: TrainConfig) -> int | None:
     row = likelihood_row(records)
     if not config.likelihood_prompt:
         return None
-    if all(record.supervised is None for record in records):
+    if all(record.supervised is None and not record.whole for record in records):
         raise ValueError(
             f"likelihood_prompt: loss {', '.join(config.loss)} has no likelihood term; drop it."
         )

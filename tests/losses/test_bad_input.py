@@ -217,7 +217,7 @@ def warned_at(action) -> int:
 
 def test_a_provisional_loss_warns_at_the_callers_line(monkeypatch):
     """Alone, as a record, bound, in the objective, in its module, fixed in one beforehand; and not
-    twice where one provisional loss is another with fixed arguments (ppd, bialign)."""
+    twice where one provisional loss is another with fixed arguments (ppd)."""
     monkeypatch.setattr(declaration, "_warned", set())
     batch = (torch.zeros(4, 3, 4), torch.zeros(5, 4), torch.zeros(4, 3, dtype=torch.int64))
     ref = {"ref_logp": torch.zeros(4, 3), "judge_logit_gap": torch.zeros(2)}
@@ -236,7 +236,7 @@ def test_a_provisional_loss_warns_at_the_callers_line(monkeypatch):
                                 ref_seq_logp=torch.zeros(4), judge_logit_gap=torch.zeros(2)),
         lambda: module(*batch, **ref),
         lambda: losses.ppd(error, error, error, error),
-        lambda: losses.bialign(error, error, bounds, fkl=error, length=error),
+        lambda: losses.rank_gap_hinge(error, error, bounds),
     ]  # fmt: skip
     lines = [warned_at(action) for action in actions]
     # one line each, but the sixth, which takes two

@@ -342,18 +342,6 @@ def test_likelihood_terms_of_lists():
     assert got.item() == pytest.approx(2.0 + 30.0)
 
 
-def test_bialign_takes_its_kl_from_the_first_sequence():
-    scores = torch.tensor([-1.0, -2.0, -1.5], dtype=torch.float64)
-    labels = torch.tensor([float("nan"), 0.2, 0.9], dtype=torch.float64)
-    fkl = torch.tensor([3.0, 70.0, 70.0], dtype=torch.float64)
-    length = torch.tensor([6.0, 1.0, 1.0], dtype=torch.float64)
-    got = losses.bialign(scores, labels, cu(0, 3, 3), fkl=fkl, length=length)
-    # the better subset leads by 0.5, exactly the rank gap 1 of 2
-    assert got.sum().item() == pytest.approx(2 * 0.5)
-    with pytest.raises(ValueError, match="lam must be"):
-        losses.bialign(scores, labels, cu(0, 3), fkl=fkl, length=length, lam=-1.0)
-
-
 def test_soft_pairs_refuses_and_drops():
     scores, labels = torch.zeros(3), torch.tensor([1.0, float("nan"), 0.0])
     where = torch.tensor([[0, 1], [0, 2]])

@@ -1,4 +1,4 @@
-"""Hinges that grow with the rank gap, alone and beside a distillation KL (after BiAlign)."""
+"""Hinges that grow with the rank gap, on mean log-probabilities."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import core
-from ..declare import formula, listwise
+from ..declare import listwise
 from ..lists import Lists
 
 
 @listwise(
     source="arXiv 2312.17055",
-    status="provisional: two readings of an equation that was not legible",
+    status="provisional: two readings of an equation that is another",
     score="mean_logp",
 )
 def rank_gap_hinge(
@@ -31,7 +31,7 @@ def rank_gap_hinge(
     l = sum_{y_i > y_j} c_ij max(0, -(a_i - a_j))         mode "product"
     with c_ij = scale (rank_j - rank_i),  a = mean_logp
 
-    Two readings of an equation of BiAlign (arXiv 2312.17055) that was not legible.
+    Two early readings of the ranking term of BiAlign (arXiv 2312.17055), which `bialign` has.
 
     Args:
         relevance: `[S]` the teacher's score, higher is better; NaN leaves an answer out.
@@ -55,61 +55,3 @@ def rank_gap_hinge(
         return torch.where(y > y_j, value, 0.0)
 
     return lists.loss(lists.sum(lists.over_mates(hinge, lists.score, lists.relevance, place)))
-
-
-@listwise(
-    source="arXiv 2312.17055",
-    status="provisional: ranking term guessed, direction of the KL assumed",
-    reads=("logp", "fkl"),
-    score="mean_logp",
-)
-def bialign(
-    scores: Tensor,  # [S]
-    relevance: Tensor,  # [S]
-    cu_groups: Tensor,  # [G+1]
-    *,
-    fkl: Tensor,  # [S]
-    length: Tensor,  # [S]
-    lam: float = 1.0,
-    mode: str = "margin",
-    tokens_per_group: float | None = None,
-    backend: str = "auto",
-) -> Tensor:  # [G]
-    """Distillation KL on the first sequence of each list plus a rank-gap hinge over the list.
-
-    l = KL(teacher || policy) per token of the first sequence
-        + lam sum_{y_i > y_j} max(0, (rank_j - rank_i) / K - (a_i - a_j)),  a = mean_logp
-
-    After BiAlign (arXiv 2312.17055), whose ranking equation was not legible and whose KL direction
-    is assumed. The teacher is given as the reference model.
-
-    Args:
-        scores: `[S]` mean log-probability per token of the answer given each subset of examples.
-        relevance: `[S]` the teacher's score of the same, higher is better; NaN leaves a sequence
-            out of the ranking (a first sequence that is there for the KL alone).
-        cu_groups: `[G+1]` boundaries of the lists; the first sequence of each holds the full
-            context.
-        fkl: `[S]` KL(teacher || policy) summed over the tokens of each sequence.
-        length: `[S]` scored tokens of each sequence.
-        lam: Weight of the ranking term, >= 0.
-        mode: As in `rank_gap_hinge`.
-        tokens_per_group: Mean length of the first sequences over a whole step of several
-            micro-batches; None: the batch's own.
-
-    Returns:
-        Unreduced loss `[G]`, whose mean holds the KL per token of all first sequences.
-    """
-    core.not_negative("lam", lam)
-    core.difference(fkl, scores)
-    ranking = formula(rank_gap_hinge)(
-        scores, core.drop_empty(relevance, length), cu_groups, mode=mode, per_item=True,
-        backend=backend,
-    )  # fmt: skip
-    # An empty list has no first sequence: it borrows one and is weighed 0.
-    filled = cu_groups[1:] > cu_groups[:-1]
-    first = cu_groups[:-1].long().clamp(max=max(scores.numel() - 1, 0))
-    if scores.numel() == 0:
-        return lam * ranking
-    kl = torch.where(filled, fkl[first], 0.0)
-    tokens = torch.where(filled, length[first], 0.0)
-    return core.per_token(kl, tokens, tokens_per_group).to(ranking.dtype) + lam * ranking

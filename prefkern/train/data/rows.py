@@ -2,12 +2,14 @@
 
 Columns (TRL's names first): `prompt`, `chosen`, `rejected`; `prompt`, `completion`, `label`;
 `prompt` or `context`, `completions` or `responses`, `scores` or `ranks`. A text is a string or a
-list of `{"role", "content"}`. A pair may have answers beside the two (`gold`, `cond`) and prompts
-of their own for them (`prompt_rejected`, `prompt_cond`).
+list of `{"role", "content"}`. A list may have `prompts`, one for each of its answers, and null for
+the score of an answer that is not ranked. A pair may have answers beside the two (`gold`, `cond`)
+and prompts of their own for them (`prompt_rejected`, `prompt_cond`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +21,7 @@ from ...prep.cells import (
     filled,
     floats,
     get,
+    items,
     kind_of,
     list_column,
     list_prompt,
@@ -224,25 +227,48 @@ def _unpaired(data: Mapping[str, Any], labelled: bool) -> ParsedRow:
 
 
 def _list(data: Mapping[str, Any], list_labels: str) -> ParsedRow:
-    prompt = _text(data, list_prompt(data))
-    texts, scores = list_texts(data), list_scores(data)
+    texts = list_texts(data)
+    prompts = None if data.get("prompts") is None else _prompts(data, len(texts))
+    prompt = _text(data, list_prompt(data)) if prompts is None else prompts[0]
+    scores = _list_scores(data)
     prompt = _as_messages(prompt, texts)
     places = [f"{list_column(data)}[{i}]" for i in range(len(texts))]
-    if min(scores) == max(scores):
+    ranked = [score for score in scores if not math.isnan(score)]
+    if not ranked or min(ranked) == max(ranked):
         raise BadRow("scores", "all scores equal", "are all equal, so nothing is preferred")
-    for i, response in enumerate(texts):
-        first = texts.index(response)
-        if scores[first] != scores[i]:
+    asked = [(prompts or [prompt] * len(texts))[i] for i in range(len(texts))]
+    both = list(zip(asked, texts, strict=True))
+    for i, response in enumerate(both):
+        first = both.index(response)
+        if first != i and scores[first] != scores[i]:
             raise BadRow(
                 places[i],
                 "same response, two scores",
                 f"is the same as {places[first]} with another score",
             )
     if list_labels == "order":
-        order = sorted(set(scores))
-        scores = [float(order.index(score)) for score in scores]
+        order = sorted(set(ranked))
+        scores = [s if math.isnan(s) else float(order.index(s)) for s in scores]
     none: list[list[float] | None] = [None] * len(texts)
-    return ParsedRow(prompt, texts, places, relevance=tuple(scores), token_weights=none)
+    return ParsedRow(
+        prompt, texts, places, relevance=tuple(scores), token_weights=none, prompts=prompts
+    )
+
+
+def _prompts(data: Mapping[str, Any], count: int) -> list[Text]:
+    """Prompts of the answers' own, where each has another."""
+    many = items(data["prompts"], "prompts", count, " of texts")
+    return [text(item, f"prompts[{i}]") for i, item in enumerate(many)]
+
+
+def _list_scores(data: Mapping[str, Any]) -> list[float]:
+    """One number per response; NaN, null in the column scores, for one that is not ranked."""
+    given = data.get("scores")
+    if not isinstance(given, list | tuple) or None not in given:
+        return list_scores(data)
+    there = [0.0 if score is None else score for score in given]
+    found = list_scores({**data, "scores": there})
+    return [math.nan if a is None else b for a, b in zip(given, found, strict=True)]
 
 
 def _floats(data: Mapping[str, Any], column: str) -> list[float] | None:

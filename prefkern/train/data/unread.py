@@ -21,7 +21,7 @@ _READ = {
         "ref_chosen_logps", "ref_rejected_logps",
     ),
     "unpaired": ("prompt", "completion", "label", "completion_weights"),
-    "lists": ("prompt", "context", "completions", "responses", "scores", "ranks"),
+    "lists": ("prompt", "prompts", "context", "completions", "responses", "scores", "ranks"),
 }  # fmt: skip
 _EVERYWHERE = ("weight", "tools", "chat_template_kwargs", "stage")
 # Columns that act by their name alone, and how.
