@@ -173,8 +173,7 @@ def _mean_length(examples: list[Example], answer: int) -> float:
 
 def _whole_length(examples: list[Example]) -> float:
     """Tokens of the first answer and its prompt, all but the very first, a mean over the groups."""
-    lengths = [len(example.sequences[0].input_ids) - 1 for example in examples]
-    return sum(lengths) / len(lengths)
+    return sum(len(e.sequences[0].input_ids) - 1 for e in examples) / len(examples)
 
 
 def _tokens_per_sequence(examples: list[Example]) -> float:

@@ -173,7 +173,7 @@ MUTANTS = [
     (
         "likelihood_targets_nobody_reads_pass",
         T,
-        "    if not any(t.record.supervised is not None for t in terms):",
+        "    if not any(t.record.supervised is not None or t.record.whole for t in terms):",
         "    if not terms:",
         *BROAD,
     ),

@@ -59,7 +59,7 @@ DATA: list[Row] = [
     *of(
         f"{TRAIN}data/rows.py",
         f"{TESTS}data/test_rows.py",
-        ("float(order.index(score)) for", "float(-order.index(score)) for"),
+        ("float(order.index(s)) for", "float(-order.index(s)) for"),
         ('end and chosen[end - 1] == " "', "end < 0"),
         ("    if weight < 0:", "    if weight < -10:"),
         ("for name in names)\n    own", "for name in names[::-1])\n    own"),
