@@ -52,7 +52,6 @@ class Family:
         constant: tuple[str, ...] = (),
         parts: tuple[Part, ...] = (),
         whole: tuple[str, ...] = (),
-        alone: bool = False,
     ) -> Callable[[F], F]:
         """Declares the function below as a loss; the fields are those of `Loss`, None the usual.
 
@@ -82,7 +81,7 @@ class Family:
                 loss, self.name, source, status,
                 self.reads if reads is None else reads, reference, score or self.score,
                 rewards or self.rewards[reference is False], items or self.items,
-                weights, supervised, update, constant, parts, whole, alone,
+                weights, supervised, update, constant, parts, whole,
             )  # fmt: skip
             provisional = record.provisional
             loss.__doc__ = fn.__doc__ = docstrings.complete(record)

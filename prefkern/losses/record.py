@@ -42,6 +42,7 @@ class Supervised(NamedTuple):
     rows: str = "chosen"
     mode: str = "token"
     scale: str | None = None  # a hyper-parameter that multiplies the weight
+    alone: bool = False  # the loss is this term and nothing else: it trains on single answers too
 
 
 class Part(NamedTuple):
@@ -80,7 +81,6 @@ class Loss:
     constant: tuple[str, ...] = ()  # fields of `reads` that it reads without gradient
     parts: tuple[Part, ...] = ()  # without which a trainer's run is not the method
     whole: tuple[str, ...] = ()  # fields that it reads over likelihood_targets, where given
-    alone: bool = False  # of its rows it reads the first alone, and trains on single answers too
     inputs: Inputs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -134,6 +134,11 @@ class Loss:
     def rows(self) -> tuple[str, ...]:
         """The sequences of one group of a pairwise loss, in order; () elsewhere."""
         return self.inputs.positional if self.family == "pairwise" else ()
+
+    @property
+    def alone(self) -> bool:
+        """Whether of its rows it reads one alone, and so trains on single answers too."""
+        return self.supervised is not None and self.supervised.alone
 
     @property
     def extra(self) -> tuple[str, ...]:

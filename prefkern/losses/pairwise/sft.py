@@ -14,8 +14,7 @@ from ..record import Supervised
 @pairwise(
     source="TRL loss_type sft",
     status="checked against TRL",
-    supervised=Supervised("sft_weight", 1.0),
-    alone=True,
+    supervised=Supervised("sft_weight", 1.0, alone=True),
 )
 def sft(chosen: SeqStats, rejected: SeqStats) -> Tensor:  # [P]
     """SFT: no preference loss of its own; the objective's likelihood term is all there is.
