@@ -26,6 +26,7 @@ STOREYS = {
     "ops": 4,
     "losses": 5,
     "objective": 6,
+    "diffusion": 6,
     "integrations": 7,
     "prep": 7,
     "train": 8,

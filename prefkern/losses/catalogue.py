@@ -15,6 +15,7 @@ from .diffusion.diff_instruct_star import diff_instruct_star as diff_instruct_st
 from .diffusion.diffusion_mapo import diffusion_mapo as diffusion_mapo
 from .diffusion.dro import dro as dro
 from .diffusion.inpo import inpo as inpo
+from .diffusion.lpo import lpo as lpo
 from .diffusion.rank_dpo import rank_dpo as rank_dpo
 from .diffusion.self_npo import self_npo as self_npo
 from .diffusion.smpo import smpo as smpo

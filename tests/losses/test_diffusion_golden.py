@@ -90,6 +90,14 @@ def rank_dpo(x: Inputs, p: dict) -> torch.Tensor:
     return losses.rank_dpo(r.err, r.ref_err, phi=vectors.tensor(p["phi"]), cu_groups=cu, **rest)
 
 
+def lpo(x: Inputs, p: dict) -> torch.Tensor:
+    r = error_sum(x["pred"], x["target"], x["ref"], reduction=p["reduction"])
+    rest = {k: p[k] for k in ("beta", "topk") if k in p}
+    cu = torch.tensor(p["offsets"], dtype=torch.int32)
+    relevance = vectors.tensor(p["relevance"])
+    return losses.lpo(r.err, r.ref_err, relevance=relevance, cu_groups=cu, **rest)
+
+
 def pseudo_huber(x: Inputs, p: dict) -> torch.Tensor:
     r = error_sum(x["pred_w"], x["target_w"], stats=(f"huber:{p['c']}",))
     return losses.self_npo(r.huber)
@@ -111,6 +119,7 @@ CALLS = {
     "dro": lambda x, p: losses.dro(*x.errors(), **p),
     "dense_dpo": dense_dpo,
     "rank_dpo": rank_dpo,
+    "lpo": lpo,
     "pseudo_huber_elementwise": pseudo_huber,
     "di_star_surrogate": di_star,
 }
@@ -126,7 +135,7 @@ def _id(case):
 
 
 def test_every_vector_is_used():
-    assert {c["method"] for c in CASES} == set(CALLS) and len(CASES) == 27
+    assert {c["method"] for c in CASES} == set(CALLS) and len(CASES) == 30
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=_id)
@@ -210,6 +219,15 @@ def test_rank_dpo_of_a_pair_is_weighted_diffusion_dpo():
     torch.testing.assert_close(got, gain * (1 / log2 - 1 / log3) * plain)
 
 
+def test_lpo_of_a_pair_is_diffusion_dpo():
+    err = torch.tensor([0.31, 0.27], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([0.30, 0.28], dtype=torch.float64)
+    label, cu = torch.tensor([0.2, 0.8]), torch.tensor([0, 2], dtype=torch.int32)
+    got = losses.lpo(err, ref, relevance=label, cu_groups=cu, beta=50.0)
+    want = losses.diff_dpo(err[1:], err[:1], ref[1:], ref[:1], kappa=50.0)
+    torch.testing.assert_close(got, want)
+
+
 def test_the_table_of_the_mapo_link():
     table = vectors.tensor(GOLDEN["mapo_link_x_f_dfdx"])  # [n, 3]
     x = table[:, 0].clone().requires_grad_()
@@ -235,7 +253,7 @@ def test_the_mapo_link_is_smooth_where_series_and_formula_meet():
 def test_names_say_which_are_not_the_method():
     unsure = {n for n, r in losses.LOSSES.items() if r.family == "diffusion"
               and r.status.startswith("provisional")}  # fmt: skip
-    assert unsure == {"dcpo", "ppd", "tlpo", "diff_instruct_star"}
+    assert unsure == {"tlpo", "diff_instruct_star"}
 
 
 def test_order_of_samples_does_not_matter():

@@ -14,7 +14,7 @@ DIFFUSION = sorted(n for n, r in losses.LOSSES.items() if r.family == "diffusion
 names = pytest.mark.parametrize("name", DIFFUSION)
 # Losses that read several errors per sample, and those whose result is per group.
 COLUMNS = {"dense_dpo", "tlpo"}
-GROUPED = {"rank_dpo"}
+GROUPED = {"lpo", "rank_dpo"}
 # A product with a direction, not an error: any sign, and nothing to compare.
 REGRESSIONS = {"self_npo", "diff_instruct_star"}
 PAIRED = [n for n in DIFFUSION if n not in REGRESSIONS | GROUPED]
@@ -46,6 +46,7 @@ def example(name: str, change: float = 0.0, dtype=torch.float64, n: int = N):
         "sigma": lambda: 0.1 + torch.rand(n, generator=g),
         "labels": lambda: torch.randint(-1, 2, shape, generator=g).float(),
         "phi": lambda: torch.arange(n).roll(1) / max(n, 1),
+        "relevance": lambda: torch.arange(n).roll(1) / max(n, 1),
         "cu_groups": lambda: torch.tensor([0, n // 2, n], dtype=torch.int32),
     }
     extra = {k: make[k]() for k in losses.LOSSES[name].extra}
@@ -204,7 +205,11 @@ def test_rewards(name):
 @pytest.mark.parametrize(
     # labels and cu_groups are arguments of preference_loss itself and do not reach these losses
     "name",
-    [n for n in DIFFUSION if not {"labels", "cu_groups"} & set(losses.LOSSES[n].extra)],
+    [
+        n
+        for n in DIFFUSION
+        if not {"labels", "cu_groups", "relevance"} & set(losses.LOSSES[n].extra)
+    ],
 )
 def test_preference_loss_says_where_it_belongs(name):
     extra = {k: torch.zeros(2) for k in losses.required(losses.LOSSES[name])}

@@ -80,7 +80,8 @@ def call(name: str, **args):
     if record.family == "diffusion":
         errors = [torch.rand(3, 2) if name in ("dense_dpo", "tlpo") else torch.rand(3)] * 4
         made = {"sigma": 0.5, "labels": torch.ones(3, 2), "p_win": torch.ones(3) / 2,
-                "phi": torch.rand(3), "cu_groups": torch.tensor([0, 3])}  # fmt: skip
+                "phi": torch.rand(3), "relevance": torch.rand(3),
+                "cu_groups": torch.tensor([0, 3])}  # fmt: skip
         given = {k: v for k, v in made.items() if k in record.extra}
         return record(*errors[: len(record.inputs.positional)], **{**given, **args})
     example = Example(name, 3)

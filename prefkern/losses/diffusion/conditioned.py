@@ -11,7 +11,7 @@ from .diff_dpo import diff_dpo
 
 @diffusion(
     source="arXiv 2502.06023",
-    status="provisional: loss of Diffusion-DPO assumed, the paper's equations were not read",
+    status="confirmed by summaries: Diffusion-DPO with a caption per image; equations not read",
     reference=True,
 )
 def dcpo(
@@ -26,8 +26,8 @@ def dcpo(
 
     l = softplus(beta / 2 Delta),  Delta as in diff_dpo
 
-    After the description of arXiv 2502.06023, whose equations were not read: how the rejected
-    image's caption is made and the value of beta are not confirmed. Errors are means.
+    arXiv 2502.06023, whose loss is Diffusion-DPO's with one caption per image. How the rejected
+    image's caption is made is up to the data, the value of beta was not read. Errors are means.
 
     Args:
         beta: Strength of the pull to the reference, > 0; the default is Diffusion-DPO's.
@@ -39,7 +39,9 @@ def dcpo(
 
 
 @diffusion(
-    source="arXiv 2501.06655", status="provisional: from a summary, beta not known", reference=True
+    source="arXiv 2501.06655",
+    status="confirmed by summaries: Diffusion-DPO under a user embedding; its beta is not known",
+    reference=True,
 )
 def ppd(
     chosen_err: Tensor,  # [P]
@@ -53,8 +55,9 @@ def ppd(
 
     l = softplus(beta / 2 Delta),  Delta as in diff_dpo
 
-    After a summary of arXiv 2501.06655; its beta is not known here. The user embedding enters
-    through the model's cross-attention, before the errors. Errors are means.
+    arXiv 2501.06655, whose loss is Diffusion-DPO's with both models conditioned on the user; its
+    beta is not known here. The user embedding enters through the model's cross-attention, before
+    the errors. Errors are means.
 
     Args:
         beta: Strength of the pull to the reference, > 0; the default is Diffusion-DPO's.

@@ -32,13 +32,14 @@ def diff_dpo(
     hinge: l = max(0, 1 + kappa Delta);  ipo: l = (Delta + 1 / (2 kappa))^2
 
     Wallace et al. 2023 (arXiv 2311.12908), eq. 14. kappa belongs to the reduction of the errors:
-    the paper's sums, the authors' code takes means with kappa = beta / 2 (beta = 5000 for SDXL,
-    2000 for SD 1.5), the diffusers script means with kappa = beta. For sums divide kappa by the
-    number of elements. At policy = reference, l = log 2 and the slope is kappa / 2.
+    the paper's are sums, the codes take means (for sums divide kappa by the number of elements).
+    With b their beta_dpo, kappa = b / 2 in the authors' code (b = 5000 for SDXL, 2000 for SD 1.5)
+    and in diffusers' train_diffusion_dpo_sdxl.py; kappa = b in diffusers' train_diffusion_dpo.py
+    (SD 1.5). At policy = reference, l = log 2 and the slope is kappa / 2.
 
     Args:
         kappa: Scale of Delta, > 0; the default is the authors' for means and SDXL.
-        kind: "logistic", "hinge" or "ipo" (the diffusers script's variants).
+        kind: "logistic", "hinge" or "ipo" (variants of diffusers' SD 1.5 script).
     """
     shared.positive("kappa", kappa)
     shared.choice("kind", kind, KINDS)
