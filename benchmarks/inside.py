@@ -14,7 +14,7 @@ from torch import Tensor
 from prefkern.backends import choice, list_options, memory, tables
 from prefkern.backends.contract import HeadCall, Model, Problem
 from prefkern.backends.plan import NO_PLAN, read_plan, write_plan
-from prefkern.backends.tiled.epilogue import LogitOptions, Sweep, Tile
+from prefkern.backends.tiled.epilogue import FrozenSums, LogitOptions, Sweep, Tile
 from prefkern.backends.tiled.operands import tile_itemsize
 from prefkern.backends.tiled.tiling import Kept, make_tiling
 from prefkern.ops.budget import rows_kept
@@ -145,7 +145,7 @@ class Kernel(NamedTuple):
 
     name: str
     stats: tuple[str, ...]
-    what: str  # fold, gradient, factor
+    what: str  # fold, gradient, frozen, factor
     quiet: frozenset[str] = frozenset()  # without gradient: the fold writes a rounded tile, kept
 
 
@@ -159,6 +159,7 @@ KERNELS = (
     Kernel("gradient_one_small", ("logp",), "gradient"),
     Kernel("gradient_one", ("logp", "ent"), "gradient"),
     Kernel("gradient_two_small", TDPO, "gradient"),
+    Kernel("fold_frozen", ("logp",), "frozen"),
     Kernel("frozen_factors", ("logp",), "factor"),
 )
 
@@ -180,7 +181,7 @@ def _sweep(kernel: Kernel, m: int, w: int, device: str, g: torch.Generator) -> S
     targets = torch.randint(0, w, (m,), generator=g, device=device)
     ref = model if kernel.stats == TDPO else None
     call = HeadCall(model, ref, None, targets, None, None, None, -100, NO_PLAN)
-    call = _plan(kernel.stats, kernel.quiet, call, frozen=kernel.what == "factor")
+    call = _plan(kernel.stats, kernel.quiet, call, frozen=kernel.what in ("frozen", "factor"))
     return Sweep(call, targets, tuple(LogitOptions.of(x, call.fold_dtype) for x in call.models))
 
 
@@ -196,11 +197,18 @@ def kernel_call(kernel: Kernel, backend: str, m: int, w: int, device: str) -> Ca
         return (2 * x).to(sweep.tile_dtype)
 
     out = torch.empty(m, w, dtype=call.working, device=device)
-    if kernel.what == "fold":
+    if kernel.what in ("fold", "frozen"):
         tile = Tile(0, 0, tuple(draw() for _ in call.models))
         shape = (sweep.fields, -(-w // kernels.chunk_columns(sweep)), m)
         fields = torch.empty(shape, dtype=call.fold_dtype, device=device)
         at = torch.zeros((len(tables.AT), m), dtype=torch.float64, device=device)
+        if kernel.what == "frozen":  # maxima at rest: no sum is moved
+            maxima, totals = (
+                torch.full((2, m), 99.0, device=device),
+                torch.zeros(1, m, 1, device=device),
+            )
+            sums = FrozenSums(("mass",), totals, maxima, started=True)
+            return lambda: kernels.fold_frozen(sweep, tile, fields, at, sums, out)
         return lambda: kernels.fold(sweep, tile, fields, at, out if sweep.rounded else None)
     tile = Tile(0, 0, tuple(draw() for _ in range(sweep.backward_models)))
     if kernel.what == "factor":

@@ -80,11 +80,12 @@ def predict(case: Case, backend: str, machine: Machine, budget: int | None) -> d
         return sum(counts.kernel_seconds(k, s * logits, machine) for k, s in shares if s)
 
     fold = "fold_two_small" if two else "fold_one" if wide else "fold_one_small"
+    fold = "fold_frozen" if case.frozen else fold
     forward = case.models * (one + tiles * PRODUCT_SECONDS) + kernels((fold, 1.0))
     forward += (1 - HIDDEN) * wider + SMALL_SECONDS * counts.launches(f"{name} forward")
     bare = case.models * one
     if case.frozen:  # the forward forms the rows of dH, the backward scales them
-        forward += one + tiles * PRODUCT_SECONDS + kernels(("frozen_factors", 1.0))
+        forward += one + tiles * PRODUCT_SECONDS
         forward += (1 - HIDDEN) * sums
         # a row is moved where its maximum rises: in tile k of a random row with probability 1 / k
         forward += sums / tiles * sum(1 / k for k in range(2, tiles + 1))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prefkern.backends import cuda, eager, tables
 from prefkern.backends.contract import Arithmetic, Folded, HeadCall
-from prefkern.backends.tiled.epilogue import FLAGS, Sweep, Tile
+from prefkern.backends.tiled.epilogue import FLAGS, FrozenSums, Sweep, Tile, fold_in_steps
 
 from . import tiles
 from .launches import launch
@@ -84,6 +84,7 @@ class Kernels:
 
     def chunk_columns(self, sweep: Sweep) -> int:
         entry = "fold_one" if len(sweep.options) == 1 else "fold_two"
+        entry += "_small" if sweep.small_fold else ""
         arch = tiles.arch_of(sweep.targets.device)
         found = [
             t
@@ -131,6 +132,11 @@ class Kernels:
             tile.v0, sweep.call.ignore_index, x.stride(0), xr.stride(0), norms.stride(0),
             fields.stride(0), fields.stride(1), must={"BLOCK_V": self.chunk_columns(sweep)},
         )  # fmt: skip
+
+    def fold_frozen(
+        self, sweep: Sweep, tile: Tile, fields: Tensor, at: Tensor, sums: FrozenSums, out: Tensor
+    ) -> None:
+        fold_in_steps(self, sweep, tile, fields, at, sums, out)
 
     def factor(self, sweep: Sweep, tile: Tile, maxima: Tensor, name: str, out: Tensor) -> None:
         x, xr, (m, w) = tile.x[0], tile.x[min(1, len(tile.x) - 1)], tile.x[0].shape

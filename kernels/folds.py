@@ -20,12 +20,27 @@ from .loads import (
     load_products,
     load_row,
     load_targets,
+    load_values,
     logits,
+    only,
     round_to,
     target_column,
 )
 from .positions import FIELD, FLAG, NORM, PARAM, SUM
-from .primitives import blend, expm1, log1p, narrow, normaliser, weighted, widen
+from .primitives import (
+    blend,
+    exp,
+    expm1,
+    log1p,
+    max_2,
+    narrow,
+    normaliser,
+    relative,
+    sum_2,
+    sum_4,
+    weighted,
+    widen,
+)
 
 
 @triton.jit
@@ -50,11 +65,14 @@ def _rounded(at_ptr, field_stride, row_ok, keep_ptr, keep_stride, rows, cols, ra
 @triton.jit
 def _single(at_ptr, field_stride, mask, z, most, x, e, cols, BLOCK_V: tl.constexpr):
     """What one model's statistics beside the normaliser are made of."""
-    _put(at_ptr, FIELD.x, field_stride, tl.sum(weighted(e, x), axis=1), mask)
-    _put(at_ptr, FIELD.sq, field_stride, tl.sum(e * e, axis=1), mask)
     finite = z > float("-inf")
-    _put(at_ptr, FIELD.z_sum, field_stride, tl.sum(tl.where(finite, z, 0.0), axis=1), mask)
-    _put(at_ptr, FIELD.z_count, field_stride, tl.sum(finite.to(tl.int32), axis=1), mask)
+    sum_x, sq, z_sum, z_count = sum_4(
+        weighted(e, x), e * e, tl.where(finite, z, 0.0), tl.where(finite, 1.0, 0.0).to(z.dtype)
+    )
+    _put(at_ptr, FIELD.x, field_stride, sum_x, mask)
+    _put(at_ptr, FIELD.sq, field_stride, sq, mask)
+    _put(at_ptr, FIELD.z_sum, field_stride, z_sum, mask)
+    _put(at_ptr, FIELD.z_count, field_stride, z_count, mask)
     largest = tl.where(z == most[:, None], cols[None, :], BLOCK_V)
     _put(at_ptr, FIELD.top, field_stride, tl.min(largest, axis=1), mask)
 
@@ -62,7 +80,7 @@ def _single(at_ptr, field_stride, mask, z, most, x, e, cols, BLOCK_V: tl.constex
 @triton.jit
 def _values(at_ptr, field_stride, mask, adv_ptr, adv_stride, rows, cols, inside, e):
     """sum e A of given values (stride 0: one row for all)."""
-    adv = load_products(adv_ptr, adv_stride, rows, cols, inside, e.dtype)
+    adv = load_values(adv_ptr, adv_stride, rows, cols, inside, e.dtype)
     _put(at_ptr, FIELD.adv, field_stride, tl.sum(weighted(e, adv), axis=1), mask)
 
 
@@ -154,16 +172,18 @@ def fold_two(
     z = logits(raw, bias_ptr, cols, col_ok, flags & FLAG.bias, factor, top, inside)
     zr = logits(raw_r, ref_bias_ptr, cols, col_ok, flags & FLAG.ref_bias, ref_factor, ref_top,
                 inside)  # fmt: skip
-    most, total, x, e = normaliser(z)
-    most_r, total_r, xr, er = normaliser(zr)
+    most, most_r = max_2(z, zr)
+    x, e = relative(z, most)
+    xr, er = relative(zr, most_r)
+    d = xr - x
+    total, total_r, ref_cross, pol_cross = sum_4(e, er, weighted(er, d), weighted(e, -d))
     put_ptr = fields_ptr + chunk * chunk_stride + rows
     _put(put_ptr, FIELD.max, field_stride, most, row_ok)
     _put(put_ptr, FIELD.sum, field_stride, total, row_ok)
     _put(put_ptr, FIELD.ref_max, field_stride, most_r, row_ok)
     _put(put_ptr, FIELD.ref_sum, field_stride, total_r, row_ok)
-    d = xr - x
-    _put(put_ptr, FIELD.ref_cross, field_stride, tl.sum(weighted(er, d), axis=1), row_ok)
-    _put(put_ptr, FIELD.pol_cross, field_stride, tl.sum(weighted(e, -d), axis=1), row_ok)
+    _put(put_ptr, FIELD.ref_cross, field_stride, ref_cross, row_ok)
+    _put(put_ptr, FIELD.pol_cross, field_stride, pol_cross, row_ok)
     if ROUND:
         written = cols < columns_if(flags & FLAG.keep, w)
         _rounded(put_ptr, field_stride, row_ok, keep_ptr, keep_stride, rows, cols, raw, bias_ptr,
@@ -217,27 +237,31 @@ def fold_second(
     z = logits(raw, bias_ptr, cols, col_ok, flags & FLAG.bias,
                tl.load(params_ptr + PARAM.factor), tl.load(params_ptr + PARAM.top),
                inside)  # fmt: skip
+    ref_factor = tl.load(params_ptr + PARAM.ref_factor)
     ur = before_cap(raw_r, ref_bias_ptr, cols[None, :], col_ok[None, :], flags & FLAG.ref_bias,
-                    tl.load(params_ptr + PARAM.ref_factor))  # fmt: skip
-    zr = tl.where(inside, capped(ur, tl.load(params_ptr + PARAM.ref_top)), float("-inf"))
+                    ref_factor)  # fmt: skip
+    ref_top = tl.load(params_ptr + PARAM.ref_top)
+    zr = only(inside, capped(ur, ref_top), ref_factor, ref_top)
     lp = z - load_row(norms_ptr, NORM.lse, norm_stride, rows, row_ok)
     lp = lp - load_row(norms_ptr, NORM.lse_low, norm_stride, rows, row_ok)
     lr = zr - load_row(norms_ptr, NORM.ref_lse, norm_stride, rows, row_ok)
     lr = lr - load_row(norms_ptr, NORM.ref_lse_low, norm_stride, rows, row_ok)
-    p = tl.where(inside, tl.exp(lp), 0.0)
-    r = tl.where(inside, tl.exp(lr), 0.0)
+    p = tl.where(inside, exp(lp), 0.0)
+    r = tl.where(inside, exp(lr), 0.0)
     put_ptr = fields_ptr + chunk * chunk_stride + rows
     if (flags & FLAG.jsd) != 0:
         # beyond |d| = 80 one model is e^-80 of the other; the clamp keeps e^d finite
         d = tl.minimum(tl.maximum(lr - lp, -80.0), 80.0)
         ratio = log1p(tl.load(params_ptr + PARAM.jsd) * expm1(d))
-        _put(put_ptr, SUM.kl_ref, field_stride, tl.sum(weighted(r, d - ratio), axis=1), row_ok)
-        _put(put_ptr, SUM.kl_pol, field_stride, tl.sum(weighted(p, -ratio), axis=1), row_ok)
+        kl_ref, kl_pol = sum_2(weighted(r, d - ratio), weighted(p, -ratio))
+        _put(put_ptr, SUM.kl_ref, field_stride, kl_ref, row_ok)
+        _put(put_ptr, SUM.kl_pol, field_stride, kl_pol, row_ok)
     if (flags & FLAG.tv) != 0:
         gap = p - r
         sign = tl.where(gap > 0, p, tl.where(gap < 0, -p, 0.0))
-        _put(put_ptr, SUM.tv, field_stride, tl.sum(tl.abs(gap), axis=1), row_ok)
-        _put(put_ptr, SUM.tv_mean, field_stride, tl.sum(sign, axis=1), row_ok)
+        tv, tv_mean = sum_2(tl.abs(gap), sign)
+        _put(put_ptr, SUM.tv, field_stride, tv, row_ok)
+        _put(put_ptr, SUM.tv_mean, field_stride, tv_mean, row_ok)
     if (flags & FLAG.bkl) != 0:
         top = in_top(ur, v0 + cols, load_row(norms_ptr, NORM.top_value, norm_stride, rows, row_ok),
                      load_row(norms_ptr, NORM.top_index, norm_stride, rows, row_ok))  # fmt: skip

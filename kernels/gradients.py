@@ -18,22 +18,27 @@ from .loads import (
     load_products,
     load_row,
     load_targets,
+    load_values,
     logits,
+    only,
     round_to,
     target_column,
 )
 from .positions import COEF, FACTOR, FLAG, PARAM
-from .primitives import blend, expm1, log1p, narrow, weighted
+from .primitives import blend, exp, expm1, log1p, narrow, weighted
 
 
 @triton.jit
-def _finish(d, z, slope, column, cols, e, inside):
-    """Adds the target's part and the slope of the cap; 0 in lanes that do not count."""
-    d = d + tl.where(column[:, None] == cols[None, :], e, 0.0)
+def _finish(d, z, slope, y, first, width, live, e, BLOCK_V: tl.constexpr):
+    """Adds the target's part, which few programs have, and the slope of the cap. Lanes that do not
+    count have no probability, and rows that do not count no coefficients."""
+    own = target_column(y, first, tl.minimum(width, BLOCK_V), live)
+    if tl.max(own, axis=0) >= 0:
+        d = d + tl.where(own[:, None] == tl.arange(0, BLOCK_V)[None, :], e, 0.0)
     if slope != 0:
         u = z * slope
         d = weighted(d, 1.0 - u * u)
-    return tl.where(inside, d, 0.0)
+    return d
 
 
 @triton.jit
@@ -85,21 +90,22 @@ def gradient_one(
                tl.load(params_ptr + PARAM.factor), tl.load(params_ptr + PARAM.top),
                inside)  # fmt: skip
     lp = _log_prob(z, coef_ptr, COEF.lse, COEF.lse_low, coef_stride, rows, row_ok)
-    p = tl.exp(lp)
+    p = exp(lp)
     inner = load_row(coef_ptr, COEF.a0, coef_stride, rows, row_ok)
     if FULL:
         inner = _own(inner, lp, p, coef_ptr, coef_stride, rows, row_ok)
         if (flags & FLAG.values) != 0:
-            adv = load_products(adv_ptr, adv_stride, rows, cols, inside, dtype)
+            adv = load_values(adv_ptr, adv_stride, rows, cols, inside, dtype)
             mean = load_row(coef_ptr, COEF.ev_value, coef_stride, rows, row_ok)
             inner += _term(load_row(coef_ptr, COEF.ev, coef_stride, rows, row_ok), adv - mean)
     d = weighted(p, inner)
     if FULL:  # noqa: SIM102 (known when compiling; the flag is not)
         if (flags & FLAG.teacher) != 0:
-            q = load_products(adv_ptr, adv_stride, rows, cols, inside, dtype)
+            q = load_values(adv_ptr, adv_stride, rows, cols, inside, dtype)
             d += load_row(coef_ptr, COEF.teach, coef_stride, rows, row_ok) * q
-    d = _finish(d, z, tl.load(params_ptr + PARAM.slope), target_column(y, v0, w, live), cols,
-                load_row(coef_ptr, COEF.e, coef_stride, rows, row_ok), inside)  # fmt: skip
+    first = tl.program_id(1) * BLOCK_V
+    d = _finish(d, z, tl.load(params_ptr + PARAM.slope), y, v0 + first, w - first, live,
+                load_row(coef_ptr, COEF.e, coef_stride, rows, row_ok), BLOCK_V)  # fmt: skip
     _store(dx_ptr, dx_stride, rows, cols, row_ok, col_ok, d)
 
 
@@ -124,12 +130,14 @@ def gradient_two(
     z = logits(raw, bias_ptr, cols, col_ok, flags & FLAG.bias,
                tl.load(params_ptr + PARAM.factor), tl.load(params_ptr + PARAM.top),
                inside)  # fmt: skip
+    ref_factor = tl.load(params_ptr + PARAM.ref_factor)
     ur = before_cap(raw_r, ref_bias_ptr, cols[None, :], col_ok[None, :], flags & FLAG.ref_bias,
-                    tl.load(params_ptr + PARAM.ref_factor))  # fmt: skip
-    zr = tl.where(inside, capped(ur, tl.load(params_ptr + PARAM.ref_top)), float("-inf"))
+                    ref_factor)  # fmt: skip
+    ref_top = tl.load(params_ptr + PARAM.ref_top)
+    zr = only(inside, capped(ur, ref_top), ref_factor, ref_top)
     lp = _log_prob(z, coef_ptr, COEF.lse, COEF.lse_low, coef_stride, rows, row_ok)
     lr = _log_prob(zr, coef_ptr, COEF.ref_lse, COEF.ref_lse_low, coef_stride, rows, row_ok)
-    p, r = tl.exp(lp), tl.exp(lr)
+    p, r = exp(lp), exp(lr)
     inner = load_row(coef_ptr, COEF.a0, coef_stride, rows, row_ok)
     rkl = load_row(coef_ptr, COEF.rkl, coef_stride, rows, row_ok)
     mean = load_row(coef_ptr, COEF.rkl_value, coef_stride, rows, row_ok)
@@ -140,10 +148,10 @@ def gradient_two(
         ev = load_row(coef_ptr, COEF.ev, coef_stride, rows, row_ok)
         mean = load_row(coef_ptr, COEF.ev_value, coef_stride, rows, row_ok)
         if (flags & FLAG.values) != 0:
-            adv = load_products(adv_ptr, adv_stride, rows, cols, inside, dtype)
+            adv = load_values(adv_ptr, adv_stride, rows, cols, inside, dtype)
             inner += _term(ev, adv - mean)
         if (flags & FLAG.teacher) != 0:
-            q = load_products(adv_ptr, adv_stride, rows, cols, inside, dtype)
+            q = load_values(adv_ptr, adv_stride, rows, cols, inside, dtype)
             d += load_row(coef_ptr, COEF.teach, coef_stride, rows, row_ok) * q
         if (flags & FLAG.third) != 0:
             raw_a = load_products(xa_ptr, xa_stride, rows, cols, inside, dtype)
@@ -163,26 +171,27 @@ def gradient_two(
             inner -= _term(jsd, ratio + mean)
         if (flags & FLAG.alpha) != 0:
             alpha = load_row(coef_ptr, COEF.alpha, coef_stride, rows, row_ok)
-            d += _term(alpha, tl.exp(blend(lp, lr, tl.load(params_ptr + PARAM.alpha))) - p)
+            d += _term(alpha, exp(blend(lp, lr, tl.load(params_ptr + PARAM.alpha))) - p)
         if (flags & FLAG.renyi) != 0:
             renyi = load_row(coef_ptr, COEF.renyi, coef_stride, rows, row_ok)
             shift = load_row(coef_ptr, COEF.renyi_shift, coef_stride, rows, row_ok)
             u = blend(lp, lr, tl.load(params_ptr + PARAM.renyi)) - shift
-            d += _term(renyi, tl.exp(u) - p)
+            d += _term(renyi, exp(u) - p)
         if (flags & FLAG.mix) != 0:
             mix = load_row(coef_ptr, COEF.mix, coef_stride, rows, row_ok)
             shift = load_row(coef_ptr, COEF.mix_shift, coef_stride, rows, row_ok)
             u = blend(lp, lr, tl.load(params_ptr + PARAM.mix)) - shift
-            d += _term(mix, tl.exp(u) - p)
+            d += _term(mix, exp(u) - p)
         if (flags & FLAG.bkl) != 0:
             bkl = load_row(coef_ptr, COEF.bkl, coef_stride, rows, row_ok)
             value = load_row(coef_ptr, COEF.top_value, coef_stride, rows, row_ok)
             index = load_row(coef_ptr, COEF.top_index, coef_stride, rows, row_ok)
             rest = p * load_row(coef_ptr, COEF.bkl_ratio, coef_stride, rows, row_ok)
             d += _term(bkl, p - tl.where(in_top(ur, v0 + cols, value, index), r, rest))
-    d = _finish(weighted(p, inner) + d, z, tl.load(params_ptr + PARAM.slope),
-                target_column(y, v0, w, live), cols,
-                load_row(coef_ptr, COEF.e, coef_stride, rows, row_ok), inside)  # fmt: skip
+    first = tl.program_id(1) * BLOCK_V
+    d = _finish(weighted(p, inner) + d, z, tl.load(params_ptr + PARAM.slope), y, v0 + first,
+                w - first, live, load_row(coef_ptr, COEF.e, coef_stride, rows, row_ok),
+                BLOCK_V)  # fmt: skip
     _store(dx_ptr, dx_stride, rows, cols, row_ok, col_ok, d)
 
 
@@ -206,7 +215,7 @@ def factor(
                tl.load(params_ptr + PARAM.factor), tl.load(params_ptr + PARAM.top),
                inside)  # fmt: skip
     x = z - load_row(maxima_ptr, 0, max_stride, rows, row_ok)
-    f = tl.exp(x)
+    f = exp(x)
     if which == FACTOR.log:
         f = weighted(f, x)
     if which >= FACTOR.gap:
@@ -215,12 +224,11 @@ def factor(
                     tl.load(params_ptr + PARAM.ref_factor),
                     tl.load(params_ptr + PARAM.ref_top), inside)  # fmt: skip
         xr = zr - load_row(maxima_ptr, 1, max_stride, rows, row_ok)
-        f = f - tl.exp(xr) if which == FACTOR.gap else weighted(f, x - xr)
+        f = f - exp(xr) if which == FACTOR.gap else weighted(f, x - xr)
     slope = tl.load(params_ptr + PARAM.slope)
     if slope != 0:
         u = z * slope
         f = weighted(f, 1.0 - u * u)
-    f = tl.where(inside, f, 0.0)
     _store(out_ptr, out_stride, rows, cols, row_ok, col_ok, f)
 
 

@@ -31,7 +31,8 @@ def _fold(models: int, tile: str, work: str, acc: str, *, full: bool) -> Row:
     strides = " ".join([STRIDE] * (3 if models == 1 else 5))
     rest = "i64 i64" if models == 1 else "i64 i64 i64"
     signature = f"{tiles} {a} {w} {biases} *i64 {a} {a} *fp64 {NUMBERS} {strides} {rest}"
-    return _row(name, "folds", signature, name, tile, **flags)
+    entry = name if full else f"{name}_small"
+    return _row(name, "folds", signature, entry, tile, **flags)
 
 
 def _gradient_one(tile: str, work: str, acc: str, *, full: bool, rounds: bool) -> Row:

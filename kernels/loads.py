@@ -16,8 +16,16 @@ def columns_if(flag, w):
 
 @triton.jit
 def load_products(x_ptr, stride, rows, cols, inside, dtype: tl.constexpr):
+    """-inf in lanes that do not count."""
     at = rows.to(tl.int64)[:, None] * stride + cols[None, :]
-    return widen(tl.load(x_ptr + at, mask=inside, other=0.0), dtype)
+    return widen(tl.load(x_ptr + at, mask=inside, other=float("-inf")), dtype)
+
+
+@triton.jit
+def load_values(ptr, stride, rows, cols, inside, dtype: tl.constexpr):
+    """0 in lanes that do not count."""
+    at = rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    return widen(tl.load(ptr + at, mask=inside, other=0.0), dtype)
 
 
 @triton.jit
@@ -39,8 +47,17 @@ def capped(u, top):
 
 @triton.jit
 def logits(x, bias_ptr, cols, valid, present, factor, top, inside):
+    """-inf in lanes that do not count, whose products are -inf: a positive factor leaves them so
+    where there is no cap."""
     u = before_cap(x, bias_ptr, cols[None, :], valid[None, :], present, factor)
-    return tl.where(inside, capped(u, top), float("-inf"))
+    return only(inside, capped(u, top), factor, top)
+
+
+@triton.jit
+def only(inside, z, factor, top):
+    if (top != 0) | (factor <= 0):
+        z = tl.where(inside, z, float("-inf"))
+    return z
 
 
 @triton.jit

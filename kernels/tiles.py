@@ -39,61 +39,75 @@ REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
 # small blocks where a test's shapes must cross several and large ones where they need not. Of
 # several candidates it takes the cheapest by that rule (interpreted_cost).
 TABLE = """
-list_rank     any    gpu          BLOCK=32                             warps=8 stages=1
-list_rank     any    interpreter  BLOCK=16                             warps=1 stages=1
-list_shares   any    sm_80        BLOCK=32                             warps=8 stages=1
-list_shares   any    sm_90        BLOCK=32                             warps=4 stages=1
-list_shares   any    sm_100       BLOCK=32                             warps=4 stages=1
-list_shares   any    gfx942       BLOCK=32                             warps=8 stages=1
-list_shares   any    interpreter  BLOCK=16                             warps=1 stages=1
-segment_sum   any    gpu          BLOCK=1024                           warps=4 stages=1
-segment_sum   any    interpreter  BLOCK=32                             warps=1 stages=1
-fold_one      b16    gpu          BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
-fold_one      b32    sm_80        BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
-fold_one      b32    sm_90        BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
-fold_one      b32    sm_100       BLOCK_M=1   BLOCK_V=2048             warps=8 stages=1
-fold_one      b32    gfx942       BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
-fold_one      b16    gpu          BLOCK_M=1   BLOCK_V=1024             warps=4 stages=1
-fold_one      b32    gpu          BLOCK_M=1   BLOCK_V=1024             warps=4 stages=1
-fold_one      b64    gpu          BLOCK_M=1   BLOCK_V=1024             warps=8 stages=1
-fold_one      any    interpreter  BLOCK_M=256 BLOCK_V=64               warps=1 stages=1
-fold_one      any    interpreter  BLOCK_M=32  BLOCK_V=128              warps=1 stages=1
-fold_one      any    interpreter  BLOCK_M=16  BLOCK_V=512              warps=1 stages=1
-fold_one      any    interpreter  BLOCK_M=8   BLOCK_V=4096             warps=1 stages=1
-fold_two      b16    gpu          BLOCK_M=1   BLOCK_V=1024             warps=4 stages=1
-fold_two      b32    sm_80        BLOCK_M=1   BLOCK_V=1024             warps=8 stages=1
-fold_two      b32    sm_90        BLOCK_M=1   BLOCK_V=1024             warps=4 stages=1
-fold_two      b32    sm_100       BLOCK_M=1   BLOCK_V=1024             warps=4 stages=1
-fold_two      b32    gfx942       BLOCK_M=1   BLOCK_V=1024             warps=4 stages=1
-fold_two      b64    gpu          BLOCK_M=1   BLOCK_V=1024             warps=8 stages=1
-fold_two      any    interpreter  BLOCK_M=256 BLOCK_V=64               warps=1 stages=1
-fold_two      any    interpreter  BLOCK_M=32  BLOCK_V=128              warps=1 stages=1
-fold_two      any    interpreter  BLOCK_M=16  BLOCK_V=512              warps=1 stages=1
-fold_two      any    interpreter  BLOCK_M=8   BLOCK_V=4096             warps=1 stages=1
-gradient_one  b16    gpu          BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
-gradient_one  b32    gpu          BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
-gradient_one  b64    gpu          BLOCK_M=1   BLOCK_V=512              warps=4 stages=1
-gradient_one  any    interpreter  BLOCK_M=256 BLOCK_V=64               warps=1 stages=1
-gradient_one  any    interpreter  BLOCK_M=32  BLOCK_V=128              warps=1 stages=1
-gradient_one  any    interpreter  BLOCK_M=16  BLOCK_V=512              warps=1 stages=1
-gradient_one  any    interpreter  BLOCK_M=8   BLOCK_V=4096             warps=1 stages=1
-gradient_two  b16    nvidia       BLOCK_M=1   BLOCK_V=2048             warps=8 stages=1
-gradient_two  b16    gfx942       BLOCK_M=1   BLOCK_V=2048             warps=4 stages=1
-gradient_two  b32    nvidia       BLOCK_M=1   BLOCK_V=2048             warps=8 stages=1
-gradient_two  b32    gfx942       BLOCK_M=1   BLOCK_V=2048             warps=4 stages=1
-gradient_two  b64    gpu          BLOCK_M=1   BLOCK_V=1024             warps=8 stages=1
-gradient_two  any    interpreter  BLOCK_M=256 BLOCK_V=64               warps=1 stages=1
-gradient_two  any    interpreter  BLOCK_M=32  BLOCK_V=128              warps=1 stages=1
-gradient_two  any    interpreter  BLOCK_M=16  BLOCK_V=512              warps=1 stages=1
-gradient_two  any    interpreter  BLOCK_M=8   BLOCK_V=4096             warps=1 stages=1
-factor        any    gpu          BLOCK_M=1   BLOCK_V=2048             warps=4 stages=1
-factor        b64    gpu          BLOCK_M=1   BLOCK_V=512              warps=4 stages=1
-factor        any    interpreter  BLOCK_M=256 BLOCK_V=64               warps=1 stages=1
-factor        any    interpreter  BLOCK_M=32  BLOCK_V=128              warps=1 stages=1
-factor        any    interpreter  BLOCK_M=16  BLOCK_V=512              warps=1 stages=1
-factor        any    interpreter  BLOCK_M=8   BLOCK_V=4096             warps=1 stages=1
-raise_rows    any    gpu          BLOCK_M=4   BLOCK_D=512              warps=4 stages=1
-raise_rows    any    interpreter  BLOCK_M=64  BLOCK_D=64               warps=1 stages=1
+list_rank      any    gpu          BLOCK=32                             warps=8 stages=1
+list_rank      any    interpreter  BLOCK=16                             warps=1 stages=1
+list_shares    any    sm_80        BLOCK=32                             warps=8 stages=1
+list_shares    any    sm_90        BLOCK=32                             warps=4 stages=1
+list_shares    any    sm_100       BLOCK=32                             warps=4 stages=1
+list_shares    any    gfx942       BLOCK=32                             warps=8 stages=1
+list_shares    any    interpreter  BLOCK=16                             warps=1 stages=1
+segment_sum    any    gpu          BLOCK=1024                           warps=4 stages=1
+segment_sum    any    interpreter  BLOCK=32                             warps=1 stages=1
+fold_one       b16    gpu          BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
+fold_one       b16    gpu          BLOCK_M=1   BLOCK_V=1024             warps=4 stages=1
+fold_one       b32    nvidia       BLOCK_M=1   BLOCK_V=2048             warps=4 stages=1
+fold_one       b32    gfx942       BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
+fold_one       b32    gpu          BLOCK_M=1   BLOCK_V=1024             warps=4 stages=1
+fold_one       b64    gpu          BLOCK_M=1   BLOCK_V=1024             warps=8 stages=1
+fold_one       any    interpreter  BLOCK_M=256 BLOCK_V=64               warps=1 stages=1
+fold_one       any    interpreter  BLOCK_M=32  BLOCK_V=128              warps=1 stages=1
+fold_one       any    interpreter  BLOCK_M=16  BLOCK_V=512              warps=1 stages=1
+fold_one       any    interpreter  BLOCK_M=8   BLOCK_V=4096             warps=1 stages=1
+fold_one_small b16    nvidia       BLOCK_M=1   BLOCK_V=4096             warps=4 stages=1
+fold_one_small b16    gfx942       BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
+fold_one_small b16    gpu          BLOCK_M=1   BLOCK_V=1024             warps=2 stages=1
+fold_one_small b32    nvidia       BLOCK_M=1   BLOCK_V=2048             warps=4 stages=1
+fold_one_small b32    gfx942       BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
+fold_one_small b32    gpu          BLOCK_M=1   BLOCK_V=1024             warps=2 stages=1
+fold_one_small any    interpreter  BLOCK_M=256 BLOCK_V=64               warps=1 stages=1
+fold_one_small any    interpreter  BLOCK_M=32  BLOCK_V=128              warps=1 stages=1
+fold_one_small any    interpreter  BLOCK_M=16  BLOCK_V=512              warps=1 stages=1
+fold_one_small any    interpreter  BLOCK_M=8   BLOCK_V=4096             warps=1 stages=1
+fold_two       b16    gpu          BLOCK_M=1   BLOCK_V=1024             warps=4 stages=1
+fold_two       b32    sm_80        BLOCK_M=1   BLOCK_V=1024             warps=8 stages=1
+fold_two       b32    sm_90        BLOCK_M=1   BLOCK_V=1024             warps=4 stages=1
+fold_two       b32    sm_100       BLOCK_M=1   BLOCK_V=1024             warps=4 stages=1
+fold_two       b32    gfx942       BLOCK_M=1   BLOCK_V=1024             warps=4 stages=1
+fold_two       b64    gpu          BLOCK_M=1   BLOCK_V=1024             warps=8 stages=1
+fold_two       any    interpreter  BLOCK_M=256 BLOCK_V=64               warps=1 stages=1
+fold_two       any    interpreter  BLOCK_M=32  BLOCK_V=128              warps=1 stages=1
+fold_two       any    interpreter  BLOCK_M=16  BLOCK_V=512              warps=1 stages=1
+fold_two       any    interpreter  BLOCK_M=8   BLOCK_V=4096             warps=1 stages=1
+fold_two_small b32    nvidia       BLOCK_M=1   BLOCK_V=1024             warps=2 stages=1
+fold_two_small b32    gfx942       BLOCK_M=1   BLOCK_V=1024             warps=4 stages=1
+fold_two_small any    interpreter  BLOCK_M=256 BLOCK_V=64               warps=1 stages=1
+fold_two_small any    interpreter  BLOCK_M=32  BLOCK_V=128              warps=1 stages=1
+fold_two_small any    interpreter  BLOCK_M=16  BLOCK_V=512              warps=1 stages=1
+fold_two_small any    interpreter  BLOCK_M=8   BLOCK_V=4096             warps=1 stages=1
+gradient_one   b16    gpu          BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
+gradient_one   b32    gpu          BLOCK_M=1   BLOCK_V=4096             warps=8 stages=1
+gradient_one   b64    gpu          BLOCK_M=1   BLOCK_V=512              warps=4 stages=1
+gradient_one   any    interpreter  BLOCK_M=256 BLOCK_V=64               warps=1 stages=1
+gradient_one   any    interpreter  BLOCK_M=32  BLOCK_V=128              warps=1 stages=1
+gradient_one   any    interpreter  BLOCK_M=16  BLOCK_V=512              warps=1 stages=1
+gradient_one   any    interpreter  BLOCK_M=8   BLOCK_V=4096             warps=1 stages=1
+gradient_two   b16    nvidia       BLOCK_M=1   BLOCK_V=2048             warps=8 stages=1
+gradient_two   b16    gfx942       BLOCK_M=1   BLOCK_V=2048             warps=4 stages=1
+gradient_two   b32    nvidia       BLOCK_M=1   BLOCK_V=2048             warps=8 stages=1
+gradient_two   b32    gfx942       BLOCK_M=1   BLOCK_V=2048             warps=4 stages=1
+gradient_two   b64    gpu          BLOCK_M=1   BLOCK_V=1024             warps=8 stages=1
+gradient_two   any    interpreter  BLOCK_M=256 BLOCK_V=64               warps=1 stages=1
+gradient_two   any    interpreter  BLOCK_M=32  BLOCK_V=128              warps=1 stages=1
+gradient_two   any    interpreter  BLOCK_M=16  BLOCK_V=512              warps=1 stages=1
+gradient_two   any    interpreter  BLOCK_M=8   BLOCK_V=4096             warps=1 stages=1
+factor         any    gpu          BLOCK_M=1   BLOCK_V=2048             warps=4 stages=1
+factor         b64    gpu          BLOCK_M=1   BLOCK_V=512              warps=4 stages=1
+factor         any    interpreter  BLOCK_M=256 BLOCK_V=64               warps=1 stages=1
+factor         any    interpreter  BLOCK_M=32  BLOCK_V=128              warps=1 stages=1
+factor         any    interpreter  BLOCK_M=16  BLOCK_V=512              warps=1 stages=1
+factor         any    interpreter  BLOCK_M=8   BLOCK_V=4096             warps=1 stages=1
+raise_rows     any    gpu          BLOCK_M=4   BLOCK_D=512              warps=4 stages=1
+raise_rows     any    interpreter  BLOCK_M=64  BLOCK_D=64               warps=1 stages=1
 """
 
 

@@ -1,8 +1,9 @@
-"""Instructions on the hot path of a kernel's loop, from its machine code (cuobjdump -sass).
+"""Instructions on the hot path of a kernel, from its machine code (cuobjdump -sass).
 
-The path is the shortest cycle of basic blocks that does the work of one packet of logits: at least
-so many exponentials (MUFU.EX2), 16-byte loads and stores. Ends of rows and caps lie on other paths,
-which are longer or lack some of them.
+Of a loop the path is the shortest cycle of basic blocks that does the work of one packet of logits:
+at least so many exponentials (MUFU.EX2), 16-byte loads and stores. Ends of rows and caps lie on
+other paths, which are longer or lack some of them. Of a kernel without a loop it is the shortest
+path from its start to an exit that does the work of all logits of a thread.
 """
 
 from __future__ import annotations
@@ -11,6 +12,14 @@ import heapq
 import re
 from collections import defaultdict
 from typing import NamedTuple
+
+# Most instructions per logit (of two models: per logit of both) on sm_90, (CUDA, Triton), of the
+# kernels that every step runs.
+MOST = {
+    "fold_one_small": (10.5, 13.5),
+    "fold_two_small": (34.0, 41.5),
+    "gradient_one_small": (14.0, 17.5),
+}
 
 
 class Work(NamedTuple):
@@ -84,21 +93,42 @@ def blocks_of(code: list[tuple[int, str]]) -> dict[int, Block]:
 
 def instructions(code: list[tuple[int, str]], packet: Work) -> int:
     """Of the shortest cycle that does the work of a packet."""
-    blocks, best = blocks_of(code), None
+    blocks = blocks_of(code)
     heads = {n for first, block in blocks.items() for n in block.next if n <= first}
-    for head in heads:
-        queue, seen = [(0, head, Work(0, 0, 0), True)], set()
-        while queue:
-            length, at, done, start = heapq.heappop(queue)
-            if not start and at == head and done == packet:
-                best = length if best is None else min(best, length)
-                break
-            if (at, done, start) in seen or (best is not None and length >= best):
-                continue
-            seen.add((at, done, start))
-            block = blocks[at]
-            more = Work(*map(min, packet, map(sum, zip(done, block.work, strict=True))))
-            for n in block.next:
-                heapq.heappush(queue, (length + block.size, n, more, False))
+    found = (_shortest(blocks, head, {head}, packet) for head in heads)
+    best = min((length for length in found if length is not None), default=None)
     assert best is not None, f"no loop does {packet}"
     return best
+
+
+def instructions_to_the_end(code: list[tuple[int, str]], everything: Work) -> int:
+    """Of the shortest path from the start to an exit that does all the work of a thread."""
+    blocks = blocks_of(code)
+    ends = {
+        first
+        for first, block in blocks.items()
+        if re.search(r"\bEXIT\b", code[first + block.size - 1][1])
+    }
+    length = _shortest(blocks, 0, ends, everything, through=True)
+    assert length is not None, f"no path does {everything}"
+    return length
+
+
+def _shortest(
+    blocks: dict[int, Block], start: int, ends: set[int], work: Work, *, through: bool = False
+) -> int | None:
+    """Instructions from a block to the first of `ends` that is reached with the work done; with
+    those of that end where the path goes `through` it."""
+    queue, seen = [(0, start, Work(0, 0, 0), True)], set()
+    while queue:
+        length, at, done, first = heapq.heappop(queue)
+        block = blocks[at]
+        more = Work(*map(min, work, map(sum, zip(done, block.work, strict=True))))
+        if at in ends and (through or not first) and (more if through else done) == work:
+            return length + (block.size if through else 0)
+        if (at, done, first) in seen:
+            continue
+        seen.add((at, done, first))
+        for n in block.next:
+            heapq.heappush(queue, (length + block.size, n, more, False))
+    return None

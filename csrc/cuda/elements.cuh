@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/block.h"
 #include "dispatch.h"
@@ -137,8 +138,23 @@ PK_DEVICE float round_to(float x, Dtype type) {
   if (type == Dtype::f16) return to_float(F16{uint16_t(pack2(x, 0.0f, F16()))});
   return x;
 }
+template <int N>
+PK_DEVICE void round_all(float (&x)[N], Dtype type) {
+  if (type == Dtype::f32) return;
+  if (type == Dtype::bf16) {
+    PK_UNROLL
+    for (int j = 0; j < N; ++j) x[j] = round_to(x[j], Dtype::bf16);
+  } else {
+    PK_UNROLL
+    for (int j = 0; j < N; ++j) x[j] = round_to(x[j], Dtype::f16);
+  }
+}
 PK_DEVICE int64_t bytes_of(Dtype type) {
   return type == Dtype::f32 ? 4 : 2;
+}
+template <class E>
+PK_DEVICE constexpr Dtype type_of() {
+  return sizeof(E) == 4 ? Dtype::f32 : std::is_same_v<E, Bf16> ? Dtype::bf16 : Dtype::f16;
 }
 // 16 bytes of elements: one load or store.
 template <class E>
@@ -162,11 +178,20 @@ struct Packet {
   }
 };
 
+// How the caches see a tile: as read for the last time, or as read once more by the same block.
+struct Once {};
+struct Again {};
+
 #if defined(__CUDACC__)
-// Tiles are read once: the lines are the first to leave the caches.
+// Lines that are read for the last time are the first to leave the caches.
 template <class E>
-PK_DEVICE Packet<E> load_packet(const E* p) {
+PK_DEVICE Packet<E> load_packet(const E* p, Once) {
   const uint4 v = __ldcs(reinterpret_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
+template <class E>
+PK_DEVICE Packet<E> load_packet(const E* p, Again) {
+  const uint4 v = *reinterpret_cast<const uint4*>(p);
   return {{v.x, v.y, v.z, v.w}};
 }
 PK_DEVICE void store_packet(void* p, const uint32_t (&w)[4]) {
@@ -182,8 +207,8 @@ inline void check_aligned(const void* p, size_t bytes) {
     std::abort();
   }
 }
-template <class E>
-PK_DEVICE Packet<E> load_packet(const E* p) {
+template <class E, class Load>
+PK_DEVICE Packet<E> load_packet(const E* p, Load) {
   check_aligned(p, 16);
   Packet<E> v;
   std::memcpy(v.word, p, 16);
@@ -200,12 +225,10 @@ PK_DEVICE void store_half_packet(void* p, uint32_t a, uint32_t b) {
 }
 #endif
 
-// Values in a dtype chosen at run time (the same for a whole launch), from column `column` of a row
-// on: all kN of them at once where `whole`, else those with valid(j).
-template <int N, class Valid>
-PK_DEVICE void store_values(void* row, Dtype type, int64_t column, const float (&x)[N], bool whole,
-                            const Valid& valid) {
-  if (whole && type == Dtype::f32) {
+// kN values from column `column` of a row on, in one store or two.
+template <int N>
+PK_DEVICE void store_whole(void* row, Dtype type, int64_t column, const float (&x)[N]) {
+  if (type == Dtype::f32) {
     float* p = static_cast<float*>(row) + column;
     PK_UNROLL
     for (int j = 0; j < N; j += 4) {
@@ -214,21 +237,23 @@ PK_DEVICE void store_values(void* row, Dtype type, int64_t column, const float (
     }
     return;
   }
-  if (whole) {
-    uint16_t* p = static_cast<uint16_t*>(row) + column;
-    uint32_t w[N / 2];
-    PK_UNROLL
-    for (int j = 0; j < N / 2; ++j) {
-      w[j] = type == Dtype::bf16 ? pack2(x[2 * j], x[2 * j + 1], Bf16())
-                                 : pack2(x[2 * j], x[2 * j + 1], F16());
-    }
-    if constexpr (N == 8) {
-      store_packet(p, w);
-    } else {
-      store_half_packet(p, w[0], w[1]);
-    }
-    return;
+  uint32_t w[N / 2];
+  PK_UNROLL
+  for (int j = 0; j < N / 2; ++j) {
+    w[j] = type == Dtype::bf16 ? pack2(x[2 * j], x[2 * j + 1], Bf16())
+                               : pack2(x[2 * j], x[2 * j + 1], F16());
   }
+  uint16_t* p = static_cast<uint16_t*>(row) + column;
+  if constexpr (N == 8) {
+    store_packet(p, w);
+  } else {
+    store_half_packet(p, w[0], w[1]);
+  }
+}
+// Those of them with valid(j), one by one.
+template <int N, class Valid>
+PK_DEVICE void store_some(void* row, Dtype type, int64_t column, const float (&x)[N],
+                          const Valid& valid) {
   PK_UNROLL
   for (int j = 0; j < N; ++j) {
     if (!valid(j)) continue;

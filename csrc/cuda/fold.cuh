@@ -107,13 +107,11 @@ PK_DEVICE void add_blend(OnlineLseOf<float>& s, const float (&x)[N], const float
   add_logits(s, u);
 }
 
-template <class E, bool TWO, bool SMALL>
-struct Fold {
+// What blocks of THREADS do with one row.
+template <class E, bool TWO, bool SMALL, int THREADS>
+struct FoldRow {
   using Args = FoldArgs;
-  using Threads = Block<128>;
-  // 48 registers for the smallest, 128 for the largest: no spill, and loads of 16 KiB (one model,
-  // 10 blocks) to 24 KiB (two) on their way per multiprocessor.
-  static constexpr int kMinBlocks = !TWO ? (SMALL ? 10 : 7) : SMALL ? 6 : 4;
+  using Threads = Block<THREADS>;
   static constexpr int kAhead = TWO && (!SMALL || sizeof(E) == 2) ? 1 : 2;
   // A third head and given values come with fp32 products: rounded ones would not do for ev.
   static constexpr bool kValues = !SMALL && sizeof(E) == 4;
@@ -135,25 +133,30 @@ struct Fold {
     raise_maxima(s, plan_of(a), pol, ref, aux, a.model[2].x != nullptr);
   }
 
+  template <class S>
   PK_DEVICE static void add(ThreadSums& s, const Args& a, const Reader& row,
-                            const Packets<E, kModels>& in, int i, int64_t r) {
+                            const Packets<E, kModels>& in, int i, int64_t r, S straight) {
     float z[N], zr[N] = {}, za[N] = {};
     const bool third = TWO && kValues && a.model[2].x != nullptr;
-    read_logits(row, in.of[0], i, a.model[0], a.v0, Dtype::f32, z);
-    if constexpr (TWO) read_logits(row, in.of[1], i, a.model[1], a.v0, Dtype::f32, zr);
+    read_logits(row, in.of[0], i, a.model[0], a.v0, Dtype::f32, straight, z);
+    if constexpr (TWO) read_logits(row, in.of[1], i, a.model[1], a.v0, Dtype::f32, straight, zr);
     if constexpr (TWO && kValues) {
-      if (third) read_logits(row, in.of[2], i, a.model[2], a.v0, Dtype::f32, za);
+      if (third) read_logits(row, in.of[2], i, a.model[2], a.v0, Dtype::f32, straight, za);
     }
     const float top = largest<E>(z);
     float ref_top = -float(pk_inf()), aux_top = ref_top;
     if constexpr (TWO) ref_top = largest<E>(zr);
     if (third) aux_top = largest<E>(za);
     if constexpr (!SMALL) {
-      if (top > s.pol.max) {
+      // a packet that is not straight may come after others that lie behind it
+      const bool again = !straight && top == s.pol.max && top > -float(pk_inf());
+      if (top > s.pol.max || again) {
+        float column = s.column;
         PK_UNROLL
         for (int j = N - 1; j >= 0; --j) {
-          if (z[j] == top) s.column = float(row.column(i) + j - row.begin);
+          if (z[j] == top) column = float(row.column(i) + j - row.begin);
         }
+        s.column = top > s.pol.max || column < s.column ? column : s.column;
       }
     }
     if (top > s.pol.max || ref_top > s.ref.max || aux_top > s.aux.max) {
@@ -193,7 +196,7 @@ struct Fold {
         const float* adv = a.adv + r * a.adv_stride;
         PK_UNROLL
         for (int j = 0; j < N; ++j) {
-          s.adv += weighted(exp_fast(x[j]), value_at(row, adv, row.column(i) + j));
+          s.adv += weighted(exp_fast(x[j]), value_at(row, adv, row.column(i) + j, straight));
         }
       }
     }
@@ -203,42 +206,41 @@ struct Fold {
       if (a.has_mix) add_blend(s.blend[kMixBlend], x, xr, a.mix);
     }
     if constexpr ((TWO || !SMALL) && sizeof(E) == 4) {
-      if (a.working != Dtype::f32) add_rounded(s, a, row, in, i, r);
+      if (a.working != Dtype::f32) add_rounded(s, a, row, in, i, r, straight);
     }
   }
 
   // The policy's products as a backward reads them: their normaliser, and where they are kept.
+  template <class S>
   PK_DEVICE static void add_rounded(ThreadSums& s, const Args& a, const Reader& row,
-                                    const Packets<E, kModels>& in, int i, int64_t r) {
+                                    const Packets<E, kModels>& in, int i, int64_t r, S straight) {
     float z[N];
-    read_logits(row, in.of[0], i, a.model[0], a.v0, a.working, z);
+    read_logits(row, in.of[0], i, a.model[0], a.v0, a.working, straight, z);
     add_logits(s.rounded, z);
     if (a.keep == nullptr) return;
     PK_UNROLL
     for (int j = 0; j < N; ++j) z[j] = in.of[0].at(j);
-    char* dst = static_cast<char*>(a.keep) + r * a.keep_stride * bytes_of(a.working);
-    write_columns(row, i, dst, a.working, z);
+    const RowWriter<E, kModels> keep(row, a.keep, a.keep_stride, r, a.working);
+    keep.put(row, i, straight, z);
   }
 
-  PK_DEVICE static void run(Threads& b, const Args& a) {
-    PK_SHARED(float, parts, List::kCount* Threads::kWarps);
-    const int64_t r = b.index() / a.blocks, block = b.index() % a.blocks;
-    const int64_t y = a.targets[r];
+  // The sums of the columns of `row`, of a row that counts, in the first of the block's chunks;
+  // parts[field][warp] then holds them too.
+  template <class Parts, class Load>
+  PK_DEVICE static void fold(const Threads& b, const Args& a, const Reader& row, int64_t r,
+                             int64_t block, const Parts& parts, Load load) {
     float* fields = a.fields + block * a.span * a.chunk_stride + r;
-    if (y == a.ignore) {
-      b.each([&](int t) { fill(a, fields, t, block, 0, 0.0f, 0.0f); });
-      return;
-    }
-    const int64_t begin = block * a.columns;
-    const int64_t end = begin + a.columns < a.w ? begin + a.columns : a.w;
-    const Reader row(a.model, r, int(begin), int(end));
     typename Threads::template Local<ThreadSums> sums;
     b.each([&](int t) {
       ThreadSums s;
-      stream<kAhead, Threads::kThreads>(
-          row, t, [&](const Packets<E, kModels>& in, int i) { add(s, a, row, in, i, r); });
+      stream<kAhead, THREADS>(
+          row, t,
+          [&](const Packets<E, kModels>& in, int i, auto straight) {
+            add(s, a, row, in, i, r, straight);
+          },
+          load);
       sums[t] = s;
-      if (t == 0) at_target(a, row, r, y - a.v0);
+      if (t == 0) at_target(a, row, r, a.targets[r] - a.v0);
     });
     agree(b, a, parts, sums);
     b.each([&](int t) {
@@ -253,6 +255,18 @@ struct Fold {
       }
       fields[int(f) * a.field_stride] = float(v);
     });
+  }
+  // The largest logit of the policy or the reference, once `fold` is through.
+  template <Field F, class Parts>
+  PK_DEVICE static float maximum(const Parts& parts) {
+    float v = 0.0f;
+    List::each([&](auto f, int k) {
+      if constexpr (f.value == F) {
+        v = parts.get(k * Threads::kWarps);
+        for (int w = 1; w < Threads::kWarps; ++w) v = larger(v, parts.get(k * Threads::kWarps + w));
+      }
+    });
+    return v;
   }
 
   // Writes the block's chunks from `first` on: one value in fields that are maxima, one elsewhere.
@@ -338,6 +352,30 @@ struct Fold {
       const float u = before_cap(to_float(row.row[k][c]), bias, m);
       a.at[(k == 0 ? int(At::zy) : int(At::ref_zy)) * a.at_stride + r] = double(capped(u, m));
     }
+  }
+};
+
+template <class E, bool TWO, bool SMALL>
+struct Fold : FoldRow<E, TWO, SMALL, 128> {
+  using Row = FoldRow<E, TWO, SMALL, 128>;
+  using typename Row::Args;
+  using typename Row::Threads;
+  // 48 registers for the smallest, 128 for the largest: no spill, and loads of 16 KiB (one model,
+  // 10 blocks) to 24 KiB (two) on their way per multiprocessor.
+  static constexpr int kMinBlocks = !TWO ? (SMALL ? 10 : 7) : SMALL ? 6 : 4;
+
+  PK_DEVICE static void run(Threads& b, const Args& a) {
+    PK_SHARED(float, parts, Row::List::kCount* Threads::kWarps);
+    const int64_t r = b.index() / a.blocks, block = b.index() % a.blocks;
+    if (a.targets[r] == a.ignore) {
+      float* fields = a.fields + block * a.span * a.chunk_stride + r;
+      b.each([&](int t) { Row::fill(a, fields, t, block, 0, 0.0f, 0.0f); });
+      return;
+    }
+    const int64_t begin = block * a.columns;
+    const int64_t end = begin + a.columns < a.w ? begin + a.columns : a.w;
+    Row::fold(b, a, typename Row::Reader(a.model, r, int(begin), int(end)), r, block, parts,
+              Once());
   }
 };
 

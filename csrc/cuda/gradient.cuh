@@ -18,6 +18,7 @@ struct Gradient {
   static constexpr int kModels = !TWO ? 1 : kValues ? 3 : 2;
   static constexpr int N = Packet<E>::kN;
   using Reader = RowReader<E, kModels>;
+  using Writer = RowWriter<E, kModels>;
 
   // What a class reads of its row's constants.
   PK_HD static constexpr bool reads(Coef k) {
@@ -66,11 +67,12 @@ struct Gradient {
     return plan;
   }
 
-  PK_DEVICE static void write(const Row& g, const Args& a, const Reader& row,
-                              const Packets<E, kModels>& in, int i, int64_t r, int y) {
+  template <class S>
+  PK_DEVICE static void write(const Row& g, const Args& a, const Reader& row, const Writer& out,
+                              const Packets<E, kModels>& in, int i, int64_t r, int y, S straight) {
     float z[N], d[N];
     const Dtype type = !TWO && a.rounds ? a.dx_type : Dtype::f32;
-    read_logits(row, in.of[0], i, a.model[0], a.v0, type, z);
+    read_logits(row, in.of[0], i, a.model[0], a.v0, type, straight, z);
     const int c = row.column(i);
     if constexpr (!TWO) {
       PK_UNROLL
@@ -89,7 +91,7 @@ struct Gradient {
           PK_UNROLL
           for (int j = 0; j < N; ++j) {
             const float p = exp_fast((z[j] - g(Coef::lse)) - g(Coef::lse_low));
-            const float adv = value_at(row, values, c + j);
+            const float adv = value_at(row, values, c + j, straight);
             d[j] += g(Coef::teach) * adv;
             d[j] += weighted(p, g(Coef::ev) * (adv - g(Coef::ev_value)));
           }
@@ -97,10 +99,10 @@ struct Gradient {
       }
     } else {
       float zr[N], ur[N];
-      read_before_cap(row, in.of[1], i, a.model[1], a.v0, Dtype::f32, ur);
+      read_before_cap(row, in.of[1], i, a.model[1], a.v0, Dtype::f32, straight, ur);
       PK_UNROLL
       for (int j = 0; j < N; ++j) zr[j] = ur[j];
-      cap_logits(row, i, a.model[1], zr);
+      cap_logits(row, i, a.model[1], straight, zr);
       if constexpr (SMALL) {
         PK_UNROLL
         for (int j = 0; j < N; ++j) {
@@ -115,7 +117,7 @@ struct Gradient {
         float za[N] = {};
         const bool third = kValues && a.model[2].x != nullptr;
         if constexpr (kValues) {
-          if (third) read_logits(row, in.of[2], i, a.model[2], a.v0, Dtype::f32, za);
+          if (third) read_logits(row, in.of[2], i, a.model[2], a.v0, Dtype::f32, straight, za);
         }
         const float* values = a.adv + r * a.adv_stride;
         PK_UNROLL
@@ -125,7 +127,7 @@ struct Gradient {
           float adv = 0.0f;
           if (kValues && g(Coef::ev) != 0.0f) {
             adv = third ? ((za[j] - g(Coef::aux_lse)) - g(Coef::aux_lse_low)) - lr
-                        : value_at(row, values, c + j);
+                        : value_at(row, values, c + j, straight);
           }
           bool top = false;
           if (g(Coef::bkl) != 0.0f) {
@@ -136,7 +138,8 @@ struct Gradient {
         if constexpr (kValues) {
           if (g(Coef::teach) != 0.0f) {
             PK_UNROLL
-            for (int j = 0; j < N; ++j) d[j] += g(Coef::teach) * value_at(row, values, c + j);
+            for (int j = 0; j < N; ++j)
+              d[j] += g(Coef::teach) * value_at(row, values, c + j, straight);
           }
         }
       }
@@ -145,15 +148,14 @@ struct Gradient {
       PK_UNROLL
       for (int j = 0; j < N; ++j) d[j] += y == c + j ? g(Coef::e) : 0.0f;
     }
-    if (a.slope != 0.0f) {
+    if (!straight && a.slope != 0.0f) {  // there is a cap
       PK_UNROLL
       for (int j = 0; j < N; ++j) {
         const float u = a.slope * z[j];
         d[j] = weighted(d[j], 1.0f - u * u);
       }
     }
-    char* dst = static_cast<char*>(a.dx) + r * a.dx_stride * bytes_of(a.dx_type);
-    write_columns(row, i, dst, a.dx_type, d);
+    out.put(row, i, straight, d);
   }
 
   PK_DEVICE static void run(Threads& b, const Args& a) {
@@ -161,13 +163,11 @@ struct Gradient {
     const int64_t begin = block * a.columns;
     const int64_t end = begin + a.columns < a.w ? begin + a.columns : a.w;
     const Reader row(a.model, r, int(begin), int(end));
+    const Writer out(row, a.dx, a.dx_stride, r, a.dx_type);
     if (a.targets[r] == a.ignore) {
       b.each([&](int t) {
         const float zero[N] = {};
-        char* dst = static_cast<char*>(a.dx) + r * a.dx_stride * bytes_of(a.dx_type);
-        for (int i = t; i < row.packets; i += Threads::kThreads) {
-          write_columns(row, i, dst, a.dx_type, zero);
-        }
+        for (int i = t; i < row.packets; i += Threads::kThreads) out.put(row, i, Any(), zero);
       });
       return;
     }
@@ -175,8 +175,10 @@ struct Gradient {
     const int y = target >= begin && target < end ? int(target) : -1;
     b.each([&](int t) {
       const Row w = load_row(a, r);
-      stream<kAhead, Threads::kThreads>(
-          row, t, [&](const Packets<E, kModels>& in, int i) { write(w, a, row, in, i, r, y); });
+      stream<kAhead, Threads::kThreads>(row, t,
+                                        [&](const Packets<E, kModels>& in, int i, auto straight) {
+                                          write(w, a, row, out, in, i, r, y, straight);
+                                        });
     });
   }
 };

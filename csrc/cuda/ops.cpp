@@ -21,6 +21,11 @@ STABLE_TORCH_LIBRARY(prefkern_cuda, m) {
   m.def(
       "factor(Tensor x, Tensor? xr, Tensor? bias, Tensor? ref_bias, Tensor targets, "
       "Tensor maxima, Tensor(a!) out, int v0, int ignore, int which, float[] numbers) -> ()");
+  m.def(
+      "fold_frozen(Tensor x, Tensor? xr, Tensor? bias, Tensor? ref_bias, Tensor targets, "
+      "Tensor(a!) fields, Tensor(b!) at, Tensor(c!) maxima, Tensor(d!) totals, Tensor(e!) out, "
+      "int v0, int chunk, int ignore, bool small, bool moves, bool log, bool gap, bool cross, "
+      "float[] numbers) -> ()");
   m.def("raise_rows(Tensor(a!) totals, Tensor shift, bool log, bool gap, bool cross) -> ()");
   m.def(
       "gradient(Tensor x, Tensor? xr, Tensor? xa, Tensor? adv, Tensor? bias, Tensor? ref_bias, "
@@ -63,6 +68,7 @@ STABLE_TORCH_LIBRARY_IMPL(prefkern_cuda, CUDA, m) {
   m.impl("fold", TORCH_BOX(&prefkern::tile_fold));
   m.impl("fold_again", TORCH_BOX(&prefkern::tile_fold_again));
   m.impl("factor", TORCH_BOX(&prefkern::tile_factor));
+  m.impl("fold_frozen", TORCH_BOX(&prefkern::tile_fold_frozen));
   m.impl("raise_rows", TORCH_BOX(&prefkern::tile_raise_rows));
   m.impl("gradient", TORCH_BOX(&prefkern::tile_gradient));
   m.impl("merge", TORCH_BOX(&prefkern::cuda_merge));

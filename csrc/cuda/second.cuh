@@ -23,13 +23,14 @@ struct SecondSweep {
     PK_DEVICE float& operator[](Second k) { return v[int(k)]; }
   };
 
+  template <class S>
   PK_DEVICE static void add(Sums& s, const Args& a, const Reader& row, const Packets<E, 2>& in,
-                            int i, int64_t r) {
+                            int i, int64_t r, S straight) {
     using Sum = Second;
     float z[N], zr[N], ur[N];
-    read_logits(row, in.of[0], i, a.model[0], a.v0, Dtype::f32, z);
-    read_logits(row, in.of[1], i, a.model[1], a.v0, Dtype::f32, zr);
-    if (a.has_bkl) read_before_cap(row, in.of[1], i, a.model[1], a.v0, Dtype::f32, ur);
+    read_logits(row, in.of[0], i, a.model[0], a.v0, Dtype::f32, straight, z);
+    read_logits(row, in.of[1], i, a.model[1], a.v0, Dtype::f32, straight, zr);
+    if (a.has_bkl) read_before_cap(row, in.of[1], i, a.model[1], a.v0, Dtype::f32, straight, ur);
     const auto norm = [&](Norm k) { return a.norms[int(k) * a.norm_stride + r]; };
     const float n = norm(Norm::lse), low = norm(Norm::lse_low);
     const float nr = norm(Norm::ref_lse), ref_low = norm(Norm::ref_lse_low);
@@ -79,8 +80,9 @@ struct SecondSweep {
     typename Threads::template Local<Sums> sums;
     b.each([&](int t) {
       Sums s = {};
-      stream<1, Threads::kThreads>(
-          row, t, [&](const Packets<E, 2>& in, int i) { add(s, a, row, in, i, r); });
+      stream<1, Threads::kThreads>(row, t, [&](const Packets<E, 2>& in, int i, auto straight) {
+        add(s, a, row, in, i, r, straight);
+      });
       sums[t] = s;
     });
     PK_UNROLL

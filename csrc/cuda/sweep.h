@@ -68,22 +68,36 @@ struct GradientArgs : TileArgs {
 };
 
 // One of the terms that multiply head rows in the sums of a frozen head.
-struct FactorArgs : TileArgs {
-  const float* maxima = nullptr;  // [2, m]
-  int64_t maxima_stride = 0;
+struct TermArgs : TileArgs {
   Factor which = Factor::mass;
   void* out = nullptr;  // [m, w] of out_type
   int64_t out_stride = 0;
   Dtype out_type = Dtype::f32;
   float slope = 0.0f;
 };
+struct FactorArgs : TermArgs {
+  const float* maxima = nullptr;  // [2, m]
+  int64_t maxima_stride = 0;
+};
 
-struct RaiseArgs {
+struct TotalArgs {
   float* totals = nullptr;  // [count, m, depth]; the mass first
   int64_t m = 0, depth = 0, sum_stride = 0, row_stride = 0;
   int at[kFactors] = {0, -1, -1, -1};  // place of each sum in totals, -1 where it is not kept
-  const float* shift = nullptr;        // [4, m]: fp, fr, dp, dr
+};
+struct RaiseArgs {
+  TotalArgs totals;
+  const float* shift = nullptr;  // [4, m]: fp, fr, dp, dr
   int64_t shift_stride = 0;
+};
+
+struct FrozenArgs {
+  FoldArgs fold;  // one block per row
+  TermArgs terms;
+  TotalArgs totals;
+  bool moves = false;       // there are sums already
+  float* maxima = nullptr;  // [2, m], finite; raised
+  int64_t maxima_stride = 0;
 };
 
 // Where and how to launch.
@@ -93,10 +107,12 @@ struct Stream {
 };
 
 // Each throws std::runtime_error with the kernel's name, the launch and the shapes on a CUDA error.
-// Small kernels are for fp32 and bf16 tiles of one model, and fp32 tiles of two.
+// Small kernels are for fp32 and bf16 tiles of one model, and fp32 tiles of two; fold_frozen is for
+// these, and for fp32 tiles of one model and any statistic.
 void fold_one(Dtype tile, bool small, const FoldArgs& args, const Stream& stream);
 void fold_two(Dtype tile, bool small, const FoldArgs& args, const Stream& stream);
 void fold_second(Dtype tile, const SecondArgs& args, const Stream& stream);
+void fold_frozen(Dtype tile, bool two, bool small, const FrozenArgs& args, const Stream& stream);
 void frozen_factors(Dtype tile, const FactorArgs& args, const Stream& stream);
 void raise_rows(const RaiseArgs& args, const Stream& stream);
 void gradient_one(Dtype tile, bool small, const GradientArgs& args, const Stream& stream);

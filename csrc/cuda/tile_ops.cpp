@@ -122,6 +122,30 @@ int64_t field_count(bool two, bool small) {
   return !small ? kFields : two ? kSmallTwoModel : kSmallOneModel;
 }
 
+void set_at(FoldArgs& a, const Tensor& at) {
+  check(at, "at", {kAts, a.m});
+  check_type(at, "at", ScalarType::Double, "float64");
+  a.at = static_cast<double*>(at.mutable_data_ptr());
+  a.at_stride = at.stride(0);
+}
+
+// A frozen head's terms and sums.
+void set_terms(TermArgs& a, const Tensor& out, float slope) {
+  check(out, "out", {a.m, a.w});
+  a.out = out.mutable_data_ptr();
+  a.out_stride = out.stride(0);
+  a.out_type = float_type(out, "out");
+  a.slope = slope;
+}
+void set_totals(TotalArgs& a, const Tensor& totals, const bool (&there)[kFactors]) {
+  int count = 0;
+  for (int k = 0; k < kFactors; ++k) a.at[k] = there[k] ? count++ : -1;
+  check(totals, "totals", {count, -1, -1});
+  a.m = totals.size(1), a.depth = totals.size(2);
+  a.totals = floats(totals, "totals");
+  a.sum_stride = totals.stride(0), a.row_stride = totals.stride(1);
+}
+
 }  // namespace
 
 void tile_fold(const Tensor& x, const OptTensor& xr, const OptTensor& xa, const OptTensor& adv,
@@ -140,10 +164,7 @@ void tile_fold(const Tensor& x, const OptTensor& xr, const OptTensor& xa, const 
   const PlanText read = parse_plan(plan);
   set_chunks(a, chunk, read.tail > 0.0);
   set_fields(a, fields, field_count(two, small));
-  check(at, "at", {kAts, a.m});
-  check_type(at, "at", ScalarType::Double, "float64");
-  a.at = static_cast<double*>(at.mutable_data_ptr());
-  a.at_stride = at.stride(0);
+  set_at(a, at);
   STD_TORCH_CHECK(rounds_to == int(Dtype::f32) ||
                       (type == Dtype::f32 && !(small && !two) &&
                        (rounds_to == int(Dtype::bf16) || rounds_to == int(Dtype::f16))),
@@ -197,30 +218,55 @@ void tile_factor(const Tensor& x, const OptTensor& xr, const OptTensor& bias,
   check(maxima, "maxima", {2, a.m});
   a.maxima = const_floats(maxima, "maxima");
   a.maxima_stride = maxima.stride(0);
-  a.slope = n[Param::slope];
   STD_TORCH_CHECK(which >= 0 && which < kFactors, "which must be a place in FACTORS, got ", which,
                   ".");
   a.which = Factor(which);
-  check(out, "out", {a.m, a.w});
-  a.out = out.mutable_data_ptr();
-  a.out_stride = out.stride(0);
-  a.out_type = float_type(out, "out");
+  set_terms(a, out, n[Param::slope]);
   STD_TORCH_CHECK(xr.has_value() || (a.which != Factor::gap && a.which != Factor::cross),
                   "gap and cross need the reference's tile.");
   const OnDevice here(x);
   frozen_factors(type, a, here.stream());
 }
 
+void tile_fold_frozen(const Tensor& x, const OptTensor& xr, const OptTensor& bias,
+                      const OptTensor& ref_bias, const Tensor& targets, const Tensor& fields,
+                      const Tensor& at, const Tensor& maxima, const Tensor& totals,
+                      const Tensor& out, int64_t v0, int64_t chunk, int64_t ignore, bool small,
+                      bool moves, bool log, bool gap, bool cross,
+                      const std::vector<double>& numbers) {
+  FrozenArgs a;
+  const Numbers n(numbers);
+  const Dtype type = set_tile(a.fold, x, targets, v0, ignore);
+  const bool two = xr.has_value();
+  set_models(a.fold, x, xr, bias, ref_bias, type, n);
+  STD_TORCH_CHECK(
+      small ? type == Dtype::f32 || (type == Dtype::bf16 && !two) : type == Dtype::f32 && !two,
+      "fold_frozen reads float32 tiles of one model, or with small also of two, or "
+      "bfloat16 ones of one.");
+  STD_TORCH_CHECK(chunk > 0 && chunk <= kMostChunk, "chunk must lie in [1, ", kMostChunk, "], got ",
+                  chunk, ".");
+  a.fold.chunks = (a.fold.w + chunk - 1) / chunk;
+  a.fold.span = a.fold.chunks;
+  set_blocks(a.fold, a.fold.w);
+  set_fields(a.fold, fields, field_count(two, small));
+  set_at(a.fold, at);
+  static_cast<TileArgs&>(a.terms) = a.fold;
+  set_terms(a.terms, out, n[Param::slope]);
+  set_totals(a.totals, totals, {true, log, gap, cross});
+  STD_TORCH_CHECK(a.totals.m == a.fold.m, "totals must have a row for each of the tile's, got ",
+                  sizes_text(totals), ".");
+  a.moves = moves;
+  check(maxima, "maxima", {2, a.fold.m});
+  a.maxima = floats(maxima, "maxima");
+  a.maxima_stride = maxima.stride(0);
+  const OnDevice here(x);
+  fold_frozen(type, two, small, a, here.stream());
+}
+
 void tile_raise_rows(const Tensor& totals, const Tensor& shift, bool log, bool gap, bool cross) {
   RaiseArgs a;
-  const bool there[kFactors] = {true, log, gap, cross};
-  int count = 0;
-  for (int k = 0; k < kFactors; ++k) a.at[k] = there[k] ? count++ : -1;
-  check(totals, "totals", {count, -1, -1});
-  a.m = totals.size(1), a.depth = totals.size(2);
-  a.totals = floats(totals, "totals");
-  a.sum_stride = totals.stride(0), a.row_stride = totals.stride(1);
-  check(shift, "shift", {4, a.m});
+  set_totals(a.totals, totals, {true, log, gap, cross});
+  check(shift, "shift", {4, a.totals.m});
   a.shift = const_floats(shift, "shift");
   a.shift_stride = shift.stride(0);
   const OnDevice here(totals);

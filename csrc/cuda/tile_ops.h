@@ -25,6 +25,14 @@ void tile_factor(const Tensor& x, const OptTensor& xr, const OptTensor& bias,
                  const OptTensor& ref_bias, const Tensor& targets, const Tensor& maxima,
                  const Tensor& out, int64_t v0, int64_t ignore, int64_t which,
                  const std::vector<double>& numbers);
+// The fold of a tile, the maxima so far raised to its own, totals moved there (`moves`: there are
+// any), out = the terms of the mass.
+void tile_fold_frozen(const Tensor& x, const OptTensor& xr, const OptTensor& bias,
+                      const OptTensor& ref_bias, const Tensor& targets, const Tensor& fields,
+                      const Tensor& at, const Tensor& maxima, const Tensor& totals,
+                      const Tensor& out, int64_t v0, int64_t chunk, int64_t ignore, bool small,
+                      bool moves, bool log, bool gap, bool cross,
+                      const std::vector<double>& numbers);
 void tile_raise_rows(const Tensor& totals, const Tensor& shift, bool log, bool gap, bool cross);
 // `rounds`: fp32 products are first rounded to dx's dtype.
 void tile_gradient(const Tensor& x, const OptTensor& xr, const OptTensor& xa, const OptTensor& adv,

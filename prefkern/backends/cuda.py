@@ -19,7 +19,7 @@ from .. import env
 from . import tables, tiled
 from .contract import Arithmetic, Problem
 from .native import NativeArithmetic
-from .tiled.epilogue import Sweep, Tile
+from .tiled.epilogue import FrozenSums, Sweep, Tile, fold_in_steps
 
 LIBRARY = Path(__file__).parents[1].joinpath("_ops_cuda.so")
 RAN_ON = Path(__file__).parents[1].joinpath("cuda_ran_on.json")
@@ -37,7 +37,7 @@ _TWO = (
     "gradient_two_small",
     "gradient_two",
 )
-_FROZEN = ("frozen_factors", "raise_rows")
+_FROZEN = ("fold_frozen", "frozen_factors", "raise_rows")
 KERNELS: dict[str, tuple[str, ...]] = {
     "linear_logps": (*_ONE, *_FROZEN),
     "linear_divergence": (*_ONE, *_TWO, *_FROZEN),
@@ -193,12 +193,17 @@ def _biases(sweep: Sweep) -> list[Tensor | None]:
 class Kernels:
     """prefkern.backends.tiled.epilogue.Epilogue in CUDA C++; csrc/cuda/tile_ops.h has the ops."""
 
-    # The driver's widest chunk: a block reads several anyway, and writes one.
-    CHUNK = 4096
+    # A block reads several chunks and writes the sums of one, so narrow ones cost it nothing. Tiles
+    # are multiples of a chunk: of two fp32 products and 16-bit gradients 256 MiB hold 3,276 columns
+    # of 8,192 rows, which 4,096 would cut into two blocks of rows.
+    CHUNK, CHUNK_OF_TWO = 4096, 1024
+    # A frozen head's one kernel has a block per row: fewer would leave a large GPU half empty.
+    ROWS = 128
     arithmetic: Arithmetic = NativeArithmetic(_ops)
 
     def chunk_columns(self, sweep: Sweep) -> int:
-        return min(self.CHUNK, sweep.widest_chunk)
+        widest = self.CHUNK if len(sweep.options) == 1 else self.CHUNK_OF_TWO
+        return min(widest, sweep.widest_chunk)
 
     def fold(
         self, sweep: Sweep, tile: Tile, fields: Tensor, at: Tensor, keep: Tensor | None
@@ -216,6 +221,21 @@ class Kernels:
             *tile.x, *_biases(sweep)[:2], sweep.targets[tile.rows], norms, fields, tile.v0,
             self.chunk_columns(sweep), sweep.call.ignore_index, sweep.call.plan.text,
             sweep.numbers,
+        )  # fmt: skip
+
+    def fold_frozen(
+        self, sweep: Sweep, tile: Tile, fields: Tensor, at: Tensor, sums: FrozenSums, out: Tensor
+    ) -> None:
+        x, xr = (*tile.x, None)[:2]
+        plain = sweep.small_fold or (xr is None and x.dtype == torch.float32)
+        if not plain or x.shape[0] < self.ROWS:
+            fold_in_steps(self, sweep, tile, fields, at, sums, out)
+            return
+        there = (name in sums.names for name in tables.FACTORS[1:])
+        _ops().fold_frozen(
+            x, xr, *_biases(sweep)[:2], sweep.targets[tile.rows], fields, at, sums.maxima,
+            sums.totals, out, tile.v0, self.chunk_columns(sweep), sweep.call.ignore_index,
+            sweep.small_fold, sums.started, *there, sweep.numbers,
         )  # fmt: skip
 
     def factor(self, sweep: Sweep, tile: Tile, maxima: Tensor, name: str, out: Tensor) -> None:

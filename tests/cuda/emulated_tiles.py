@@ -19,7 +19,7 @@ import prefkern
 from prefkern.backends import cuda, eager, tables
 from prefkern.backends.contract import Folded, Model, written
 from prefkern.backends.plan import read_plan
-from prefkern.backends.tiled.epilogue import Tile
+from prefkern.backends.tiled.epilogue import FrozenSums, Tile, fold_in_steps
 
 OPS = torch.ops.prefkern_cuda
 ONE = ("logp", "ent", "col", "top1", "zmean")
@@ -105,6 +105,58 @@ def test_alignment_changes_roundings_alone(dtype, by):
         places.append(dx)
     assert_same_bits(places[1], places[0])
     assert (places[0][sweep.targets == -100] == 0).all()
+
+
+FROZEN_TWO = ("logp", "fkl", "rkl")
+
+
+@pytest.mark.parametrize(
+    ("stats", "dtype", "softcap"),
+    [
+        (("logp",), BF16, 0.0),
+        (("logp",), FP32, 0.0),
+        (("logp", "ent"), FP32, 2.0),
+        (FROZEN_TWO, FP32, 0.0),
+    ],
+    ids=["bf16", "fp32", "ent_cap", "two"],
+)
+def test_a_tile_of_a_frozen_head_in_one_kernel(stats, dtype, softcap):
+    """As in steps, for a first tile and a later one whose maxima are higher in some rows, lower in
+    others, and -inf in one."""
+    names = {("logp", "ent"): ("mass", "log"), FROZEN_TWO: ("mass", "gap", "cross")}
+    sums = names.get(stats, ("mass",))
+    m, w, depth = 133, 300, 37
+    sweep, z = make(stats, m, 2 * w, dtype, 2 if stats == FROZEN_TWO else 1)
+    sweep = replace(sweep, options=tuple(o._replace(top=softcap, factor=1.0 / (softcap or 1.0),
+                                                    slope=1.0 / softcap if softcap else 0.0)
+                                         for o in sweep.options))  # fmt: skip
+    z[0][5, :w] = -math.inf
+    assert m >= KERNELS.ROWS
+    results = []
+    for one in (KERNELS.fold_frozen, lambda *given: fold_in_steps(KERNELS, *given)):
+        g = torch.Generator().manual_seed(3)
+        totals = torch.randn(len(sums), m, depth, generator=g)
+        totals[:, 5] = 0.0  # of terms that are all 0
+        maxima = torch.full((2, m), torch.finfo(FP32).min)
+        found = []
+        for v0 in (0, w):
+            tile = Tile(0, v0, tuple(shifted(x[:, v0 : v0 + w], 3) for x in z))
+            fields = torch.full((sweep.fields, -(-w // KERNELS.chunk_columns(sweep)), m), math.nan)
+            at = torch.zeros((len(tables.AT), m), dtype=torch.float64)
+            out = shifted(torch.full((m, w), math.nan, dtype=dtype), 3)
+            state = FrozenSums(sums, totals, maxima, v0 > 0)
+            one(sweep, tile, fields, at, state, out)
+            row_sums = KERNELS.arithmetic.merge(
+                sweep.call, fields, torch.arange(0, w, KERNELS.chunk_columns(sweep)), False
+            )
+            found += [row_sums, at, out.clone(), totals.clone(), maxima.clone()]
+        results.append(found)
+    live = sweep.targets != sweep.call.ignore_index
+    assert (results[0][2][~live] == 0).all()
+    for got, want in zip(*results, strict=True):
+        rows = live if got.shape[0] == m else (slice(None), live)
+        close = {"rtol": 1e-2, "atol": 1e-3} if got.dtype == BF16 else {"rtol": 1e-5, "atol": 2e-5}
+        torch.testing.assert_close(got[rows], want[rows], **close)
 
 
 def test_launches_are_counted_by_name():

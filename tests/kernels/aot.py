@@ -2,6 +2,7 @@
 
     python tests/kernels/aot.py ARCH OUT.json [PART]   rows whose text contains PART
     python tests/kernels/aot.py table                  every arch, into benchmarks/results
+    PYTHONPATH=tests python tests/kernels/aot.py counts OUT.json   instructions per logit, sm_90
 
 Runs in a process of its own without TRITON_INTERPRET (a kernel is fixed as compiled or interpreted
 when its module is imported). Writes one record per row and tile: what the compiler says about
@@ -39,16 +40,20 @@ WRITE16 = re.compile(
 )
 
 
-def nvidia_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, LOCAL ... of the only function in a cubin."""
+def cuobjdump(what: str, cubin: bytes) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [str(tool), what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def nvidia_usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL ... of the only function in a cubin."""
+    text = cuobjdump("--dump-resource-usage", cubin)
     line = next(x for x in text.splitlines() if "REG:" in x)
     return {key: int(number) for key, number in re.findall(r"(\w+):(\d+)", line)}
 
@@ -58,8 +63,8 @@ def amd_usage(assembly: str) -> dict[str, int]:
     return {name: int(re.search(rf"\.{name}:\s*(\d+)", assembly).group(1)) for name in names}
 
 
-def build(row, tile, arch: str) -> dict:
-    """Compiles one row with one tile."""
+def compiled(row, tile, arch: str):
+    """One row with one tile, as Triton's compiler leaves it."""
     import triton
     from prefkern.kernels import launches
     from triton.backends.compiler import GPUTarget
@@ -80,7 +85,12 @@ def build(row, tile, arch: str) -> dict:
         if divisor:
             attributes[place,] = [["tt.divisibility", int(divisor)]]
     source = ASTSource(kernel, signature, constants, attributes)
-    made = triton.compile(source, target=GPUTarget(*TARGETS[arch]), options=launches.options(tile))
+    return triton.compile(source, target=GPUTarget(*TARGETS[arch]), options=launches.options(tile))
+
+
+def build(row, tile, arch: str) -> dict:
+    """What is known of one compiled row."""
+    made = compiled(row, tile, arch)
     code = made.asm["ptx"] if arch.startswith("sm_") else made.asm["amdgcn"]
     if arch.startswith("sm_"):
         usage = nvidia_usage(made.asm["cubin"])
@@ -117,6 +127,48 @@ def compile_all(arch: str, part: str = "") -> list[dict]:
     return records
 
 
+# Row of results/counts.csv -> launch, types of its tile and of what it writes or rounds to,
+# constants; exponentials of a logit (of both models), tiles that it reads and writes.
+COUNTED = {
+    "fold_one_small": ("fold_one", "bf16", "bf16", {"FULL": False, "ROUND": False}, (1, 1, 0)),
+    "fold_one": ("fold_one", "fp32", "fp32", {"FULL": True, "ROUND": False}, (1, 1, 0)),
+    "fold_one keeping": ("fold_one", "fp32", "bf16", {"FULL": True, "ROUND": True}, (2, 1, 1)),
+    "fold_two_small": ("fold_two", "fp32", "fp32", {"FULL": False, "ROUND": False}, (2, 2, 0)),
+    "fold_two_small keeping": (
+        "fold_two", "fp32", "bf16", {"FULL": False, "ROUND": True}, (3, 2, 1),
+    ),
+    "gradient_one_small": (
+        "gradient_one", "bf16", "bf16", {"FULL": False, "ROUND": False}, (1, 1, 1),
+    ),
+    "gradient_one": ("gradient_one", "fp32", "bf16", {"FULL": True, "ROUND": False}, (1, 1, 1)),
+    "gradient_two_small": ("gradient_two", "fp32", "bf16", {"FULL": False}, (2, 2, 1)),
+    "frozen_factors": ("factor", "bf16", "bf16", {}, (1, 1, 1)),
+}  # fmt: skip
+OUTPUT = {"fold_one": 2, "fold_two": 4, "gradient_one": 2, "gradient_two": 4, "factor": 2}
+
+
+def counted() -> dict[str, float]:
+    """Instructions per logit on sm_90, of a program's start and end a thread's share."""
+    from cuda_hot_path import Work, instructions_to_the_end, listings
+    from prefkern.kernels import launches
+
+    found = {}
+    for name, (launch, tile_type, written, constants, work) in COUNTED.items():
+        (row,) = (
+            r
+            for r in launches.LAUNCHES[launch]
+            if r.constants == constants
+            and (r.types[0], r.types[OUTPUT[launch]]) == (f"*{tile_type}", f"*{written}")
+        )
+        tile = row.tiles_on("sm_90")[0]
+        logits = tile.blocks["BLOCK_M"] * tile.blocks["BLOCK_V"] // (32 * tile.num_warps)
+        packets = logits // (8 if tile_type == "bf16" else 4), logits // 8  # read, written
+        everything = Work(work[0] * logits, work[1] * packets[0], work[2] * packets[1])
+        (code,) = listings(cuobjdump("-sass", compiled(row, tile, "sm_90").asm["cubin"])).values()
+        found[name] = instructions_to_the_end(code, everything) / logits
+    return found | {"fold_frozen": found["fold_one_small"] + found["frozen_factors"]}
+
+
 def write_table(records: list[dict], path: Path) -> None:
     import triton
 
@@ -132,7 +184,8 @@ def main(what: str, out: str = "", part: str = "") -> None:
     if what == "table":
         write_table([r for arch in TARGETS for r in compile_all(arch)], TABLE)
     else:
-        Path(out).write_text(json.dumps(compile_all(what, part), indent=1))
+        made = counted() if what == "counts" else compile_all(what, part)
+        Path(out).write_text(json.dumps(made, indent=1))
 
 
 if __name__ == "__main__":

@@ -120,13 +120,13 @@ def last_tile_of_rows(monkeypatch):
 
 def maxima_of_the_tile(monkeypatch):
     """The terms of a frozen head are relative to the tile's own maxima, not to the row's so far."""
-    add = factors.Factors.add
+    fold = factors.Factors.fold
 
-    def own(self, tile, fields, head):
+    def own(self, tile, fields, at, head):
         self.maxima.fill_(torch.finfo(fields.dtype).min)
-        add(self, tile, fields, head)
+        fold(self, tile, fields, at, head)
 
-    monkeypatch.setattr(factors.Factors, "add", own)
+    monkeypatch.setattr(factors.Factors, "fold", own)
 
 
 FAULTS = {

@@ -156,6 +156,15 @@ class Tile:
         return slice(self.r0, self.r0 + self.x[0].shape[0])
 
 
+class FrozenSums(NamedTuple):
+    """Sums of head rows of one row block, gathered so far."""
+
+    names: tuple[str, ...]  # of tables.FACTORS; "mass" first
+    totals: Tensor  # [names, m, D + r] fold dtype, relative to the maxima
+    maxima: Tensor  # [2, m] fold dtype, finite; of policy and reference
+    started: bool  # totals hold something
+
+
 class Epilogue(Protocol):
     """Kernels of one backend. Every tensor is on one device, on torch's current stream; no function
     synchronises, and each is safe under graph capture."""
@@ -185,6 +194,14 @@ class Epilogue(Protocol):
         statistics that were not asked for are left alone."""
         ...
 
+    def fold_frozen(
+        self, sweep: Sweep, tile: Tile, fields: Tensor, at: Tensor, sums: FrozenSums, out: Tensor
+    ) -> None:
+        """Frozen head: what `fold` does; sums.maxima raised to the tile's own, sums.totals moved
+        there if there are any; out [m, w] = the terms of the mass. `fold_in_steps` does it by the
+        other functions here, a backend may do it in one kernel."""
+        ...
+
     def factor(self, sweep: Sweep, tile: Tile, maxima: Tensor, name: str, out: Tensor) -> None:
         """Frozen head: out [m, w] in the working dtype = the terms that multiply W in the sum
         `name` (tables.FACTORS); maxima [2, m] of policy and reference, finite."""
@@ -202,3 +219,24 @@ class Epilogue(Protocol):
         [COEFFICIENTS, m]. tile.x holds the sweep.backward_models first models. dx may be
         tile.x[0] itself."""
         ...
+
+
+def fold_in_steps(
+    kernels: Epilogue,
+    sweep: Sweep,
+    tile: Tile,
+    fields: Tensor,
+    at: Tensor,
+    sums: FrozenSums,
+    out: Tensor,
+) -> None:
+    """`Epilogue.fold_frozen`."""
+    kernels.fold(sweep, tile, fields, at, None)
+    old = sums.maxima.clone() if sums.started else sums.maxima
+    names = ("max", "ref_max") if sweep.call.ref else ("max",)
+    for row, name in zip(sums.maxima, names, strict=False):
+        torch.maximum(row, fields[tables.FIELDS.index(name)].amax(0), out=row)
+    if sums.started:
+        moves = old.sub_(sums.maxima)
+        kernels.raise_rows(sums.names, sums.totals, torch.cat([moves.exp(), moves]))
+    kernels.factor(sweep, tile, sums.maxima, "mass", out)

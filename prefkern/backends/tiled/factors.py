@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import tables
-from .epilogue import Epilogue, Tile
+from .epilogue import Epilogue, FrozenSums, Tile
 from .operands import HeadTile, Operands
 from .products import add_product
 from .tiling import Step, Tiling, scratch, tile_view
@@ -23,23 +22,17 @@ class Factors:
         lowest = torch.finfo(totals.dtype).min
         self.maxima = totals.new_full((2, totals.shape[1]), lowest)
 
-    def add(self, tile: Tile, fields: Tensor, head: HeadTile) -> None:
-        """After the fold of a tile: raises the maxima to those in its fields [F, C, m], moves the
-        sums there and adds the tile's terms times its head rows."""
-        call, old = self.ops.call, self.maxima
-        new = old.clone()
-        for row, name in zip(new, ("max", "ref_max") if call.ref else ("max",), strict=False):
-            torch.maximum(row, fields[tables.FIELDS.index(name)].amax(0), out=row)
-        first = tile.v0 == 0
-        if not first:
-            moves = torch.sub(old, new)
-            self.kernels.raise_rows(call.plan.factors, self.totals, torch.cat([moves.exp(), moves]))
-        self.maxima = new
+    def fold(self, tile: Tile, fields: Tensor, at: Tensor, head: HeadTile) -> None:
+        """The fold of a tile (fields [F, C, m]), and its terms times its head rows added."""
+        sweep, names, first = self.ops.sweep, self.ops.call.plan.factors, tile.v0 == 0
+        sums = FrozenSums(names, self.totals, self.maxima, started=not first)
         m, w = tile.x[0].shape
         terms = tile_view(self.terms, Step(0, m, 0, w))
+        self.kernels.fold_frozen(sweep, tile, fields, at, sums, terms)
         depth = head.weight.shape[1]
-        for name, total in zip(call.plan.factors, self.totals, strict=True):
-            self.kernels.factor(self.ops.sweep, tile, new, name, terms)
+        for name, total in zip(names, self.totals, strict=True):
+            if name != "mass":
+                self.kernels.factor(sweep, tile, self.maxima, name, terms)
             add_product(terms, head.weight, total[:, :depth], fresh=first)
             if head.low_out is not None:
                 add_product(terms, head.low_out, total[:, depth:], fresh=first)

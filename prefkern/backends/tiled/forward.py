@@ -117,13 +117,14 @@ class _Fold:
             keep = places[0] if sweep.rounded and places else None
             tile = self.ops.tile(step, made)
             part = _part(fields, step, self.chunk)
-            self.kernels.fold(sweep, tile, part, at, keep)
+            if factors is None:
+                self.kernels.fold(sweep, tile, part, at, keep)
+            else:
+                factors.fold(tile, part, at, heads[0])
             if call.plan.has("xent"):
                 at[tables.AT.index("taught")] += self.ops.taught(step, made[0])
             if top is not None:
                 top.add(made[1], sweep.options[1], step.v0)
-            if factors is not None:
-                factors.add(tile, part, heads[0])
         return fields
 
     def masses(self, fields: Tensor) -> Tensor:
