@@ -135,7 +135,8 @@ def test_size():
 
 
 def test_tiles_are_read_16_bytes_at_a_time():
-    """One 16-byte load per model in the loop; narrower loads of tiles belong to the row's ends."""
+    """For each model one 16-byte load in the loop over whole packets, one or two before it and one
+    in the loop over other packets; narrower loads of tiles belong to the row's ends."""
     loads: dict[str, list[str]] = defaultdict(list)
     kernel = ""
     for line in dump("-sass", "-arch", "sm_90a").splitlines():
@@ -153,9 +154,9 @@ def test_tiles_are_read_16_bytes_at_a_time():
         third = kernel.endswith("<float, true, false>")
         want = models.get(match[1], (3 if third else 2) if two else 1)
         if match[1] == "FrozenFold":  # reads its row twice, the second time of the policy alone
-            assert found.count("LDG.E.128") == want, (kernel, found)
+            assert found.count("LDG.E.128") in (3 * want, 4 * want), (kernel, found)
             want = 1
-        assert found.count("LDG.E.EF.128") == want, (kernel, found)
+        assert found.count("LDG.E.EF.128") in (3 * want, 4 * want), (kernel, found)
         assert all(x.startswith("LDG") for x in found), f"{kernel}: local memory or atomics {found}"
         checked += 1
     assert checked == 28
