@@ -226,7 +226,7 @@ class Kernels:
     def fold_frozen(
         self, sweep: Sweep, tile: Tile, fields: Tensor, at: Tensor, sums: FrozenSums, out: Tensor
     ) -> None:
-        x, xr = (*tile.x, None)[:2]
+        x, xr = tile.x[0], tile.x[1] if len(tile.x) > 1 else None
         plain = sweep.small_fold or (xr is None and x.dtype == torch.float32)
         if not plain or x.shape[0] < self.ROWS:
             fold_in_steps(self, sweep, tile, fields, at, sums, out)

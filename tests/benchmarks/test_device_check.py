@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import device_check, device_stages, measure, process, results, small, timing
+from benchmarks import device_check, device_stages, inside, measure, process, results, small, timing
 from benchmarks.cases import CASES
 from benchmarks.peers import VARIANTS
 
@@ -178,7 +178,7 @@ def test_the_script_runs_from_end_to_end(tmp_path):
     rows = [r for r in results.read_log(tmp_path / "rows.jsonl") if r["key"] != ["end"]]
     ours = [r for r in rows if r["stage"] == "heads" and r["key"][1].startswith("prefkern triton")]
     assert len(ours) == 12 and all(r["status"] == "ok" or "tail" in r["reason"] for r in ours)
-    assert len([r for r in rows if r["stage"] == "kernels"]) == 9
+    assert len([r for r in rows if r["stage"] == "kernels"]) == len(inside.KERNELS)
     assert {r["variant"] for r in results.read(tmp_path / "measured.csv")} >= {"prefkern triton"}
 
 
