@@ -110,11 +110,12 @@ def _configure(verb: str, args: list[str]) -> tuple[Any, Any]:
 def _train(args: list[str]) -> int:
     config, command = _configure("train", args)
     from ..train import train
+    from ..train.recipes.prepared import prepared_run
     from ..train.recipes.rounds import describe_rounds
-    from ..train.run import describe, prepare
+    from ..train.run import describe
 
     if command.dry_run:
-        print(describe_rounds(config) if config.has_rounds else describe(prepare(config)))
+        print(describe_rounds(config) if config.has_rounds else describe(prepared_run(config)))
         return 0
     final = train(config)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -125,7 +126,7 @@ def _train(args: list[str]) -> int:
 def _eval(args: list[str]) -> int:
     config, command = _configure("eval", args)
     from ..train.evaluate import evaluate
-    from ..train.run import prepare
+    from ..train.recipes.prepared import prepared_run
     from ..train.together import ended_together
 
     if config.eval_dataset is not None:  # the training data are not needed
@@ -137,7 +138,7 @@ def _eval(args: list[str]) -> int:
             eval_dataset=None,
         )
     with ended_together():
-        run = prepare(config, training=False)
+        run = prepared_run(config, training=False)
         found = evaluate(run, run.examples)
     run.accelerator.end_training()
     if run.is_main:
@@ -180,9 +181,9 @@ def _sample(args: list[str]) -> int:
     from .options import parse_table_options
 
     config = parse_table_options("sample", SampleConfig, args)
-    from ..train.stored.sample import sample
+    from ..train.stored.sample import write_samples
 
-    print(sample(config))
+    print(write_samples(config))
     return 0
 
 

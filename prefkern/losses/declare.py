@@ -12,7 +12,7 @@ defaults, what is returned and raised. A loss of your own stands in prefkern.LOS
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -49,9 +49,8 @@ class Family:
         weights: Callable[..., TokenWeights] | None = None,
         supervised: Supervised | None = None,
         update: Callable[..., Any] | None = None,
-        constant: tuple[str, ...] = (),
+        read_as: Mapping[str, str] | None = None,
         parts: tuple[Part, ...] = (),
-        whole: tuple[str, ...] = (),
     ) -> Callable[[F], F]:
         """Declares the function below as a loss; the fields are those of `Loss`, None the usual.
 
@@ -81,7 +80,7 @@ class Family:
                 loss, self.name, source, status,
                 self.reads if reads is None else reads, reference, score or self.score,
                 rewards or self.rewards[reference is False], items or self.items,
-                weights, supervised, update, constant, parts, whole,
+                weights, supervised, update, read_as or {}, parts,
             )  # fmt: skip
             provisional = record.provisional
             loss.__doc__ = fn.__doc__ = docstrings.complete(record)

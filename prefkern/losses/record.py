@@ -78,9 +78,10 @@ class Loss:
     weights: Callable[..., TokenWeights] | None = None  # stage of prefkern.losses.weights
     supervised: Supervised | None = None
     update: Callable[..., Any] | None = None  # stateful losses: update(state, ...) -> state
-    constant: tuple[str, ...] = ()  # fields of `reads` that it reads without gradient
+    # Fields of `reads` that it reads otherwise than the rest: "constant", without gradient;
+    # "whole", over likelihood_targets where they are given.
+    read_as: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()  # without which a trainer's run is not the method
-    whole: tuple[str, ...] = ()  # fields that it reads over likelihood_targets, where given
     inputs: Inputs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -129,6 +130,16 @@ class Loss:
     @property
     def name(self) -> str:
         return self.fn.__name__
+
+    @property
+    def constant(self) -> tuple[str, ...]:
+        """Fields that it reads without gradient."""
+        return tuple(name for name, how in self.read_as.items() if how == "constant")
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """Fields that it reads over likelihood_targets, where they are given."""
+        return tuple(name for name, how in self.read_as.items() if how == "whole")
 
     @property
     def rows(self) -> tuple[str, ...]:

@@ -17,10 +17,11 @@ from ..backends.choice import use_backend
 from ..stats import ONE_MODEL_STATS, TWO_MODEL_STATS, SeqStats, TokenStats, parse_stats
 from .record import Loss
 
-# Forms of the tensors that a loss requires, tried in turn: one number per item, one for all, one
+Form = tuple[tuple[int, ...], str]  # shape of the tensors, and the one that is turned (`_error`)
+# Shapes of the tensors that a loss requires, tried in turn: one number per item, one for all, one
 # column per item, one column per item of another model.
 _SHAPES: tuple[tuple[int, ...], ...] = ((2,), (), (2, 1))
-_forms: dict[Loss, tuple[int, ...]] = {}  # the form that a loss was seen to take
+_forms: dict[Loss, Form] = {}  # the form that a loss was seen to take
 # Calls that went through: (loss, its hyper-parameters). Emptied when full: schedules change a value
 # at every step.
 _passed: set[tuple[Any, ...]] = set()
@@ -57,30 +58,31 @@ def _try(record: Loss, given: Mapping[str, Any]) -> None:
     if asked := record.statistics(**given):
         parse_stats(asked, allowed=every)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), use_backend("eager"):
-        shape = _forms.get(record)
-        if shape is None:
-            fitting = (shape for shape in _SHAPES if _error(record, {}, shape) is None)
-            shape = next(fitting, None)
-        if shape is not None:
-            _forms[record] = shape
-            error = _error(record, given, shape)
-            if error and all(
-                _error(record, given, *other) for other in _others(record, given, shape)
-            ):
+        form = _forms.get(record)
+        if form is None:
+            every_form = (form for shape in _SHAPES for form in _others(record, {}, shape))
+            form = next((form for form in every_form if _error(record, {}, *form) is None), None)
+        if form is not None:
+            _forms[record] = form
+            error = _error(record, given, *form)
+            others = _others(record, given, form[0])
+            if error and all(_error(record, given, *other) for other in others):
                 raise ValueError(_text(record, error)) from error
     record.check_finite(given)
 
 
-def _others(
-    record: Loss, given: Mapping[str, Any], shape: tuple[int, ...]
-) -> Iterator[tuple[tuple[int, ...], str]]:
+def _others(record: Loss, given: Mapping[str, Any], shape: tuple[int, ...]) -> Iterator[Form]:
     """Further forms of the tensors, where hyper-parameters ask for them: one column per entry of a
-    list among them, or per further entry, and without one tensor that may be None."""
+    list among them, or per further entry; a tensor that may be None being None, or there."""
     lengths = {len(value) for value in given.values() if isinstance(value, (list, tuple))}
     inputs = record.inputs
-    optional = [name for name in inputs.stage_extra if "None" in inputs.kinds[name].parts]
+    optional = [
+        name
+        for name in (*inputs.stage_extra, *inputs.keywords)
+        if {"None", "Tensor"} <= set(inputs.kinds[name].parts) and given.get(name) is None
+    ]
     for form in (shape, *((2, n - less) for n in sorted(lengths) for less in (0, 1) if n > less)):
-        yield from ((form, without) for without in ("", *optional))
+        yield from ((form, turned) for turned in ("", *optional))
 
 
 def _text(record: Loss, error: Exception) -> str:
@@ -89,18 +91,20 @@ def _text(record: Loss, error: Exception) -> str:
 
 
 def _error(
-    record: Loss, given: Mapping[str, Any], shape: tuple[int, ...], without: str = ""
+    record: Loss, given: Mapping[str, Any], shape: tuple[int, ...], turned: str = ""
 ) -> Exception | None:
-    """What the loss and its weight stage raise on rows of one token with these arguments, the
-    stage's tensor `without` being None."""
+    """What the loss and its weight stage raise on rows of one token with these arguments; the
+    tensor `turned` is None in the stage and there in the loss, where it may be."""
     inputs = record.inputs
     try:
         with torch.device("cpu"):
-            _call(record, {k: v for k, v in given.items() if k in inputs.keywords}, shape)
+            further = {turned: _tensor(turned, (2,))} if turned in inputs.keywords else {}
+            own = {k: v for k, v in given.items() if k in inputs.keywords}
+            _call(record, own | further, shape)
             if record.weights is not None:
                 record.weights(**{
                     name: given[name] if name in given
-                    else None if name == without else _tensor(name, (2,))
+                    else None if name == turned else _tensor(name, (2,))
                     for name, parameter in inputs.stage.items()
                     if name in given or parameter.default is parameter.empty
                 })  # fmt: skip

@@ -50,6 +50,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
             return train_rounds(config)
         from .loop import train_run
-        from .run import prepare
+        from .recipes.prepared import prepared_run
 
-        return train_run(prepare(config))
+        return train_run(prepared_run(config))

@@ -40,7 +40,7 @@ NAMES = frozenset(
 )  # fmt: skip
 # A folder is a model from the moment it has one of these: they are written last.
 _LAST = ("config.json", "adapter_config.json")
-_INPUTS = (
+MODELS = (
     "model", "ref_model", "rejected_ref_model", "aux_model", "judge_model", "judge_ref_model",
 )  # fmt: skip
 _STORED = (
@@ -74,7 +74,7 @@ def check_inputs(config: TrainConfig) -> None:
         ValueError: naming the option and both paths.
     """
     out = Path(config.output_dir).resolve()
-    for option in (*_INPUTS, *_STORED):
+    for option in (*MODELS, *_STORED):
         value = getattr(config, option)
         for source in value if isinstance(value, tuple) else [value]:
             if not isinstance(source, str) or not Path(source).exists():

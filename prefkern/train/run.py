@@ -135,7 +135,8 @@ def pad_id(tokenizer: Any, model: hf.Model) -> int:
 
 
 def prepare(config: TrainConfig, *, training: bool = True) -> Run:
-    """Loads and checks everything; the same for training, evaluation and a dry run.
+    """Loads and checks everything of a language model; the same for training, evaluation and a
+    dry run (recipes.prepared has the way for every kind of model).
 
     Raises:
         ValueError: every mistake of the user's, with what to do.
@@ -144,10 +145,6 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
         raise ValueError(
             "num_rounds, round_data: a run of rounds is started by prefkern.train.train."
         )
-    if config.head == "reward":
-        from .recipes.reward.prepare import prepare_reward
-
-        return prepare_reward(config, training=training)
     records, providers = plan(config)
     check_sources(config)
     accelerator = make_accelerator(config)
@@ -244,14 +241,7 @@ def check_sources(config: TrainConfig) -> None:
     Raises:
         ValueError: naming the option.
     """
-    for option in (
-        "model",
-        "ref_model",
-        "rejected_ref_model",
-        "aux_model",
-        "judge_model",
-        "judge_ref_model",
-    ):
+    for option in output.MODELS:
         with _of_option(option):
             if (name := getattr(config, option)) is not None:
                 models.check_name(name)
@@ -392,14 +382,11 @@ def open_reference(
 ) -> Reference:
     """The reference of the run, and whatever is to be read off its forward."""
     return Reference(
-        mode,
-        config,
-        policy=policy,
-        root=root,
+        mode, config, policy=policy, root=root,
         model=frozen(config.ref_model or config.model) if mode == "model" else None,
         layers=any(provider.wants_layers for provider in providers),
         watch=[provider.watch for provider in providers],
-    )
+    )  # fmt: skip
 
 
 def describe(run: Run) -> str:

@@ -9,11 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .config import TrainConfig, short_hash
+from .output import MODELS
 from .seals import file_sum, file_sums
 
-_MODELS = (
-    "model", "ref_model", "rejected_ref_model", "aux_model", "judge_model", "judge_ref_model",
-)  # fmt: skip
 _FILES = ("precomputed_ref", "precomputed_aux", "fused_ref", "precomputed_baseline", "judge")
 _CONFIGS = ("config.json", "adapter_config.json")
 # What of a model folder decides its numbers.
@@ -26,10 +24,10 @@ _NOT_READ = frozenset(
 def contents(config: TrainConfig) -> dict[str, str]:
     """Option -> hash of what stands behind it, for every model and file that is given."""
     found = {}
-    for option in (*_MODELS, *_FILES):
+    for option in (*MODELS, *_FILES):
         value = getattr(config, option)
         names = list(value) if isinstance(value, tuple) else [value]
-        parts = [content(name, option in _MODELS) for name in names if name]
+        parts = [content(name, option in MODELS) for name in names if name]
         if any(parts):
             found[option] = short_hash(parts)
     return found

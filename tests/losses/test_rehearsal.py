@@ -133,6 +133,7 @@ def test_a_loss_of_the_callers_with_inputs_of_its_own_is_not_tried():
     [
         ("modpo", {"w": [0.5, 0.3, 0.2]}),  # as many rewards as further objectives
         ("sparsepo", {"rw_kl_independent": False}),  # one mask, the other None
+        ("oreo", {"level": "step"}),  # step_index, which the other levels do without
     ],
 )
 def test_values_that_ask_for_tensors_of_another_form_pass(name, args):

@@ -26,7 +26,7 @@ REFUSED = {
 # that moves after every micro-batch.
 COUPLED = {"aot", "kto", "bco", "beta_dpo", "lcpo", "selfie"}
 # With the reference at the policy's start the gradient of these is 0.
-OTHER_REFERENCE = {"gkd", "distill", "dckd", "adpa", "bialign", "kl_penalty"}
+OTHER_REFERENCE = {"gkd", "distill", "iw_opd", "dckd", "adpa", "bialign", "kl_penalty"}
 AUX = {"tgdpo", "adpa"}
 STEPPED = {"adpo"}
 LAYOUTS = ("pairs", "lists", "unpaired")

@@ -17,7 +17,7 @@ from ..lists import Lists
     "as notes give it; no official code found",
     reads=("logp", "fkl"),
     score="logp",
-    whole=("fkl", "length"),
+    read_as={"fkl": "whole", "length": "whole"},
 )
 def bialign(
     scores: Tensor,  # [S]

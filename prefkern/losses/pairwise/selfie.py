@@ -12,6 +12,7 @@ from .. import core, links
 from ..declare import pairwise
 
 WINDOW = 50  # batches whose mean margins the threshold looks back on
+NO_DOUBT = -1e30  # a threshold at which no pair is flagged; finite, so that means of it are
 
 
 class SelfieState(NamedTuple):
@@ -91,8 +92,8 @@ def confidence(
 
 
 def threshold(state: SelfieState, share: float = 0.1) -> float:
-    """The `share` quantile of the window, which `selfie` takes as `threshold`; -inf (no pair is
-    flagged) before the first batch. The authors' window never drops a value, so theirs drifts."""
+    """The `share` quantile of the window, which `selfie` takes as `threshold`; NO_DOUBT before
+    the first batch. The authors' window never drops a value, so theirs drifts."""
     if not state.margins:
-        return float("-inf")
+        return NO_DOUBT
     return torch.tensor(state.margins, dtype=torch.float64).quantile(share).item()

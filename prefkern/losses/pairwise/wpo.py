@@ -15,7 +15,7 @@ from ..declare import pairwise
     status="checked against the authors' code, and TRL without the clamp",
     reference=True,
     reads=("logp", "col", "length"),
-    constant=("col",),
+    read_as={"col": "constant"},
 )
 def wpo(
     chosen: SeqStats,

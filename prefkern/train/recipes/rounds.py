@@ -25,13 +25,14 @@ from ..data.read import raw_rows
 from ..loop import train_run
 from ..output import LOG, MARK, TRAINER_STATE, Output, writing
 from ..processes import make_accelerator
-from ..run import Run, check_sources, prepare, say
+from ..run import Run, check_sources, say
 from ..waiting import others_wait
 from . import masks, sync, two_speeds, value_head
 from .online.answers import NothingToTrain
 from .online.makers import maker_of
 from .online.renewal import Renewal, samplings_per_round, shared
 from .online.round_data import Start, make_sampler
+from .prepared import prepared_run
 from .round_config import DATA, MADE, check, round_config, scored_against
 
 STATE = "rounds.json"
@@ -119,7 +120,7 @@ class Rounds:
         self.accelerator.wait_for_everyone()
         made = self._make_data(number)
         has_data = config.round_data != "same"
-        run = prepare(round_config(config, number, start, has_data=has_data))
+        run = prepared_run(round_config(config, number, start, has_data=has_data))
         if config.sample_every:
             run.providers.append(self._renewal(run, number))
         run.say(f"round {number + 1} of {self.count}: from {start}, data {run.config.dataset}")
@@ -237,7 +238,7 @@ def describe_rounds(config: TrainConfig) -> str:
         facts["prompts"] = len(_rows(config))
         facts["rows"] = maker_of(config, demands.losses_of(config)).name
     else:
-        facts["first_round"] = prepare(round_config(config, 0, config.model)).facts
+        facts["first_round"] = prepared_run(round_config(config, 0, config.model)).facts
     return json.dumps(facts, indent=2)
 
 

@@ -10,7 +10,6 @@ leaves it as it is.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +107,7 @@ def _selfie(state: selfie.SelfieState, seen: Seen) -> tuple[Any, dict[str, Any]]
         "mix_chosen_logps": chosen.require("logp"),
         "mix_rejected_logps": rejected.require("logp"),
         # In the first part of a run no label is doubted.
-        "threshold": -math.inf
+        "threshold": selfie.NO_DOUBT
         if seen.progress < seen.options["warmup"]
         else selfie.threshold(state),
     }
@@ -281,7 +280,7 @@ def _means(found: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
             continue
         if isinstance(value, Tensor):
             logged[f"state/{name}"] = value.double().mean()
-        elif isinstance(value, float) and math.isfinite(value):
+        elif isinstance(value, float) and abs(value) < -selfie.NO_DOUBT:
             logged[f"state/{name}"] = like.new_tensor(value, dtype=torch.float64)
     return logged
 

@@ -48,14 +48,14 @@ class ValueHeads(Provider):
 
     def __init__(self, config: TrainConfig, records: Sequence[Loss]) -> None:
         super().__init__(config, records)
-        self.tensors = tensors_of(config, records)
+        self.tensors = wanted_tensors(config, records)
 
     @classmethod
     def wanted(cls, config: TrainConfig, records: Sequence[Loss]) -> bool:
-        return bool(tensors_of(config, records))
+        return bool(wanted_tensors(config, records))
 
     def supplies(self, record: Loss) -> frozenset[str]:
-        return frozenset(tensors_of(self.config, [record]))
+        return frozenset(wanted_tensors(self.config, [record]))
 
     def check(self) -> None:
         if "value_pred" in self.tensors:
@@ -68,7 +68,7 @@ class ValueHeads(Provider):
                 )
 
     def on_policy(self, policy: hf.Model, resume: Path | None, processes: int) -> None:
-        self.head = build(self.config.model, policy)
+        self.head = build_head(self.config.model, policy)
 
     def modules(self) -> dict[str, nn.Module]:
         return {NAME: self.head}
@@ -90,7 +90,7 @@ class ValueHeads(Provider):
         return {"value/mean": self.mean}
 
 
-def tensors_of(config: TrainConfig, records: Sequence[Loss]) -> list[str]:
+def wanted_tensors(config: TrainConfig, records: Sequence[Loss]) -> list[str]:
     """The arguments of the losses that are a value head's: what is required and in no column, and
     the prediction of a critic whose targets are in columns."""
     found = set()
@@ -103,7 +103,7 @@ def tensors_of(config: TrainConfig, records: Sequence[Loss]) -> list[str]:
     return sorted(found)
 
 
-def build(folder: str, policy: hf.Model) -> ValueHead:
+def build_head(folder: str, policy: hf.Model) -> ValueHead:
     """A head that fits the policy, with the weights that lie beside a trained model."""
     head = ValueHead(hf.text_config(policy).hidden_size)
     stored = Path(folder) / FILE

@@ -18,7 +18,7 @@ from ..recipes.online import sampling
 from ..recipes.online.judges import Scorer
 from . import source as stored
 from .options import SampleConfig
-from .score import begin, check_models, kept, key_of, one_process, say
+from .score import announce, begin, check_models, kept, key_of, one_process
 from .scorers import Scores, open_scorer
 from .source import Answers
 from .work import Work
@@ -32,7 +32,7 @@ REPLACED = (
 )  # fmt: skip
 
 
-def sample(config: SampleConfig) -> Path:
+def write_samples(config: SampleConfig) -> Path:
     """Writes answers to the prompts of `dataset`; returns the path.
 
     A row becomes its prompt and other columns with `completions` [K] and `finished` [K] (whether
@@ -54,7 +54,7 @@ def sample(config: SampleConfig) -> Path:
         if not work.finished(len(source.rows)):
             without = [n for n in REPLACED if any(n in (r.data or {}) for r in source.rows)]
             if without:
-                say(f"columns of other answers are left out: {', '.join(without)}")
+                announce(f"columns of other answers are left out: {', '.join(without)}")
             _sample_rows(config, work, source, rows, prompts, function)
             _tell(work.rows, source)
             table = [found if found and found["completions"] else None for found in work.rows]
@@ -95,15 +95,15 @@ def _tell(results: Sequence[Any], source: stored.Source) -> None:
     long = [raw.where for raw, found in zip(source.rows, results, strict=True) if found is None]
     none = sum(found is not None and not found["completions"] for found in results)
     if long:
-        say(
+        announce(
             f"{len(long)} prompts leave no room for max_new_tokens within max_length or the "
             f"model's context and are left out: {', '.join(long[:5])}{' ...' * (len(long) > 5)}"
         )
     if none:
-        say(f"{none} prompts have no answer that is kept and are left out")
+        announce(f"{none} prompts have no answer that is kept and are left out")
     cut = sum(not ended for found in results if found for ended in found["finished"])
     if cut:
-        say(f"{cut} answers were cut off at max_new_tokens (column finished is false)")
+        announce(f"{cut} answers were cut off at max_new_tokens (column finished is false)")
 
 
 def _sample_rows(
@@ -117,7 +117,7 @@ def _sample_rows(
     """Every row that is left, batch by batch; a batch has a seed of its own, so that a run that was
     interrupted gives the same answers."""
     if work.rows:
-        say(f"continuing {work.output} at row {len(work.rows)} of {len(rows)}")
+        announce(f"continuing {work.output} at row {len(work.rows)} of {len(rows)}")
     if len(work.rows) == len(rows):
         return
     settings = config.training(config.model)

@@ -45,13 +45,13 @@ def score(config: ScoreConfig) -> Path:
     work = Work(path, key_of(config, source), overwrite=config.overwrite)
     try:
         if not work.finished(len(source.rows)):
-            say(f"{config.dataset}: {layout}, {report}")
+            announce(f"{config.dataset}: {layout}, {report}")
             rows = [stored.under_read_names(row.data or {}, renamed) for row in source.rows]
             _score_rows(config, work, source, rows, answers, function)
             table = [row_columns(config, layout, found, names) for found in work.rows]
             nothing = sum(found is None or None in found for found in work.rows)
             if nothing:
-                say(f"{nothing} of {len(table)} rows have no score for some answer (null).")
+                announce(f"{nothing} of {len(table)} rows have no score for some answer (null).")
             write = writer(source, table, steps=steps, renamed=renamed)
             work.finish(write)
         work.clear()
@@ -68,7 +68,7 @@ def begin(config: TableOptions) -> tuple[Path, list[Any], dict[str, str]]:
         logging.disable_progress_bar()
     parquet = config.dataset.endswith(stored.PARQUET)
     path = check_output(config.output, config.dataset, parquet=parquet, overwrite=config.overwrite)
-    return path, prep_steps(config.prep), stored.parse_columns(config.column)
+    return path, prep_steps(config.prep), stored.named_columns(config.column)
 
 
 def check_models(config: ScoreConfig | SampleConfig, options: Sequence[str]) -> Scorer | None:
@@ -106,7 +106,7 @@ def one_process(settings: TrainConfig) -> torch.device:
     return accelerator.device
 
 
-def say(text: str) -> None:
+def announce(text: str) -> None:
     print(text, file=sys.stderr)
 
 
@@ -164,7 +164,7 @@ def _score_rows(
 ) -> None:
     """Every row that is left, batch by batch."""
     if work.rows:
-        say(f"continuing {work.output} at row {len(work.rows)} of {len(rows)}")
+        announce(f"continuing {work.output} at row {len(work.rows)} of {len(rows)}")
     if len(work.rows) == len(rows):
         return
     scores = open_scorer(config, one_process(config.training("")), function)

@@ -66,7 +66,7 @@ def read_source(name: str, split: str, limit: int | None) -> Source:
     return Source(name, rows)
 
 
-def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
+def named_columns(pairs: Sequence[str]) -> dict[str, str]:
     """('prompt=question',) -> {'prompt': 'question'}."""
     found = {}
     for pair in pairs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +11,7 @@ from tiny_models import config, save_model, write_data
 
 from prefkern.losses import LOSSES
 from prefkern.losses.pairwise import lcpo
+from prefkern.losses.pairwise.selfie import NO_DOUBT
 from prefkern.stats import SeqStats
 from prefkern.train import train
 from prefkern.train.evaluate import evaluate
@@ -99,7 +99,7 @@ def test_lcpo_learns_each_annotator():
 def test_selfie_doubts_nothing_at_first_and_then_the_lowest_margins():
     states, flat = states_of("selfie"), seq(0.0)
     states.progress = 0.1
-    assert ask(states, "selfie", seq(4.0), flat)["threshold"] == -math.inf
+    assert ask(states, "selfie", seq(4.0), flat)["threshold"] == NO_DOUBT
     states.progress = 0.5
     for logratio in (1.0, 2.0):
         ask(states, "selfie", seq(logratio), flat)

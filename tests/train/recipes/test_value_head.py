@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_models import config, save_model
 
 from prefkern.train import models, train
-from prefkern.train.loop import make_optimizer
+from prefkern.train.optimizer import make_optimizer
 from prefkern.train.recipes import value_head
 from prefkern.train.recipes.answer_logps import answer_logps
 from prefkern.train.run import prepare
@@ -38,7 +38,7 @@ def settings(folder, materials, **options):
 
 def values(folder, model, config, prompt: str) -> torch.Tensor:
     policy = models.load_model(model, config).eval()
-    head = value_head.build(str(folder), policy)
+    head = value_head.build_head(str(folder), policy)
     read = lambda *given: value_head.token_values(head, *given)  # noqa: E731
     tokenizer = models.load_tokenizer(model)
     return answer_logps(policy, tokenizer, [{"prompt": prompt}], [" 3x"], config, read=read)[0]
@@ -73,7 +73,7 @@ def test_it_resumes_to_the_same_bits(tmp_path, materials):
 def test_a_rate_of_its_own_and_no_gradient_below_unless_asked(tmp_path, materials):
     for rate, flows in ((None, False), (0.25, True)):
         run = prepare(settings(tmp_path, materials, value_learning_rate=rate, value_gradient=flows))
-        optimizer, _ = make_optimizer(run.step, run.config, 3)
+        optimizer = make_optimizer(run.step, run.config)
         names = {id(p): n for n, p in run.step.named_parameters()}
         (own,) = (
             group
@@ -81,7 +81,7 @@ def test_a_rate_of_its_own_and_no_gradient_below_unless_asked(tmp_path, material
             if any(names[id(p)].startswith("value_head.") for p in group["params"])
         )
         assert len(own["params"]) == 2 and own["weight_decay"] == 0.0
-        assert own["initial_lr"] == (1e-3 if rate is None else rate)
+        assert own["lr"] == (1e-3 if rate is None else rate)
         provider = next(p for p in run.providers if isinstance(p, value_head.ValueHeads))
         micro = run.micro_batch(run.examples[:2])
         hidden = torch.randn(*micro.batch.targets.shape, 32, requires_grad=True)
@@ -148,7 +148,7 @@ def test_rto_samples_with_the_values_of_the_round_before(tmp_path, letters):
     row = second[0]
     run = config(tmp_path, str(folder), "")
     policy = models.load_model(str(folder), run).eval()
-    head = value_head.build(str(folder), policy)
+    head = value_head.build_head(str(folder), policy)
     want = answer_logps(
         policy, models.load_tokenizer(str(folder)), [row], [row["completion"]], run,
         read=lambda *given: value_head.token_values(head, *given),

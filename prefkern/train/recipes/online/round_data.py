@@ -120,7 +120,7 @@ def _value_head(folder: str, policy: hf.Model, maker: RowMaker) -> ValueHead | N
     """The value head that a run left beside the policy, where the rows are made with one."""
     if "values" not in maker.reads or not (Path(folder) / value_head.FILE).is_file():
         return None
-    return value_head.build(folder, policy).to(next(policy.parameters()).device)
+    return value_head.build_head(folder, policy).to(next(policy.parameters()).device)
 
 
 def prompts_of_round(

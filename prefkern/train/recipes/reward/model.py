@@ -21,7 +21,7 @@ from ...data import PreferenceBatch
 from ...stored.reward_model import ENDS, SCORES
 
 
-def load_policy(config: TrainConfig, checkpoint: Path | None) -> tuple[hf.Model, list[str]]:
+def load_reward_policy(config: TrainConfig, checkpoint: Path | None) -> tuple[hf.Model, list[str]]:
     """The model to train, and the weights of its scores that were drawn because the checkpoint has
     none: those of a causal model.
 

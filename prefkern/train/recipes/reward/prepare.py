@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
@@ -18,10 +20,10 @@ from ...data_providers import Columns
 from ...models import load_tokenizer
 from ...optimizer import make_optimizer
 from ...processes import Processes, make_accelerator
-from ...providers import Opened, lacking_parts
+from ...providers import Opened, Provider, lacking_parts
 from ...reference import Reference
 from ...root import Root
-from .model import load_policy, settle
+from .model import load_reward_policy, settle
 from .step import RewardStep, ScoreProvider
 
 
@@ -42,21 +44,7 @@ def prepare_reward(config: TrainConfig, *, training: bool) -> language.Run:
     tell = partial(language.say, accelerator)
     for note in (*notes, *lacking_parts(records, config, providers)):
         tell(note)
-    if config.disable_tqdm:
-        logging.disable_progress_bar()
-    set_seed(config.seed)
-    tokenizer = load_tokenizer(config.model)
-    policy, drawn = load_policy(config, resume)
-    if drawn:
-        if not training:
-            raise ValueError(
-                f"{config.model} has no scores ({', '.join(drawn)}): nothing to measure."
-            )
-        tell(f"{', '.join(drawn)} are drawn at random: {config.model} has no scores yet.")
-    pad_id = language.pad_id(tokenizer, policy)
-    settle(policy, tokenizer, pad_id, config.append_eos)
-    if not any(isinstance(p, ScoreProvider) and p.makes_scores for p in providers):
-        _check_outputs(config, policy)
+    tokenizer, policy, pad_id = _open_policy(config, providers, resume, training, tell)
     for provider in providers:
         provider.on_policy(policy, resume, processes.world)
     data, eval_data = language.open_data(config, providers, tokenizer, policy)
@@ -76,24 +64,57 @@ def prepare_reward(config: TrainConfig, *, training: bool) -> language.Run:
     )  # fmt: skip
     for provider in providers:
         provider.open(opened)
-    parameters = list(step.parameters())
-    columns = [c for p in providers if isinstance(p, Columns) for c in p.columns.values()]
-    found = {
-        "model": type(language.hf.causal_lm(policy)).__name__,
-        "parameters": sum(p.numel() for p in parameters),
-        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        "outputs": policy.config.num_labels,
-        "layout": data.layout,
-        "columns": {column.argument: column.column for column in columns},
-        "data": facts.counts(data),
-        "eval_data": None if eval_data is None else facts.counts(eval_data),
-    }
+    found = _facts(step, providers, data, eval_data)
     return language.Run(
         config=config, records=records, accelerator=accelerator, processes=processes,
         tokenizer=tokenizer, step=step, root=root, wrapped=wrapped, optimizer=optimizer,
         reference=reference, packed=False, data=data, eval_data=eval_data,
         data_hash=data_hash(data.examples, columns=True), resume=resume, facts=found,
     )  # fmt: skip
+
+
+def _open_policy(
+    config: TrainConfig,
+    providers: Sequence[Provider],
+    resume: Path | None,
+    training: bool,
+    tell: Callable[[str], None],
+) -> tuple[Any, Any, int]:
+    """Tokenizer, model and the id that pads."""
+    if config.disable_tqdm:
+        logging.disable_progress_bar()
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.model)
+    policy, drawn = load_reward_policy(config, resume)
+    if drawn:
+        if not training:
+            raise ValueError(
+                f"{config.model} has no scores ({', '.join(drawn)}): nothing to measure."
+            )
+        tell(f"{', '.join(drawn)} are drawn at random: {config.model} has no scores yet.")
+    pad_id = language.pad_id(tokenizer, policy)
+    settle(policy, tokenizer, pad_id, config.append_eos)
+    if not any(isinstance(p, ScoreProvider) and p.makes_scores for p in providers):
+        _check_outputs(config, policy)
+    return tokenizer, policy, pad_id
+
+
+def _facts(
+    step: RewardStep, providers: Sequence[Provider], data: Loaded, eval_data: Loaded | None
+) -> dict[str, Any]:
+    """What --dry-run shows."""
+    parameters = list(step.parameters())
+    columns = [c for p in providers if isinstance(p, Columns) for c in p.columns.values()]
+    return {
+        "model": type(language.hf.causal_lm(step.policy)).__name__,
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "outputs": language.hf.causal_lm(step.policy).config.num_labels,
+        "layout": data.layout,
+        "columns": {column.argument: column.column for column in columns},
+        "data": facts.counts(data),
+        "eval_data": None if eval_data is None else facts.counts(eval_data),
+    }
 
 
 def _check_outputs(config: TrainConfig, policy: Any) -> None:

@@ -17,7 +17,7 @@ from prefkern.prep import context_conditioned
 from prefkern.train import train
 from prefkern.train.evaluate import evaluate
 from prefkern.train.loop import train_run
-from prefkern.train.run import prepare
+from prefkern.train.recipes.prepared import prepared_run as prepare
 
 OPTIONS = dict(
     head="reward", max_steps=40, learning_rate=5e-3, per_device_train_batch_size=16, max_length=40,
@@ -230,7 +230,10 @@ def test_a_loss_without_what_makes_it_itself(given, tmp_path, capsys):
     more |= {"chosen_value": [0.0] * 7, "rejected_value": [0.0] * 7}
     data = write_lines(tmp_path / "d.jsonl", pairs(0, 4, **more))
     for name, words in said.items():
-        prepare(config(tmp_path / name, str(given / "model"), str(data), loss=(name,)))
+        # a column takes the place of the value head
+        columns = {"value": "value"} if name == "oreo" else {}
+        model = str(given / "model")
+        prepare(config(tmp_path / name, model, str(data), loss=(name,), columns=columns))
         assert words in capsys.readouterr().err
     declared = {name for name, record in LOSSES.items() if record.parts}
     assert declared == {*said, "pal", "more"}
