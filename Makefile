@@ -11,7 +11,8 @@
 #   make wheel    build sdist and wheel into dist/
 #   make clean    remove build products (distclean: the virtual environments too)
 #
-# Variables: PYTHON (3.11 or newer), VENV, JOBS (test processes), TORCH_SPEC, PYTEST_ARGS,
+# Variables: PYTHON (3.11 or newer), VENV, JOBS (test processes), TORCH_SPEC, PYTEST_ARGS, MARKS
+# (which tests: MARKS="not sanitize" runs those of more than 20 seconds too),
 # BENCH_ARGS (for example "--quick" or "--device cuda", see python -m benchmarks --help),
 # MUTANTS_ARGS (names of planted faults, --list).
 # TORCH_SPEC is handed to pip as it stands. Where the default index serves the CUDA build and the
@@ -30,6 +31,7 @@ BENCH_VENV ?= .venv-bench
 INTEGRATIONS_VENV ?= .venv-integrations
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$(( n < 8 ? n : 8 )))
 PYTEST_ARGS ?=
+MARKS ?= not slow and not sanitize
 BENCH_ARGS ?=
 MUTANTS_ARGS ?=
 
@@ -82,13 +84,13 @@ setup:
 # One OpenMP thread per test process: the processes already fill the cores. Tests of threading set
 # their own count. A file stays in one process, so that its fixtures (wheel builds) run once.
 test: setup
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "$(MARKS)" $(PYTEST_ARGS)
 
 # The adapters need no GPU code; PREFKERN_NO_CUDA keeps the build short.
 test-integrations: export PREFKERN_NO_CUDA = 1
 test-integrations:
 	$(call timed,$(INTEGRATIONS_VENV))
-	OMP_NUM_THREADS=1 $(INTEGRATIONS_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS) tests/integrations
+	OMP_NUM_THREADS=1 $(INTEGRATIONS_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "$(MARKS)" $(PYTEST_ARGS) tests/integrations
 
 reports: setup
 	@test -n "$(DIR)" || { echo "usage: make reports DIR=folder-of-scripts" >&2; exit 1; }
