@@ -7,6 +7,7 @@
 #   make bench    benchmark against pinned peers, in an environment of its own
 #   make mutants  plant faults one at a time and see a test turn red (about an hour)
 #   make sanitize the op tests on a build with address and undefined-behaviour sanitizers
+#   make docs     build the site into build/site, strictly, in an environment of its own
 #   make lint     ruff, mypy, clang-format, codespell
 #   make wheel    build sdist and wheel into dist/
 #   make clean    remove build products (distclean: the virtual environments too)
@@ -29,6 +30,7 @@ TORCH_SPEC ?= torch==2.13.0
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 INTEGRATIONS_VENV ?= .venv-integrations
+DOCS_VENV ?= .venv-docs
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$(( n < 8 ? n : 8 )))
 PYTEST_ARGS ?=
 MARKS ?= not slow and not sanitize
@@ -41,9 +43,9 @@ INSTALL = $(call PIP,$(1)) install --quiet --no-compile
 TORCH_KEY := $(shell printf '%s' '$(TORCH_SPEC)' | cksum | cut -d' ' -f1)
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup test test-integrations demo reports bench mutants sanitize lint lint-setup wheel clean distclean
+.PHONY: help setup test test-integrations demo reports bench mutants docs sanitize lint lint-setup wheel clean distclean
 help:
-	@sed -n '3,18p' Makefile | cut -c3-
+	@sed -n '3,19p' Makefile | cut -c3-
 
 # ---- set-up: $(1)/.venv -> .torch-<key> -> .deps-<key> and .prefkern side by side --------------------
 # The native part needs torch and four build tools, so it compiles while pip fetches the rest. pip compiles
@@ -109,6 +111,15 @@ mutants: setup
 sanitize: setup
 	$(VENV)/bin/python -m pytest -m sanitize $(PYTEST_ARGS) tests/native/test_sanitized_ops.py
 
+# The site is made from sources alone: neither torch nor prefkern is installed for it.
+$(DOCS_VENV)/.deps: requirements/docs.txt
+	"$(PYTHON)" -m venv $(DOCS_VENV)
+	$(call PIP,$(DOCS_VENV)) install --quiet -r $<
+	@touch $@
+
+docs: $(DOCS_VENV)/.deps
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --clean
+
 lint-setup: setup
 	@$(call PIP,$(VENV)) install --quiet -r requirements/lint.txt
 
@@ -127,4 +138,4 @@ clean:
 	rm -f $(VENV)/.prefkern $(BENCH_VENV)/.prefkern $(INTEGRATIONS_VENV)/.prefkern
 
 distclean: clean
-	rm -rf $(VENV) $(BENCH_VENV) $(INTEGRATIONS_VENV)
+	rm -rf $(VENV) $(BENCH_VENV) $(INTEGRATIONS_VENV) $(DOCS_VENV)

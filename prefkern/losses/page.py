@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from ..stats import TWO_MODEL_STATS, SeqStats
+from .advice import ADVICE
 from .binding import ALIASES, arguments, required
 from .docstrings import Document, default_of, read
 from .record import LOSSES, Loss, Supervised
@@ -40,6 +42,24 @@ same per token, fkl the summed KL(reference || policy), rkl the reverse; softplu
 Losses are per item; `preference_loss` divides by the number of pairs, lists or sequences unless the
 entry says otherwise. "Checked" and "executed" mean that numbers were compared with the named code;
 results of a loss marked **provisional** must not be reported as the method's.
+
+The line of each entry runs on what this block makes, beside the tensors that the entry names:
+
+```python
+import torch
+
+import prefkern
+
+hidden = torch.randn(6, 5, 16, requires_grad=True)  # last hidden states of six answers [B, T, D]
+head = torch.nn.Linear(16, 100, bias=False)
+targets = torch.randint(0, 100, (6, 5))  # shifted labels, -100 where not scored
+ref_hidden = torch.randn(6, 5, 16)  # of the reference, or the teacher, for the same tokens
+desirable = torch.tensor([True, False, True, True, False, False])
+relevance = torch.tensor([2.0, 0.0, 1.0, 0.5, 0.0, 3.0])  # higher is better
+cu_groups = torch.tensor([0, 3, 6], dtype=torch.int32)  # two lists of three
+chosen_err, rejected_err = torch.rand(2, 3).requires_grad_()  # of prefkern.error_sum
+ref_chosen_err, ref_rejected_err = torch.rand(2, 3)
+```
 """
 
 
@@ -71,6 +91,10 @@ def _entry(record: Loss) -> Iterator[str]:
     yield from ("```text", text.formula, "```", "")
     for note in text.notes:
         yield from (_prose(note), "")
+    advice = ADVICE[record.name]
+    yield f"* **When**: {_named(advice.when)}"
+    if advice.relations:
+        yield f"* **Relations**: {_named(advice.relations)}"
     status = record.status
     yield f"* **Status**: {status.replace('provisional', '**provisional**', 1)}"
     yield f"* **Source**: {_linked(record.source)}"
@@ -83,6 +107,29 @@ def _entry(record: Loss) -> Iterator[str]:
     if record.weights is not None:
         yield from _stage(record.weights)
     yield from _table(record, text)
+    yield from ("", "```text", line(record), "```")
+
+
+def line(record: Loss) -> str:
+    """One call of the loss, on the names of the page's first block and those it requires."""
+    filled = {"scored", *SeqStats._fields}  # from the batch's own statistics
+    tensors = [name for name in required(record) if name not in filled]
+    if record.family == "diffusion":
+        given = [*record.inputs.positional, *(f"{name}={name}" for name in tensors)]
+        return f"prefkern.losses.{record.name}({', '.join(given)})"
+    names = dict.fromkeys(("relevance", "cu_groups") if record.family == "listwise" else ())
+    if record.needs_reference or set(record.stats) & set(TWO_MODEL_STATS):
+        names = {"ref_hidden": None, **names}
+    if "ev" in record.stats:
+        names |= dict.fromkeys(("aux_hidden", "aux_head"))
+    names |= dict.fromkeys(tensors)
+    given = ["hidden", "head", "targets", f'loss="{record.name}"', *(f"{n}={n}" for n in names)]
+    return f"prefkern.preference_loss({', '.join(given)})"
+
+
+def _named(text: str) -> str:
+    """Names of losses in backticks as links to their entries."""
+    return re.sub(r"`(\w+)`", r"[`\1`](#\1)", text)
 
 
 def _stage(fn: Any) -> Iterator[str]:

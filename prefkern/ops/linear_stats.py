@@ -129,8 +129,7 @@ def linear_divergence(
     would be a tenth off.
 
     Args:
-        hidden, head, targets, ignore_index, no_grad_stats, num_scored, memory_budget, tail_mass,
-            backend: As in `linear_logps`.
+        hidden, head, targets, ignore_index: As in `linear_logps`.
         ref_hidden: Hidden states of the reference for the same tokens `[N, Dr]` or `[B, T, Dr]`.
         ref_head: Head of the reference, with its own bias, scale, soft cap and temperature. Default
             None: the policy's head, read as a constant (its low-rank terms belong to the policy's
@@ -141,6 +140,7 @@ def linear_divergence(
         stats: Any of `linear_logps`' names and ref_logp, ref_lse, fkl = KL(r||p), rkl = KL(p||r),
             "jsd:b", "alpha:a", "renyi:a", tv, "bkl:k", "mix:b". One parameter per field and call.
             Default ("logp", "ref_logp", "fkl").
+        no_grad_stats, num_scored, memory_budget, tail_mass, backend: As in `linear_logps`.
 
     Returns:
         TokenStats; each requested field has the shape of `targets`, fp32 (fp64 for fp64 input).

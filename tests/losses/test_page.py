@@ -7,10 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from loss_batch import Batch
 
+import prefkern
 from prefkern import losses
 from prefkern.cli import main as cli
 from prefkern.losses import page
+from prefkern.losses.advice import ADVICE
 
 PAGE = page.page()
 FILE = Path(__file__).resolve().parents[2] / "docs" / "losses.md"
@@ -47,3 +51,57 @@ def test_every_loss_has_its_formula_and_the_meaning_of_every_argument(name):
             row = re.search(rf"^\| `{argument}` \| (\S.*) \| (\S.*) \|$", entry, re.M)
             assert row, f"{argument} has no meaning"
     assert record.source.split(",")[0].split(" eq")[0].removeprefix("arXiv ")[:9] in entry
+
+
+# ---- advice and the runnable line ----------------------------------------------------------------
+
+
+def test_every_loss_has_advice_and_its_relations_are_losses():
+    assert set(ADVICE) == set(losses.LOSSES)
+    for name, advice in ADVICE.items():
+        assert advice.when.endswith("."), name
+        named = set(re.findall(r"`([^`]+)`", f"{advice.when} {advice.relations}"))
+        assert named <= set(losses.LOSSES) - {name}, name
+        if losses.LOSSES[name].provisional:
+            assert "provisional" in advice.when, name
+
+
+BLOCK = re.search(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+DIFFUSION = {
+    "sigma": torch.rand(3) + 0.1, "labels": torch.ones(3), "p_win": torch.full((3,), 0.8),
+    "phi": torch.tensor([1.0, 0.0, 0.5]), "cu_groups": torch.tensor([0, 3], dtype=torch.int32),
+    "score_dot": torch.rand(3).requires_grad_(), "score_gap": torch.rand(3),
+    "err": torch.rand(3).requires_grad_(), "ref_err": torch.rand(3),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_the_line_of_every_loss_runs(name):
+    names = {}
+    exec(BLOCK[1], names)
+    if losses.LOSSES[name].family == "diffusion":
+        names |= DIFFUSION
+        if name in ("dense_dpo", "tlpo"):  # errors per segment, per dimension
+            for side in ("chosen_err", "rejected_err", "ref_chosen_err", "ref_rejected_err"):
+                names[side] = (
+                    names[side]
+                    .detach()[:, None]
+                    .expand(3, 2)
+                    .clone()
+                    .requires_grad_(not side.startswith("ref"))
+                )
+            names["labels"] = torch.ones(3, 2)
+    else:  # the block has the shapes of this batch
+        given = Batch().given(name)
+        if "aux_head" in given:
+            given |= {
+                "aux_hidden": names["ref_hidden"].flip(0),
+                "aux_head": names["head"].weight.detach(),
+            }
+        names |= given
+    entry = PAGE.split(f"### {name}\n")[1].split("\n### ")[0].split("\n## ")[0]
+    value = eval(entry.rsplit("```text\n", 1)[1].split("\n```")[0], names)
+    loss = value[0] if isinstance(value, tuple) else value.sum()
+    loss.backward()
+    assert torch.isfinite(loss) and prefkern.LOSSES[name].name == name
