@@ -1,4 +1,4 @@
-"""The command line: prefkern train | eval | precompute | score | sample | losses | plot | env | ...
+"""The command line: prefkern train | eval | precompute | score | sample | losses | plot | view | ...
 
 Options come from dataclasses through tyro, a YAML file fills them and flags beat it.
 A mistake of the user's ends in one line and exit status 2; --debug shows the traceback.
@@ -277,6 +277,31 @@ def _plot(args: list[str]) -> int:
     return 0 if plotted.files else 1
 
 
+def _view(args: list[str]) -> int:
+    config, command = _configure("view", args)
+    from ..integrations.token_pictures import write_html, write_png
+    from ..train.output import check_writable
+    from ..train.run import prepare
+    from ..train.token_view import view_example
+
+    folder = Path(config.output_dir)
+    check_writable(folder)
+    run = prepare(config, training=False)
+    if not 0 <= command.row < len(run.examples):
+        raise ValueError(
+            f"--row must be in [0, {len(run.examples)}), the rows that were kept, got "
+            f"{command.row}."
+        )
+    view = view_example(run, run.examples[command.row])
+    if run.is_main:
+        for written in (
+            write_png(view, folder / "tokens.png"),
+            write_html(view, folder / "tokens.html"),
+        ):
+            print(written)
+    return 0
+
+
 def _env(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="prefkern env",
@@ -336,6 +361,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "merge": (_merge, "add up the adapters of several runs"),
     "losses": (_losses, "list the losses, or show one"),
     "plot": (_plot, "draw the curves of finished or running runs"),
+    "view": (_view, "draw one row token by token: log-ratios, KL, weights"),
     "env": (_env, "what this installation can do, and why not more"),
     "bench": (_bench, "run the benchmarks of a source tree"),
     "demo": (_demo, "watch a small model learn a generated task"),

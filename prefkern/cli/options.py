@@ -32,6 +32,8 @@ class Command:
     """train: print the resolved configuration, the model's head and the data counts, and stop."""
     json: bool = False
     """eval: print JSON."""
+    row: int = 0
+    """view: which row of the data is drawn, from 0."""
 
 
 def parse(verb: str, args: list[str]) -> tuple[TrainConfig, Command]:
@@ -55,7 +57,7 @@ def parse(verb: str, args: list[str]) -> tuple[TrainConfig, Command]:
             return_unknown_args=True,
             config=(tyro.conf.SuppressFixed,),
         )
-    _refuse_unknown(unknown, TrainConfig, ("loss_arg", "column", "dry_run", "json"))
+    _refuse_unknown(unknown, TrainConfig, ("loss_arg", "column", "dry_run", "json", "row"))
     loss_args = from_file | parse_loss_args(parsed.loss_arg)
     columns = columns | parse_columns(parsed.column)
     return dataclasses.replace(parsed.options, loss_args=loss_args, columns=columns), parsed

@@ -16,7 +16,8 @@ class PairCollator:
     [2P, T], chosen and rejected neighbours; prompt and padding are not scored.
 
     Args:
-        tokenizer: Of transformers; an answer ends with its eos token.
+        tokenizer: Of transformers; a row begins with its bos token where it writes one, an answer
+            ends with its eos token.
         max_length: Tokens of a row at most, cut at the end. Default None, all.
     """
 
@@ -24,10 +25,10 @@ class PairCollator:
     max_length: int | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
-        rows, labels = [], []
+        rows, labels, begin = [], [], self._begin()
         for example in examples:
             for side in ("chosen", "rejected"):
-                prompt, answer = self._ids(example["prompt"]), self._ids(example[side])
+                prompt, answer = begin + self._ids(example["prompt"]), self._ids(example[side])
                 answer = [*answer, self.tokenizer.eos_token_id]
                 rows.append((prompt + answer)[: self.max_length])
                 labels.append(([-100] * len(prompt) + answer)[: self.max_length])
@@ -38,6 +39,12 @@ class PairCollator:
             "input_ids": _padded(rows, pad), "labels": _padded(labels, -100),
             "attention_mask": _padded(ones, 0),
         }  # fmt: skip
+
+    def _begin(self) -> list[int]:
+        """The bos token, where the tokenizer begins texts with it."""
+        bos = self.tokenizer.bos_token_id
+        first = self.tokenizer("a")["input_ids"][:1]
+        return first if bos is not None and first == [bos] else []
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -21,9 +21,12 @@ import torch
 
 from .. import linear_logps
 from ..integrations.head import View, at_head
+from ..integrations.token_pictures import write_html, write_png
+from ..integrations.token_view import view_pair
 from . import demo_task
 from .config import TrainConfig
 from .data import Example, Loader, collate, length_baseline, plan_batches
+from .demo_report import MEASURES, report
 from .forward import inputs_of
 from .output import Output, check_writable, read_mark
 from .plots import Panel, plot_history
@@ -49,11 +52,7 @@ class DemoSettings:
     measure_steps: int = 16
 
 
-MEASURES = (
-    ("preference_accuracy", "right answer preferred over the wrong one"),
-    ("greedy_right", "right answers, greedy"),
-    ("sampled_right", "right answers, sampled"),
-)
+SHOWN = 4  # questions whose answers are printed
 
 
 def run_demo(
@@ -82,6 +81,7 @@ def run_demo(
     output = Output(folder, continues=True)  # what it made is replaced
     try:
         output.will_make(["data", "likelihood", "tdpo2", "demo.json", "demo.png"])
+        output.will_make(["tokens.png", "tokens.html"])
         with _one_thread(), _quiet_transformers():
             return _run(folder, settings or DemoSettings(), say)
     finally:
@@ -125,6 +125,18 @@ def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None]) -> di
         found = measure(_load(path), tokenizer, held_out, questions, settings.seed)
         history.append({"step": step, **found})
         shutil.rmtree(path)  # measured, and the final weights lie in the folder above
+    trained = _load(folder / "tdpo2")
+    shown = questions[:SHOWN]
+    answers = [
+        {"prompt": question.prompt, "right": " ".join(question.right), "before": a, "after": b}
+        for question, a, b in zip(
+            shown,
+            _answers(model, tokenizer, shown),
+            _answers(trained, tokenizer, shown),
+            strict=True,
+        )
+    ]
+    tokens = _token_pictures(folder, trained, model, tokenizer, data.held_out[0], settings)
     panel = Panel("demo", "On held-out questions", "share", MEASURES, 0.5, (-0.02, 1.02))
     pictures = plot_history(history, folder, panels=(panel,)).files
     result = {
@@ -137,10 +149,13 @@ def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None]) -> di
         "tokens_per_second": _mean_of(log, "perf/tokens_per_second"),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "seconds": time.perf_counter() - started,
-        "pictures": [str(path) for path in [*pictures, *sorted((folder / "tdpo2").glob("*.png"))]],
+        "answers": answers,
+        "pictures": [
+            str(path) for path in [*pictures, *tokens, *sorted((folder / "tdpo2").glob("*.png"))]
+        ],
     }
     (folder / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    for line in _report(result, len(held_out)):
+    for line in report(result, len(held_out)):
         say(line)
     return result
 
@@ -247,7 +262,24 @@ def _right_answers(
     questions: list[demo_task.Question],
     generator: torch.Generator | None,
 ) -> float:
-    right = 0
+    right = [
+        said == " ".join(question.right)
+        for question, said in zip(
+            questions, _answers(model, tokenizer, questions, generator), strict=True
+        )
+    ]
+    return sum(right) / len(questions)
+
+
+@torch.no_grad()
+def _answers(
+    model: Any,
+    tokenizer: Any,
+    questions: list[demo_task.Question],
+    generator: torch.Generator | None = None,  # None: the most probable tokens
+) -> list[str]:
+    """The numbers that the model answers to each question."""
+    said: dict[demo_task.Question, str] = {}
     for count in sorted({len(question.numbers) for question in questions}):
         # Prompts of one length, so that nothing needs padding.
         group = [question for question in questions if len(question.numbers) == count]
@@ -260,9 +292,25 @@ def _right_answers(
             else:
                 token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             ids = torch.cat((ids, token), dim=1)
-        wanted = [tokenizer.convert_tokens_to_ids(question.right) for question in group]
-        right += int((ids[:, start:] == torch.tensor(wanted)).all(-1).sum())
-    return right / len(questions)
+        for question, row in zip(group, ids[:, start:].tolist(), strict=True):
+            said[question] = " ".join(tokenizer.convert_ids_to_tokens(row))
+    return [said[question] for question in questions]
+
+
+def _token_pictures(
+    folder: Path,
+    policy: Any,
+    reference: Any,
+    tokenizer: Any,
+    pair: dict[str, str],
+    settings: DemoSettings,
+) -> list[Path]:
+    """One held-out pair token by token, as the loss sees it after training."""
+    view = view_pair(
+        policy, reference, tokenizer, pair, loss="tdpo2", alpha=settings.alpha, beta=settings.beta,
+        title="A held-out pair after tdpo2, token by token",
+    )  # fmt: skip
+    return [write_png(view, folder / "tokens.png"), write_html(view, folder / "tokens.html")]
 
 
 def _padded(examples: list[Example], tokenizer: Any) -> Any:
@@ -331,21 +379,3 @@ def _mean_of(rows: list[dict[str, Any]], key: str) -> float:
 
 def _last(rows: list[dict[str, Any]], key: str) -> float:
     return next(row[key] for row in reversed(rows) if key in row)
-
-
-def _report(result: dict[str, Any], count: int) -> Iterator[str]:
-    before, after = result["before"], result["after"]
-    yield f"\n{f'On {count} held-out questions':44s} likelihood   tdpo2"
-    for key, name in MEASURES:
-        yield f"  {name:42s} {before[key]:10.3f}   {after[key]:.3f}"
-    yield f"  {'always preferring the longer answer':42s} {result['length_baseline']:10.3f}"
-    yield (
-        f"KL from the likelihood model, nats per answer: {result['kl']['chosen']:.2f} on right, "
-        f"{result['kl']['rejected']:.2f} on wrong ones"
-    )
-    yield (
-        f"{result['likelihood']['tokens_per_second']:.0f} tokens/s in likelihood, "
-        f"{result['tokens_per_second']:.0f} tokens/s in tdpo2 (policy and reference); "
-        f"peak memory {result['peak_memory_mib']:.0f} MiB; {result['seconds']:.0f} s in all"
-    )
-    yield "Pictures: " + " ".join(result["pictures"])

@@ -22,6 +22,8 @@ Rows = Iterable[Mapping[str, Any]]
 # Okabe and Ito's palette: distinct for the colour-blind and in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))  # of the keys of one panel
+
 
 class Panel(NamedTuple):
     stem: str  # file name without suffix
@@ -228,22 +230,24 @@ def _write(items: list[tuple[Panel, list[Curve]]], path: Path, columns: int) -> 
 
 
 def _draw(axes: Any, panel: Panel, curves: list[Curve]) -> None:
-    names = list(dict.fromkeys((curve.run, curve.name) for curve in curves))
+    runs = list(dict.fromkeys(curve.run for curve in curves))
+    keys = list(dict.fromkeys(curve.name for curve in curves))
+    several = len(runs) > 1
     for curve in curves:
-        words = (curve.run, curve.name, "(held out)" if curve.held_out else "")
-        label = " ".join(word for word in words if word)
+        # one run: a colour per key; several: a colour per run and a dash pattern per key
+        key, run = keys.index(curve.name), runs.index(curve.run)
         # A short run has few points: without markers a single one would be invisible.
-        marker = "o" if curve.held_out or len(curve.steps) < 20 else None
+        marked = curve.held_out or len(curve.steps) < 20
         axes.plot(
             curve.steps,
             curve.values,
-            "--" if curve.held_out else "-",
-            color=COLOURS[names.index((curve.run, curve.name)) % len(COLOURS)],
-            label=label,
-            linewidth=1.6,
+            linestyle=_DASHES[key % len(_DASHES)] if several else "--" if curve.held_out else "-",
+            color=COLOURS[(run if several else key) % len(COLOURS)],
+            linewidth=1.0 if several and curve.held_out else 1.6,
             alpha=1.0 if curve.held_out else 0.75,
-            marker=marker,
+            marker="o" if marked else None,
             markersize=4,
+            markerfacecolor="white" if several and curve.held_out else None,
         )
     if panel.level is not None:
         axes.axhline(panel.level, color="0.5", linestyle=":", linewidth=1)
@@ -259,5 +263,30 @@ def _draw(axes: Any, panel: Panel, curves: list[Curve]) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if len(curves) > 1:
+        handles = _legend(axes, runs, keys, curves) if several else axes.lines[: len(curves)]
+        words = [handle.get_label() for handle in handles]
+        if not several:
+            words = [f"{c.name} (held out)" if c.held_out else c.name for c in curves]
         # Shares gather at the top; elsewhere matplotlib finds the emptiest corner.
-        axes.legend(fontsize=8, frameon=False, loc="lower right" if panel.limits else "best")
+        place = "lower right" if panel.limits else "best"
+        axes.legend(handles, words, fontsize=8, frameon=False, loc=place)
+
+
+def _legend(axes: Any, runs: list[str], keys: list[str], curves: list[Curve]) -> list[Any]:
+    """What a colour, a dash pattern and a marker mean, once each."""
+    from matplotlib.lines import Line2D
+
+    found = [
+        Line2D([], [], color=COLOURS[i % len(COLOURS)], label=run) for i, run in enumerate(runs)
+    ]
+    if len(keys) > 1:
+        for i, key in enumerate(keys):
+            found.append(
+                Line2D([], [], color="0.4", linestyle=_DASHES[i % len(_DASHES)], label=key)
+            )
+    if len({curve.held_out for curve in curves}) > 1:
+        found.append(
+            Line2D([], [], color="0.4", lw=1, marker="o", markersize=4, markerfacecolor="white",
+                   label="held out")
+        )  # fmt: skip
+    return found

@@ -87,10 +87,22 @@ def test_small_run_writes_everything_and_repeats(tmp_path, capfd):
     for path in ("tdpo2/model.safetensors", "likelihood/tokenizer.json", "data/pairs.jsonl"):
         assert (tmp_path / "demo" / path).is_file()
     names = {path.rsplit("/", 1)[1] for path in result["pictures"]}
+    assert {"tokens.png", "tokens.html"} <= names
     assert {"demo.png", "loss.png", "margins.png", "accuracies.png", "kl.png"} <= names
     text = "\n".join(said)
-    for word in ("tokens/s", "peak memory", "always preferring the longer", "Pictures: "):
+    for word in (
+        "tokens/s",
+        "peak memory",
+        "always preferring the longer",
+        "Pictures: ",
+        "brackets",
+    ):
         assert word in text
+    for row in result["answers"]:
+        wanted = " ".join(str(2 * x) for x in numbers_of(row["prompt"]))
+        assert row["right"] == wanted and f"  {row['prompt']}" in said
+        for when in ("before", "after"):
+            assert len(row[when].split()) == len(wanted.split())
     again = run_demo(tmp_path / "demo", SMALL, said.append)
     assert again["history"] == result["history"], "the same seed gives the same run, in place"
     capfd.readouterr()
