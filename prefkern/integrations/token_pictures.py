@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .token_view import Answer, Measure, TokenView
 
 _SOURCE = "prefkern view"  # in each file: such a one may be drawn again
-LINE = 92  # characters of a line, numbers and gaps counted
+LINE = 92  # characters of a line, numbers and gaps counted; an eighth more to spare a line
 NARROW = 5  # characters that a number takes
 BLUE, ORANGE, VIOLET = (0, 114, 178), (213, 94, 0), (106, 61, 154)  # apart for the colour-blind
 Colour = tuple[int, int, int]
@@ -157,11 +157,21 @@ def width(answer: Answer, i: int) -> int:
 
 
 def lines(answer: Answer) -> list[list[int]]:
-    """Positions of the tokens of each line."""
+    """Positions of the tokens of each line, lines of about one length."""
+    found = _filled(answer, LINE + LINE // 8)
+    for limit in range(LINE, 0, -1):
+        shorter = _filled(answer, limit)
+        if len(shorter) > len(found):
+            break
+        found = shorter
+    return found
+
+
+def _filled(answer: Answer, limit: int) -> list[list[int]]:
     found: list[list[int]] = []
-    used = LINE
+    used = limit
     for i in range(len(answer.tokens)):
-        if used + width(answer, i) > LINE:
+        if used + width(answer, i) > limit:
             found.append([])
             used = 0
         found[-1].append(i)
@@ -209,7 +219,7 @@ h1 { font-size: 20px } h2 { font-size: 16px; margin: 1.4em 0 .4em }
 small { font-weight: normal; color: #666; font-size: 12px }
 .prompt { white-space: pre-wrap; color: #444; border-left: 3px solid #ccc; padding-left: .8em }
 .legend div { margin: 2px 0; font-size: 13px }
-.legend span { display: inline-block; width: 14px; height: 12px }
+.legend span { display: inline-block; width: 14px; height: 12px; outline: 1px solid #ddd }
 table { border-collapse: separate; border-spacing: 2px 1px; margin-bottom: 8px }
 th { text-align: right; font: 12px system-ui, sans-serif; color: #666 }
 th { padding-right: 8px; min-width: 11em }
