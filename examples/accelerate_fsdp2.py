@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/accelerate_fsdp2.py
 
-Runs on two CPU processes (gloo); the branch for GPUs has not been run yet. The loss is computed inside the head's own
-module call, where FSDP2 has gathered the weight; nothing reads `lm_head.weight` from outside.
+Runs on two CPU processes (gloo); the branch for GPUs has not been run yet. The loss is computed
+inside the head's own module call, where FSDP2 has gathered the weight; nothing reads
+`lm_head.weight` from outside.
 """
 
 from __future__ import annotations
