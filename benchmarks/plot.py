@@ -12,6 +12,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .front import front
 from .results import LIMIT, read
 
 OURS, OTHER, LIMIT_COLOUR, SECOND, SKY = "#0072B2", "#999999", "#D55E00", "#E69F00", "#56B4E9"
@@ -78,6 +79,8 @@ def _linear_logps(rows: Rows, folder: Path) -> list[Path]:
         cases.setdefault(row["case"], []).append(row)
     pictures = [_case(name, found, folder) for name, found in cases.items()]
     compared = {name: found for name, found in cases.items() if any(r["ratio"] for r in found)}
+    first_screen = front(rows, folder)
+    pictures += [] if first_screen is None else [first_screen]
     return [*pictures, *([_overview(compared, folder)] if compared else [])]
 
 
