@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,4 +58,8 @@ def run(page: Path) -> list[Block]:
             where = f"{page.name}, block at line {block.line}"
             raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
         ran.append(block)
+    if "accelerate" in sys.modules:  # a block's trainer leaves its precision to the whole process
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
     return ran
