@@ -45,7 +45,7 @@ NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help setup test test-integrations demo reports bench mutants docs sanitize lint lint-setup wheel clean distclean
 help:
-	@sed -n '3,19p' Makefile | cut -c3-
+	@sed -n '3,/^#$$/s/^#   //p' Makefile
 
 # ---- set-up: $(1)/.venv -> .torch-<key> -> .deps-<key> and .prefkern side by side --------------------
 # The native part needs torch and four build tools, so it compiles while pip fetches the rest. pip compiles

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from prefkern import LOSSES
 from prefkern import diffusion as d
 
-SCHEDULE = d.Schedule.linear(100, 1e-3, 0.2)
+SCHEDULE, PAIRS = d.Schedule.linear(100, 1e-3, 0.2), 64
 MODES = torch.tensor([[2.0, 0.0], [-2.0, 0.0]])  # right, left
-PAIRS = 64
 AXES = {"beta": 20.0, "segments": torch.arange(2), "num_segments": 2}  # one segment per coordinate
 LADDER = d.ladder(SCHEDULE, 20)
 

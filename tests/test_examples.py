@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 import sys
 import time
 
@@ -60,9 +61,16 @@ def test_every_example_is_short_and_tested():
     for path in FOLDER.glob("*.py"):
         lines = len(path.read_text(encoding="utf-8").splitlines())
         assert lines < 150, path.name
-        # tail_mass is an experiment of minutes; two processes are started by file name
+        # tail_mass is an experiment of minutes; other tests load a file by its name or import it
         elsewhere = path.stem in ("tiny", "tail_mass") or f'"{path.name}"' in tests
-        assert f'example("{path.stem}")' in tests or elsewhere, path.name
+        imported = re.search(rf"^ *import {path.stem}$", tests, re.M)
+        assert f'example("{path.stem}")' in tests or elsewhere or imported, path.name
+
+
+def test_every_example_is_on_the_page():
+    text = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+\.py)`", text)
+    assert set(named) == {path.name for path in FOLDER.glob("*.py")}
 
 
 def test_dpo_to_tdpo2(example):

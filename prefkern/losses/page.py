@@ -57,6 +57,7 @@ ref_hidden = torch.randn(6, 5, 16)  # of the reference, or the teacher, for the 
 desirable = torch.tensor([True, False, True, True, False, False])
 relevance = torch.tensor([2.0, 0.0, 1.0, 0.5, 0.0, 3.0])  # higher is better
 cu_groups = torch.tensor([0, 3, 6], dtype=torch.int32)  # two lists of three
+cu_pairs = torch.tensor([0, 2, 4, 6], dtype=torch.int32)  # or three pairs
 chosen_err, rejected_err = torch.rand(2, 3).requires_grad_()  # of prefkern.error_sum
 ref_chosen_err, ref_rejected_err = torch.rand(2, 3)
 ```
@@ -123,7 +124,12 @@ def line(record: Loss) -> str:
     if "ev" in record.stats:
         names |= dict.fromkeys(("aux_hidden", "aux_head"))
     names |= dict.fromkeys(tensors)
-    given = ["hidden", "head", "targets", f'loss="{record.name}"', *(f"{n}={n}" for n in names)]
+    if "cu_segments" in arguments(record):  # or step_index, one of the two
+        names["step_index"] = None
+    groups = read(inspect.getdoc(record.fn) or "").args.get("cu_groups", "")
+    values = {"cu_groups": "cu_pairs"} if groups.startswith("`[P+1]`") else {}
+    named = (f"{n}={values.get(n, n)}" for n in names)
+    given = ["hidden", "head", "targets", f'loss="{record.name}"', *named]
     return f"prefkern.preference_loss({', '.join(given)})"
 
 
