@@ -390,5 +390,6 @@ def test_pins_satisfy_the_declared_ranges(name):
 def test_continuous_integration_runs_make_test():
     script = ROOT / ".ci/run"
     assert os.access(script, os.X_OK)
-    commands = script.read_text().splitlines()[-2:]
-    assert commands[0] == "make test" and commands[1].startswith("exec make test-integrations")
+    commands = script.read_text().splitlines()[-3:]
+    assert commands[:2] == ["make test", "make docs"]
+    assert commands[2].startswith("exec make test-integrations")
