@@ -26,7 +26,7 @@ from ..integrations.token_view import view_pair
 from . import demo_task
 from .config import TrainConfig
 from .data import Example, Loader, collate, length_baseline, plan_batches
-from .demo_report import MEASURES, report
+from .demo_report import MEASURES, introduction, report
 from .forward import inputs_of
 from .output import Output, check_writable, read_mark
 from .plots import Panel, plot_history
@@ -102,17 +102,8 @@ def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None]) -> di
     loader = Loader(tokenizer=tokenizer, strict=True)
     held_out = loader.load(folder / "data" / "held_out.jsonl").examples
     model = demo_task.make_model(tokenizer, settings.seed)
-    example = data.held_out[0]
-    say("The task: double each number. The common mistake: a wrong carry.")
-    say(f"  {example['prompt']}   right:{example['chosen']}   wrong:{example['rejected']}")
-    say(
-        f"The model: Llama, {sum(p.numel() for p in model.parameters())} random parameters, on "
-        "one thread of the CPU."
-    )
-    say(
-        f"\n1. Likelihood: {len(data.demonstrations)} demonstrations, half of all numbers in them "
-        "wrong"
-    )
+    for line in introduction(data, sum(p.numel() for p in model.parameters())):
+        say(line)
     likelihood = fit_likelihood(model, tokenizer, data.demonstrations, settings, say)
     model.save_pretrained(folder / "likelihood")
     tokenizer.save_pretrained(folder / "likelihood")
@@ -126,16 +117,6 @@ def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None]) -> di
         history.append({"step": step, **found})
         shutil.rmtree(path)  # measured, and the final weights lie in the folder above
     trained = _load(folder / "tdpo2")
-    shown = questions[:SHOWN]
-    answers = [
-        {"prompt": question.prompt, "right": " ".join(question.right), "before": a, "after": b}
-        for question, a, b in zip(
-            shown,
-            _answers(model, tokenizer, shown),
-            _answers(trained, tokenizer, shown),
-            strict=True,
-        )
-    ]
     tokens = _token_pictures(folder, trained, model, tokenizer, data.held_out[0], settings)
     panel = Panel("demo", "On held-out questions", "share", MEASURES, 0.5, (-0.02, 1.02))
     pictures = plot_history(history, folder, panels=(panel,)).files
@@ -149,7 +130,7 @@ def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None]) -> di
         "tokens_per_second": _mean_of(log, "perf/tokens_per_second"),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "seconds": time.perf_counter() - started,
-        "answers": answers,
+        "answers": _both_answers(model, trained, tokenizer, questions[:SHOWN]),
         "pictures": [
             str(path) for path in [*pictures, *tokens, *sorted((folder / "tdpo2").glob("*.png"))]
         ],
@@ -158,6 +139,22 @@ def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None]) -> di
     for line in report(result, len(held_out)):
         say(line)
     return result
+
+
+def _both_answers(
+    before: Any, after: Any, tokenizer: Any, questions: list[demo_task.Question]
+) -> list[dict[str, str]]:
+    """What both models answer to some questions."""
+    pairs = zip(
+        questions,
+        _answers(before, tokenizer, questions),
+        _answers(after, tokenizer, questions),
+        strict=True,
+    )
+    return [
+        {"prompt": question.prompt, "right": " ".join(question.right), "before": a, "after": b}
+        for question, a, b in pairs
+    ]
 
 
 def fit_likelihood(

@@ -1,15 +1,29 @@
-"""What the demonstration says of itself at its end."""
+"""What the demonstration says of itself, at its start and at its end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+from .demo_task import Data
+
 MEASURES = (
     ("preference_accuracy", "right answer preferred over the wrong one"),
     ("greedy_right", "right answers, greedy"),
     ("sampled_right", "right answers, sampled"),
 )
+
+
+def introduction(data: Data, parameters: int) -> Iterator[str]:
+    """The task, an example of it, the model, and what it reads first."""
+    example = data.held_out[0]
+    yield "The task: double each number. The common mistake: a wrong carry."
+    yield f"  {example['prompt']}   right:{example['chosen']}   wrong:{example['rejected']}"
+    yield f"The model: Llama, {parameters} random parameters, on one thread of the CPU."
+    yield (
+        f"\n1. Likelihood: {len(data.demonstrations)} demonstrations, half of all numbers in them "
+        "wrong"
+    )
 
 
 def report(result: dict[str, Any], count: int) -> Iterator[str]:

@@ -216,14 +216,14 @@ def warned_at(action) -> int:
 
 
 def test_a_provisional_loss_warns_at_the_callers_line(monkeypatch):
-    """Alone, as a record, bound, in the objective, in its module, fixed in one beforehand; and not
-    twice where one provisional loss is another with fixed arguments (ppd)."""
+    """Alone, as a record, bound, in the objective, in its module, fixed in one beforehand; and
+    where a provisional loss is one of images or of lists."""
     monkeypatch.setattr(declaration, "_warned", set())
     batch = (torch.zeros(4, 3, 4), torch.zeros(5, 4), torch.zeros(4, 3, dtype=torch.int64))
     ref = {"ref_logp": torch.zeros(4, 3), "judge_logit_gap": torch.zeros(2)}
     answer = SeqStats(logp=torch.zeros(2), ref_logp=torch.zeros(2), length=torch.ones(2))
     module = PreferenceLoss("scir", metrics=False)
-    error = torch.zeros(2)
+    error, parts = torch.zeros(2), torch.zeros(2, 3)
     bounds = torch.tensor([0, 2], dtype=torch.int32)
     here = inspect.currentframe().f_lineno
     actions = [
@@ -235,7 +235,7 @@ def test_a_provisional_loss_warns_at_the_callers_line(monkeypatch):
         lambda: loss_from_stats(TokenStats(torch.zeros(4, 3)), batch[2], loss="scir",
                                 ref_seq_logp=torch.zeros(4), judge_logit_gap=torch.zeros(2)),
         lambda: module(*batch, **ref),
-        lambda: losses.ppd(error, error, error, error),
+        lambda: losses.tlpo(parts, parts, parts, parts),
         lambda: losses.rank_gap_hinge(error, error, bounds),
     ]  # fmt: skip
     lines = [warned_at(action) for action in actions]

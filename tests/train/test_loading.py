@@ -64,7 +64,7 @@ def test_missing_weights_are_refused(tmp_path, materials):
 def test_a_reward_model_without_its_head_is_refused(materials, tmp_path):
     from prefkern.train.recipes.online.judges import RewardModel
 
-    with pytest.raises(ValueError, match=r"score\.weight"):
+    with pytest.raises(ValueError, match="has no scores"):
         RewardModel(materials[0], plain(), torch.device("cpu"))
 
 

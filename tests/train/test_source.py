@@ -18,7 +18,7 @@ FILES = sorted(path for room in ROOMS for path in (PACKAGE / room).rglob("*.py")
 TRAIN = PACKAGE / "train"
 # What may name a loss: recipes, of one method each, and the demonstration.
 RECIPES = TRAIN / "recipes"
-DEMO = {TRAIN / "demo.py", TRAIN / "demo_task.py"}
+DEMO = {TRAIN / f"{name}.py" for name in ("demo", "demo_report", "demo_task")}
 GENERIC = [p for p in FILES if TRAIN in p.parents and RECIPES not in p.parents and p not in DEMO]
 # Names that are English or a Python word as well.
 WORDS = {"more", "sft"}
