@@ -72,6 +72,8 @@ from .pairwise.infifpo import infifpo as infifpo
 from .pairwise.ipo import ipo as ipo
 from .pairwise.ipo_md import ipo_md as ipo_md
 from .pairwise.lcpo import lcpo as lcpo
+from .pairwise.lcpo import lcpo_cpo as lcpo_cpo
+from .pairwise.lcpo import lcpo_simpo as lcpo_simpo
 from .pairwise.ld_dpo import ld_dpo as ld_dpo
 from .pairwise.ln_dpo import ln_dpo as ln_dpo
 from .pairwise.madpo import madpo as madpo

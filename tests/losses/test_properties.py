@@ -31,7 +31,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarni
 KINK_AT_ZERO = {"dpop", "scir", "uni_dpo"}
 # Losses whose weight or label is a constant formed from the same log-probabilities: a finite
 # difference sees it move. Their gradients are proven by the vectors.
-CONSTANT_FROM_POLICY = {"wpo", "beta_dpo", "lcpo", "fdpg", "oreo", "knowpat"}
+CONSTANT_FROM_POLICY = {
+    "wpo",
+    "beta_dpo",
+    "lcpo",
+    "lcpo_simpo",
+    "lcpo_cpo",
+    "fdpg",
+    "oreo",
+    "knowpat",
+}
 # Distils both answers of a pair alike; what tells them apart is the likelihood term.
 SYMMETRIC = {"dckd"}
 

@@ -24,7 +24,7 @@ REFUSED = {
 }
 # What a step may depend on how it is split: a sort over the batch, a baseline of the batch, a state
 # that moves after every micro-batch.
-COUPLED = {"aot", "kto", "bco", "beta_dpo", "lcpo", "selfie"}
+COUPLED = {"aot", "kto", "bco", "beta_dpo", "lcpo", "lcpo_simpo", "lcpo_cpo", "selfie"}
 # With the reference at the policy's start the gradient of these is 0.
 OTHER_REFERENCE = {"gkd", "distill", "iw_opd", "dckd", "adpa", "bialign", "kl_penalty"}
 AUX = {"tgdpo", "adpa"}

@@ -12,7 +12,8 @@ from . import core
 
 @diffusion(
     source="arXiv 2508.11255",
-    status="provisional: expert stage only, composed after the abstract",
+    status="provisional: diff_dpo per expert, summed with equal weights, is a guess after the "
+    "abstract; the fusion of the experts is absent",
     reference=True,
 )
 def tlpo(

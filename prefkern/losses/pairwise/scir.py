@@ -12,7 +12,8 @@ from ..declare import pairwise
 
 @pairwise(
     source="arXiv 2502.08922",
-    status="provisional: the paper's penalty and its stop-gradients were not read",
+    status="provisional: the symmetric KL, the entropy term and gradients into both estimates are "
+    "guesses; the paper's penalty was not read",
     reference=True,
 )
 def scir(

@@ -118,13 +118,14 @@ def _selfie(state: selfie.SelfieState, seen: Seen) -> tuple[Any, dict[str, Any]]
     return state, arguments
 
 
+LCPO = Rule(lambda _: {}, _lcpo, dict, ("eta",), {"ema": 0.1}, ("annotator",))
 RULES: dict[str, Rule] = {
     "bco": Rule(lambda _: bco.BcoState(), _bco, lambda s: bco.BcoState(*s), ("delta",)),
     "beta_dpo": Rule(
         lambda _: beta_dpo.BetaState(), _beta_dpo, lambda s: beta_dpo.BetaState(*s),
         ("keep", "gap_mean"), {"rho": 0.2},
     ),
-    "lcpo": Rule(lambda _: {}, _lcpo, dict, ("eta",), {"ema": 0.1}, ("annotator",)),
+    "lcpo": LCPO, "lcpo_simpo": LCPO, "lcpo_cpo": LCPO,
     "selfie": Rule(
         lambda _: selfie.SelfieState(), _selfie, lambda s: selfie.SelfieState(tuple(s[0])),
         ("mix_chosen_logps", "mix_rejected_logps", "threshold"), {"warmup": 0.2},

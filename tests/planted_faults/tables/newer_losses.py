@@ -7,6 +7,28 @@ TEST = "tests/losses/test_newer_losses.py"
 
 MUTANTS = [
     (
+        "target_added_on_one_side",
+        L + "pairwise/lcpo.py",
+        "links.logistic(-margin - target) - links",
+        "links.logistic(-margin) - links",
+        "tests/losses/test_lcpo_bases.py",
+    ),
+    (
+        "means_by_sums",
+        L + "pairwise/lcpo.py",
+        "core.difference(chosen.mean_logratio, rejected.mean_logratio)",
+        "core.logratio_gap(chosen, rejected)",
+        "tests/losses/test_lcpo_bases.py",
+    ),
+    (
+        "reliability_by_another_target",
+        L + "pairwise/lcpo.py",
+        "_simpo_contrast(chosen, rejected, beta, gamma_beta_ratio), ema",
+        "_simpo_contrast(chosen, rejected, beta, 0.0), ema",
+        "tests/losses/test_lcpo_bases.py",
+        "tests/train/recipes/test_states.py::test_lcpo_learns_each_annotator_around_every_base",
+    ),
+    (
         "decay_starts_late",
         W + "length.py",
         "scored) - 1).clamp(min=0)",

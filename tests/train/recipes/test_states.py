@@ -96,6 +96,24 @@ def test_lcpo_learns_each_annotator():
     assert found["eta"].tolist() == [after["tom"], 0.9, after["ann"]]
 
 
+@pytest.mark.parametrize(
+    ("name", "update", "hyper"),
+    [
+        ("lcpo_simpo", lcpo.update_simpo, {"beta": 2.0, "gamma_beta_ratio": 0.5}),
+        ("lcpo_cpo", lcpo.update_cpo, {"beta": 0.1}),
+        ("lcpo", lcpo.update, {"beta": 0.1, "base": "ipo", "norm": "mean"}),
+    ],
+)
+def test_lcpo_learns_each_annotator_around_every_base(name, update, hyper):
+    states = states_of(name, ema=0.3)
+    rows = seq(2.0, -2.0, 3.0), seq(0.0, 0.0, 0.0)
+    ask(states, name, *rows, names=["ann", "tom", "ann"], eta=0.9, **hyper)
+    ann, tom = (seq(2.0, 3.0), seq(0.0, 0.0)), (seq(-2.0), seq(0.0))
+    wanted = {n: update(0.9, *pair, ema=0.3, **hyper) for n, pair in (("ann", ann), ("tom", tom))}
+    assert states.values[name] == pytest.approx(wanted)
+    assert states.values[name]["tom"] < 0.9 < states.values[name]["ann"]
+
+
 def test_selfie_doubts_nothing_at_first_and_then_the_lowest_margins():
     states, flat = states_of("selfie"), seq(0.0)
     states.progress = 0.1
@@ -115,7 +133,9 @@ class Killed(BaseException):
     """Stands for SIGKILL inside one process."""
 
 
-@pytest.mark.parametrize("names", [("bco",), ("beta_dpo", "lcpo", "selfie")], ids="-".join)
+@pytest.mark.parametrize(
+    "names", [("bco",), ("beta_dpo", "lcpo", "selfie"), ("lcpo_cpo", "lcpo_simpo")], ids="-".join
+)
 def test_a_killed_run_keeps_its_states(tmp_path, monkeypatch, names):
     model = save_model(tmp_path / "model")
     data = write_data(tmp_path / "data.jsonl", "unpaired" if "bco" in names else "pairs", rows=11)
