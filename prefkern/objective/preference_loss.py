@@ -107,8 +107,8 @@ def preference_loss(
             Their tokens count as scored for num_scored and in the default denominator. Default
             None, `targets`.
         state_arguments: Called for every loss that keeps a state between batches (bco, beta_dpo,
-            lcpo, lcpo_simpo, lcpo_cpo, selfie) with its record, the detached statistics of its rows and its
-            hyper-parameters, before the loss; returns the arguments that the state gives, such as
+            lcpo, lcpo_simpo, lcpo_cpo, selfie) with its record, the detached statistics of its
+            rows and its hyper-parameters, before the loss; returns the arguments that the state gives, such as
             {"delta": state.mean} after `state = record.update(state, *rows, beta=beta)`. Default
             None: pass them yourself.
         ignore_index, num_scored, memory_budget, tail_mass: As in `linear_logps`.

@@ -90,8 +90,7 @@ def lcpo(
     Args:
         eta: Reliability of the annotator of each pair, number or `[P]`, kept within [1e-4, 1 -
             1e-4]; prefkern.losses.pairwise.lcpo.update gives the next.
-        beta: Of the base loss, > 0; the default suits dpo and ipo by sums, with means 0.1 as
-            `ipo`.
+        beta: Of the base loss, > 0; by means ipo's own is 0.1.
         base: "dpo" or "ipo".
         norm: "mean" divides each log-ratio of ipo by its length, "sum" does not.
     """
