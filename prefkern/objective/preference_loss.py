@@ -108,9 +108,9 @@ def preference_loss(
             None, `targets`.
         state_arguments: Called for every loss that keeps a state between batches (bco, beta_dpo,
             lcpo, lcpo_simpo, lcpo_cpo, selfie) with its record, the detached statistics of its
-            rows and its hyper-parameters, before the loss; returns the arguments that the state gives, such as
-            {"delta": state.mean} after `state = record.update(state, *rows, beta=beta)`. Default
-            None: pass them yourself.
+            rows and its hyper-parameters, before the loss; returns the arguments that the state
+            gives, such as {"delta": state.mean} after
+            `state = record.update(state, *rows, beta=beta)`. Default None: pass them yourself.
         ignore_index, num_scored, memory_budget, tail_mass: As in `linear_logps`.
         backend: Serves every op of the call, those inside a loss included. Default "auto".
         **loss_args: The loss's own (beta, alpha, kl_baseline, aux_logp ...), checked against its
