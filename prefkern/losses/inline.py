@@ -44,4 +44,7 @@ def _key(keyword: ast.keyword) -> str:
 
 
 def _value(node: ast.expr) -> Any:
-    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+    if not isinstance(node, ast.Name):
+        return ast.literal_eval(node)
+    # numbers that Python writes as words, so that they are refused as numbers
+    return float(node.id) if node.id.lower() in ("nan", "inf", "infinity") else node.id

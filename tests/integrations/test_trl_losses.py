@@ -234,7 +234,7 @@ _REFUSED = {
 _GIVEN = {
     "rm_margin", "pref_prob", "judge_logit_gap", "slow_chosen_logps", "slow_rejected_logps", "topk",
     "margin_reward_chosen", "margin_reward_rejected", "source_chosen_mean_logps",
-    "source_rejected_mean_logps",
+    "source_rejected_mean_logps", "score_chosen", "score_rejected",
 }  # fmt: skip
 _SEVERAL = {  # a list per row
     "margin_reward_chosen", "margin_reward_rejected", "source_chosen_mean_logps",
@@ -254,7 +254,8 @@ def test_every_loss_trains_or_says_what_it_needs(tmp_path, loss):
         plain = runs.pairs()
         tokens = {
             f"{role}_{name}": (lambda i, role=role: [-1.0] * (len(plain[i][role]) + 1))
-            for role in ("chosen", "rejected") for name in ("positive_logp", "negative_logp")
+            for role in ("chosen", "rejected")
+            for name in ("positive_logp", "negative_logp", "oracle_logp", "oracle_ref_logp")
         }  # fmt: skip
         means = {f"{role}_baseline_mean_logps": (lambda i: -5.0) for role in ("chosen", "rejected")}
         numbers = {name: (lambda i, v=value: v) for name, value in row.items()}

@@ -23,6 +23,7 @@ from ...stats import SeqStats
 from ...train.recipes import masks as recipe
 from ...train.recipes.states import FILE as STATES_FILE
 from ...train.recipes.states import LossStates
+from .. import hf
 from .plan import Plan
 
 NAME = "prefkern_masks"  # of the masks among the policy's modules
@@ -61,7 +62,8 @@ class LossMemory:
             loss_args=plan.mask_options,
         )  # fmt: skip
         reference = trainer.ref_model if trainer.ref_model is not None else policy
-        masks = recipe.build(start, trainer.accelerator.unwrap_model(reference))
+        settings = hf.text_config(trainer.accelerator.unwrap_model(reference))
+        masks = recipe.build(start, settings)
         self.masks = masks.to(trainer.accelerator.device)
         setattr(policy, NAME, self.masks)
         # every rank looks at the same first rows, so the draws are the same
