@@ -1,0 +1,87 @@
+"""Faults of the trainer, by kind: (name, file, old text, new text, tests ...)."""
+
+from __future__ import annotations
+
+from rows import TESTS, TRAIN, Row, of
+
+# What a user would lose, or be trained on, without an error.
+KINDS: list[Row] = [
+    *of(
+        f"{TRAIN}output.py",
+        f"{TESTS}test_output.py {TESTS}test_damage.py",
+        ('glob(f".prefkern-{self.run}-*")', 'glob("*-*")'),
+        ("if _owner(p) == self.run]", "]"),
+        ("taken = sorted(n for n in names - self.made", "taken = sorted(n for n in names - names"),
+        ("fcntl.LOCK_EX)", "fcntl.LOCK_SH)"),
+        ("if path.is_symlink() or _owner(path) is None:", "if path.is_symlink():"),
+        ("for name in [*sorted(names - set(last)), *last]:", "for name in sorted(names):"),
+        ("path.is_dir() and path in out.parents", "False"),
+        ("found[:4]", "found[:0]"),
+        ('if mark is not None and mark["run"] != _owner(resume):', "if False:"),
+    ),
+    *of(
+        f"{TRAIN}seals.py",
+        f"{TESTS}test_output.py {TESTS}test_damage.py",
+        ("crc = zlib.crc32(block, crc)", "crc = 0"),
+        ("if size != files[name][0]:", "if False:"),
+    ),
+    *of(
+        f"{TRAIN}checkpoint.py",
+        f"{TESTS}test_output.py {TESTS}test_damage.py",
+        ("shutil.rmtree(building, ignore_errors=True)  # a full", "pass  # a full"),
+    ),
+    *of(
+        f"{TRAIN}loop.py",
+        f"{TESTS}test_finite.py {TESTS}test_loading.py",
+        ("if finite.is_finite(found):", 'if math.isfinite(found["loss"]):'),
+        ("if counts.largest_norm == 0.0:", "if False:"),
+        ('sources.check_same(saved["contents"], run.config)', "pass"),
+    ),
+    *of(
+        f"{TRAIN}finite.py",
+        f"{TESTS}test_finite.py",
+        ("not bool(own.isfinite().all())", "False"),
+    ),
+    *of(
+        f"{TRAIN}models.py",
+        f"{TESTS}test_loading.py",
+        ('lacking = sorted(found["missing_keys"])', "lacking = []"),
+        (
+            '{"dtype": getattr(torch, config.dtype), "trust_remote_code": False}',
+            '{"dtype": getattr(torch, config.dtype)}',
+        ),
+        ('if getattr(settings, "is_encoder_decoder", False):', "if False:"),
+        ("            if lacking:\n", "            if False:\n"),
+    ),
+    *of(
+        f"{TRAIN}noise.py",
+        f"{TESTS}test_noise.py",
+        ("nn.Module.train(model, False)", "nn.Module.train(model, mode)"),
+        ("            module.training = True\n", "            pass\n"),
+        ("        setattr(config, name, value)\n", "        pass\n"),
+        ("                setattr(config, name, 0.0)\n", "                pass\n"),
+    ),
+    *of(
+        f"{TRAIN}data/unread.py",
+        f"{TESTS}data/test_unread.py",
+        ("if name in self.read:", "if True:"),
+        ("and not _DIALOGUE.match(chosen)", "and False"),
+        ("any(isinstance(item, bytes | bytearray) for item in value.values())", "False"),
+    ),
+    *of(
+        f"{TRAIN}data/rendered.py",
+        f"{TESTS}data/test_unread.py",
+        ("lost = _same(text, render, probe)", "lost = False"),
+        ("not any(name in text for name in names)", "False"),
+        ("        if names:\n", "        if False:\n"),
+    ),
+    *of(
+        "prefkern/prep/messages.py",
+        f"{TESTS}data/test_unread.py",
+        ("for k, v in value.items() if v is not None}", "for k, v in value.items()}"),
+        ("if isinstance(arguments, str) and", "if False and"),
+        ('message["content"] = ""', 'message["content"] = "None"'),
+    ),
+]
+
+MUTANTS: list[Row] = KINDS
