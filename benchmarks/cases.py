@@ -70,6 +70,7 @@ class Case:
     threads: int = 1  # of a CPU
     frozen: bool = False  # no gradient for the head
     masked: bool = False  # the first half of every answer is ignored
+    keep_memory: bool = True  # freed memory stays with the process that takes times
     share: float | None = None  # rows mixed so that this share of units is needed (mixture.py)
     why: str = ""
 
@@ -184,8 +185,12 @@ _GROUPS = {
     ),
     # D is the width of a model of two layers
     "trl": tuple(
-        Case(f"trl-{kind}", "trl", BASE._replace(V=v), why="a DPO step inside TRL")
+        Case(f"trl-{kind}{name}", "trl", BASE._replace(V=v), keep_memory=kept, why=why)
         for kind, v in (("32k", 32_000), ("152k", 151_936))
+        for name, kept, why in (
+            ("", False, "a DPO step inside TRL, glibc's defaults"),
+            ("-kept", True, "a DPO step inside TRL, freed memory stays with the process"),
+        )
     ),
 }  # fmt: skip
 GROUPS = {name: {case.name: case for case in cases} for name, cases in _GROUPS.items()}

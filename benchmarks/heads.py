@@ -66,11 +66,12 @@ def with_versions(rows: list[Row]) -> list[Row]:
 def run_worker(spec: dict[str, Any], threads: int, folder: Path) -> tuple[list[Row], str]:
     """(rows, "") or ([], how the process ended)."""
     spec_file, out_file = folder / "spec.json", folder / "out.json"
+    keep_memory = spec["mode"] == "time" and CASES[spec["case"]].keep_memory
     spec_file.write_text(json.dumps(spec))
     out_file.unlink(missing_ok=True)
     ended = process.run(
         [sys.executable, "-m", "benchmarks.heads", str(spec_file), str(out_file)],
-        env=process.worker_environment(threads, keep_memory=spec["mode"] == "time"),
+        env=process.worker_environment(threads, keep_memory),
     )
     if ended.status != 0:
         return [], ended.why

@@ -155,6 +155,11 @@ def _prefkern() -> type:
     return DPOTrainer
 
 
+def _modules_of_its_own(model: Any) -> Any:
+    """The same parameters in other modules: trainers replace the forward of the model they get."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
 def _build(trainer_class: Callable[[], type], case: Case, x: TrlInputs):
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -168,8 +173,8 @@ def _build(trainer_class: Callable[[], type], case: Case, x: TrlInputs):
     # the trainer wants data to start with; the steps get the batch of the case
     data = Dataset.from_list([{"prompt": "a", "chosen": " a", "rejected": " a a"}])
     trainer = trainer_class()(
-        model=x.model, ref_model=x.ref_model, args=x.args, processing_class=tokenizer,
-        train_dataset=data,
+        model=_modules_of_its_own(x.model), ref_model=_modules_of_its_own(x.ref_model), args=x.args,
+        processing_class=tokenizer, train_dataset=data,
     )  # fmt: skip
 
     def step(x: TrlInputs) -> tuple[Tensor, dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -74,12 +75,27 @@ def test_a_step_inside_trl():
     case = CASES["trl-32k"].resized("tiny")
     rows = rows_of(case, heads.serving(case, "cpu"), rounds=2)
     assert {"TRL", "TRL, full logits", "TRL + prefkern"} <= set(rows)
-    for name, row in rows.items():
+    for row in rows.values():
         if row["status"] == "missing":
-            assert name == "TRL + prefkern" or "liger" in row["reason"]
+            assert "liger" in row["reason"]
             continue
         assert row["status"] == "ok" and row["cpu_s"] > 0 and "ratio" not in row, row
         assert row["err_d_weight"] < 1e-5 and row["err_d_hidden"] < 1e-5
+
+
+def test_no_trainer_sees_the_forward_of_another():
+    """All are built over the same parameters; what one does to its model stays with it."""
+    pytest.importorskip("trl", reason="the bench environment has it")
+    from benchmarks import trl_step
+
+    case = CASES["trl-32k"].resized("tiny")
+    x = trl_step.make_inputs(case)
+    before = [set(vars(m)) for model in (x.model, x.ref_model) for m in model.modules()]
+    for build, _ in trl_step.TRAINERS.values():
+        with contextlib.suppress(ModuleNotFoundError):
+            build(case, x)
+    after = [set(vars(m)) for model in (x.model, x.ref_model) for m in model.modules()]
+    assert after == before
 
 
 @pytest.mark.parametrize("step", STEPS)
