@@ -101,14 +101,15 @@ def run(
 ) -> Path:
     """Measures and writes `out`/linear_logps.csv; returns its path.
 
+    Rows that the file has of other cases stay.
+
     Args:
         size: "full", "quick" (1/32 of the work) or "tiny" (smoke test).
         threads: Keep the cases with one of these thread counts. Default: all.
     """
-    table = results.Table(out / "linear_logps.csv")
-    for case in (CASES[name] for name in cases):
-        if threads and case.threads not in threads:
-            continue
+    chosen = [CASES[name] for name in cases if not threads or CASES[name].threads in threads]
+    table = results.Table(out / "linear_logps.csv", again={case.name for case in chosen})
+    for case in chosen:
         rows = run_case(case, size, device, variants, rounds, memory, say)
         table.add(rows)
         say(f"\n{case.name} ({case.why}), {case.resized(size).shape}\n{results.text_table(rows)}\n")

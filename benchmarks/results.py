@@ -14,7 +14,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,14 +53,29 @@ class Table:
     """A CSV file of rows, written as they come, so that an interrupted run keeps them."""
 
     def __init__(
-        self, path: Path, columns: Sequence[str] = COLUMNS, *, place: bool = True, **where: str
+        self,
+        path: Path,
+        columns: Sequence[str] = COLUMNS,
+        *,
+        place: bool = True,
+        again: Collection[str] | None = None,
+        **where: str,
     ) -> None:
-        """`place`: every row says where it was measured; `where` replaces what describe() finds."""
+        """A new file, or with `again` the rows that a file at `path` has of other cases.
+
+        place: every row says where it was measured; `where` replaces what describe() finds.
+        again: the cases that are measured now.
+        """
         self.path, self.where = path, describe() | where if place else {}
         self.columns = [*columns, *(c for c in self.where if c not in columns)]
+        stay = []
+        if again is not None and path.exists():
+            stay = [row for row in read(path) if row["case"] not in again]
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
-            csv.writer(file).writerow(self.columns)
+            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(stay)
 
     def add(self, rows: Iterable[Row]) -> None:
         with self.path.open("a", newline="") as file:

@@ -70,6 +70,16 @@ def test_case(name, tmp_path):
     assert plot.draw(table.path)
 
 
+def test_a_run_replaces_the_rows_of_its_cases_alone(tmp_path):
+    path = tmp_path / "linear_logps.csv"
+    results.Table(path).add({"case": case, "variant": "x", "cpu_s": 1.0} for case in "ab")
+    results.Table(path, again={"b"}).add([{"case": "b", "variant": "y", "cpu_s": 2.0}])
+    found = [(r["case"], r["variant"], r["cpu_s"]) for r in results.read(path)]
+    assert found == [("a", "x", "1"), ("b", "y", "2")]
+    results.Table(path)
+    assert results.read(path) == []
+
+
 def test_a_step_inside_trl():
     pytest.importorskip("trl", reason="the bench environment has it")
     case = CASES["trl-32k"].resized("tiny")
