@@ -81,8 +81,9 @@ class Case:
     @property
     def scored(self) -> int:
         """Rows that must be computed."""
-        half = self.shape.tokens // 2 if self.masked else 0
-        return 2 * self.shape.pairs * (self.shape.tokens - half)
+        tokens = self.shape.tokens
+        left_out = tokens // 3 if self.step == "trl" else tokens // 2 if self.masked else 0
+        return 2 * self.shape.pairs * (tokens - left_out)
 
     @property
     def models(self) -> int:

@@ -18,7 +18,7 @@ CASE = "dpo-fp32-t1"
 NAME = "front.png"
 OURS, OTHER, LINE = "#0072B2", "#B0B0B0", "#D55E00"
 # Ours of that name are variations of the default or for comparison; the benchmark page has them.
-LEFT_OUT = ("prefkern eager", "prefkern cpu, metrics")
+LEFT_OUT = ("prefkern eager", "prefkern cpu, metrics", "prefkern cpu, tail 2^-8")
 WORDS = {
     "prefkern cpu": "prefkern",
     "prefkern cpu, budget 0": "prefkern, memory_budget=0",

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from .front import front
 from .results import LIMIT, read
+from .tail import tail
 
 OURS, OTHER, LIMIT_COLOUR, SECOND, SKY = "#0072B2", "#999999", "#D55E00", "#E69F00", "#56B4E9"
 # beginning of a variant's name -> colour; the legend of the overview
@@ -77,10 +78,10 @@ def _linear_logps(rows: Rows, folder: Path) -> list[Path]:
     cases: dict[str, Rows] = {}
     for row in rows:
         cases.setdefault(row["case"], []).append(row)
-    pictures = [_case(name, found, folder) for name, found in cases.items()]
-    compared = {name: found for name, found in cases.items() if any(r["ratio"] for r in found)}
-    first_screen = front(rows, folder)
-    pictures += [] if first_screen is None else [first_screen]
+    plain = {name: found for name, found in cases.items() if not name.startswith("tail-")}
+    pictures = [_case(name, found, folder) for name, found in plain.items()]
+    compared = {name: found for name, found in plain.items() if any(r["ratio"] for r in found)}
+    pictures += [picture for paint in (front, tail) if (picture := paint(rows, folder))]
     return [*pictures, *([_overview(compared, folder)] if compared else [])]
 
 
@@ -103,7 +104,7 @@ def _case(name: str, rows: Rows, folder: Path) -> Path:
             time.text(0.01 * longest, y, f"{row['status']}: {reason}", va="center", fontsize=8)
             continue
         value, end = float(row[shown]), float(row[shown])
-        time.barh(y, value, color=OURS if row["variant"].startswith("prefkern") else OTHER)
+        time.barh(y, value, color=OURS if "prefkern" in row["variant"] else OTHER)
         if shown == "ratio":
             low, end = (float(row[f"ratio_{q}"]) for q in ("q1", "q3"))
             errors = [[max(value - low, 0)], [max(end - value, 0)]]
