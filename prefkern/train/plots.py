@@ -267,9 +267,10 @@ def _draw(axes: Any, panel: Panel, curves: list[Curve]) -> None:
         words = [handle.get_label() for handle in handles]
         if not several:
             words = [f"{c.name} (held out)" if c.held_out else c.name for c in curves]
-        # Shares gather at the top; elsewhere matplotlib finds the emptiest corner.
-        place = "lower right" if panel.limits else "best"
-        axes.legend(handles, words, fontsize=8, frameon=False, loc=place)
+        # One share and its held-out twin gather at the top; elsewhere matplotlib finds the emptiest
+        # place, and where there is none, the ground keeps the words legible.
+        place = "lower right" if panel.limits and len(keys) == 1 else "best"
+        axes.legend(handles, words, fontsize=8, loc=place, framealpha=0.8, edgecolor="none")
 
 
 def _legend(axes: Any, runs: list[str], keys: list[str], curves: list[Curve]) -> list[Any]:
