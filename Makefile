@@ -86,13 +86,13 @@ setup:
 # One OpenMP thread per test process: the processes already fill the cores. Tests of threading set
 # their own count. A file stays in one process, so that its fixtures (wheel builds) run once.
 test: setup
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "$(MARKS)" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "$(MARKS)" $(PYTEST_ARGS)
 
 # The adapters need no GPU code; PREFKERN_NO_CUDA keeps the build short.
 test-integrations: export PREFKERN_NO_CUDA = 1
 test-integrations:
 	$(call timed,$(INTEGRATIONS_VENV))
-	OMP_NUM_THREADS=1 $(INTEGRATIONS_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "$(MARKS)" $(PYTEST_ARGS) tests/integrations
+	OMP_NUM_THREADS=1 $(INTEGRATIONS_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "$(MARKS)" $(PYTEST_ARGS) tests/integrations
 
 reports: setup
 	@test -n "$(DIR)" || { echo "usage: make reports DIR=folder-of-scripts" >&2; exit 1; }

@@ -41,12 +41,28 @@ import prefkern.integrations  # noqa: E402
 from prefkern.backends import choice  # noqa: E402
 
 PACKAGE = str(Path(prefkern.__file__).resolve().parent)
+# Few tests each, but they start processes or a compiler: first, so that no test process is left
+# alone with one of them at the end.
+LONG_FILES = (
+    "test_packaging.py", "train/test_ddp.py", "train/test_sharded.py", "distributed/",
+    "integrations/test_head_distributed.py", "integrations/test_preference_model.py",
+    "benchmarks/test_heads.py", "train/test_waiting.py", "test_examples.py", "examples/",
+    "train/test_demo.py", "train/test_resume.py", "test_docs.py", "kernels/", "cuda/",
+)  # fmt: skip
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         # A file whose op some backend lacks names it: OP = "error_sum".
         metafunc.parametrize("backend", backends_on(getattr(metafunc.module, "OP", "linear_logps")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(HERE).as_posix()
+        return next((i for i, name in enumerate(LONG_FILES) if path.startswith(name)), 99)
+
+    items.sort(key=place)
 
 
 def pytest_report_header() -> list[str]:
