@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,25 +106,24 @@ def start(row: Mutant | None, tests: Iterable[str], folder: Path) -> int:
         os._exit(code)
 
 
-def run(rows: list[Mutant], jobs: int, base: Path) -> dict[str, tuple[int, float, str]]:
-    """name -> (exit code, seconds, output) of each row; "" is the package as it is."""
+def run(rows: list[Mutant], jobs: int, base: Path) -> Iterator[tuple[str, int, float, str]]:
+    """(name, exit code, seconds, output) of each row as it ends; "" is the package as it is."""
     waiting: list[Mutant | None] = [None, *rows]
     running: dict[int, tuple[str, float, Path]] = {}
-    found: dict[str, tuple[int, float, str]] = {}
+    begun = 0
     every = list(dict.fromkeys(test for row in rows for test in row.tests))
     while waiting or running:
         while waiting and len(running) < jobs:
             row = waiting.pop(0)
             name = "" if row is None else row.name
-            folder = base / f"{len(found) + len(running)}"
+            folder, begun = base / f"{begun}", begun + 1
             child = start(row, every if row is None else row.tests, folder)
             running[child] = (name, time.monotonic(), folder)
         child, status = os.wait()
         name, began, folder = running.pop(child)
         log = (folder / "log").read_text(encoding="utf-8", errors="replace")
-        found[name] = (os.waitstatus_to_exitcode(status), time.monotonic() - began, log)
         shutil.rmtree(folder)
-    return found
+        yield name, os.waitstatus_to_exitcode(status), time.monotonic() - began, log
 
 
 def main(arguments: list[str]) -> int:
@@ -147,21 +146,18 @@ def main(arguments: list[str]) -> int:
     import numpy  # noqa: F401
     import torch  # noqa: F401
 
-    with tempfile.TemporaryDirectory(prefix="prefkern_mutants_") as base:
-        found = run(rows, options.jobs, Path(base))
-    code, seconds, log = found.pop("")
-    if code != GREEN:
-        print(f"the package as it is: the tests of the tables are not green (exit {code})\n{log}")
-        return 1
-    print(f"{'the package as it is':44s} green   {seconds:6.1f} s")
     bad = 0
-    for name, (code, seconds, log) in found.items():
-        word = {RED: "caught", GREEN: "LIVES"}.get(code, f"exit {code}: no verdict")
-        print(f"{name:44s} {word:7s} {seconds:6.1f} s")
-        if code != RED:
-            bad += 1
-            print("    " + "\n    ".join(log.strip().split("\n")[-12:]))
-    print(f"{len(found) - bad} of {len(found)} planted faults were noticed")
+    with tempfile.TemporaryDirectory(prefix="prefkern_mutants_") as base:
+        for name, code, seconds, log in run(rows, options.jobs, Path(base)):
+            if name:
+                word = {RED: "caught", GREEN: "LIVES"}.get(code, f"exit {code}: no verdict")
+            else:
+                word = "green" if code == GREEN else f"exit {code}: its tests are not green"
+            print(f"{name or 'the package as it is':44s} {word:7s} {seconds:6.1f} s", flush=True)
+            if code != (RED if name else GREEN):
+                bad += 1
+                print("    " + "\n    ".join(log.strip().split("\n")[-12:]))
+    print(f"{len(rows) - bad} of {len(rows)} planted faults were noticed")
     return int(bad > 0)
 
 
