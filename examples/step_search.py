@@ -1,6 +1,6 @@
 """A tree search over the steps of an answer, led by the policy that it later trains.
 
-Used by itool_calls.py. Texts are words with spaces between, an answer is made of
+Used by itool_calls.py and mcts_dpo.py. Texts are words with spaces between, an answer is made of
 steps. Searches of many prompts run side by side: a forward has a row per prompt or more.
 """
 
@@ -126,7 +126,8 @@ class Node:
 
 def search(
     prompts: Sequence[str], propose: Callable[[list[Node]], list[list[tuple[str, float]]]],
-    judge: Callable[[list[Node]], list[float]], *, end: str, simulations: int, c: float,
+    judge: Callable[[list[Node]], list[float]], *, end: str | tuple[str, ...], simulations: int,
+    c: float,
 ) -> list[Node]:  # fmt: skip
     """The trees. propose gives steps and priors to nodes that have none, judge values to nodes."""
     roots = [Node(prompt) for prompt in prompts]

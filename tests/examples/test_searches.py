@@ -42,6 +42,38 @@ def test_itool_calls(example):
         assert itool.fragments(row["chosen"])[0] != itool.fragments(row["rejected"])[0]
 
 
+def test_mcts_dpo(example):
+    mcts = example("mcts_dpo")
+    found = mcts.main()
+    assert found["before"] < 0.45
+    assert found["after round 2"] > found["before"] + 0.15
+    rows = [row for rows in found["pairs"] for row in rows]
+    assert all(row["chosen_score"] > row["rejected_score"] for row in rows)
+    assert any(row["pref_prob"] > 0.8 for row in rows)
+    followed = [
+        [row[side] in mcts.ROADS[row["prompt"].split()[-1]] for side in ("chosen", "rejected")]
+        for row in found["pairs"][0] if row["prompt"].split()[-1] in "bcdef"
+    ]  # fmt: skip
+    chosen, rejected = zip(*followed, strict=True)
+    assert sum(chosen) > sum(rejected) + 0.3 * len(followed)
+
+
+def test_codedpo(example):
+    code = example("codedpo")
+    found = code.main()
+    (right, fast), (right_after, fast_after) = found["before"], found["after round 2"]
+    assert right_after > right + 0.15 and fast_after > fast + 0.1
+    answers = {task: texts[:2] for task, texts in code.PROGRAMS.items()}
+    right_ones = [
+        [row[side] in answers[row["prompt"].split()[1]] for side in ("chosen", "rejected")]
+        for row in found["by_score"]
+    ]
+    chosen, rejected = zip(*right_ones, strict=True)
+    assert sum(chosen) > sum(rejected) + 0.5 * len(right_ones)
+    for row in found["by_time"]:
+        assert row["chosen_score"] > row["rejected_score"]  # minus the run times
+
+
 def test_the_sandbox_holds(example):
     """A program that does what it may not fails its tests, whatever it returns."""
     run = example("sandboxed_runner").run
