@@ -94,7 +94,7 @@ def rank_by_run_time(
 ) -> Table:
     """Keeps the programs that pass every test, with minus the run time as score.
 
-    Source: the efficiency pairs of CodeDPO (arXiv 2410.05605), after notes on the published version:
+    Source: the efficiency pairs of CodeDPO (arXiv 2410.05605), after notes on its published text:
     the fast against the slow among programs that pass the tests of high scores. Which tests those
     are is the caller's: the row holds them alone.
 
