@@ -239,6 +239,38 @@ def test_token_ratio(generator, with_baseline):
         assert call["baseline"].grad[[0, 3, 6, 7, 8, 9]].abs().max() == 0
 
 
+def test_token_ratio_of_advantages():
+    """delta + KL is log p - log r less its mean under r: the mean of the ratio's log is 0 there."""
+    cu, groups = torch.tensor([0, 2, 4], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+    logits, ref = draw(-2.0, 2.0, 20).view(4, 5), draw(-2.0, 2.0, 20).view(4, 5).log_softmax(-1)
+    targets = torch.tensor([[1], [4], [0], [2]])
+
+    def stats(logits):
+        p = logits.log_softmax(-1)
+        return TokenStats(
+            logp=p.gather(1, targets)[:, 0], ref_logp=ref.gather(1, targets)[:, 0],
+            fkl=(ref.exp() * (ref - p)).sum(-1),
+        )  # fmt: skip
+
+    call = {"scored": torch.ones(4, dtype=torch.bool), "cu_groups": groups, "beta": 0.6}
+    logits.requires_grad_()
+    found = losses.tbpo(stats(logits), cu, **call, advantage=True, generator="logistic")
+    gap = (
+        logits - ref
+    )  # its mean under the reference goes, so a constant per position does not count
+    advantage = (gap - (ref.exp() * gap).sum(-1, keepdim=True)).gather(1, targets)[:, 0].tolist()
+    want = sum(
+        mp.log(1 + mp.exp(mp.mpf(0.6) * (mp.mpf(advantage[2 + t]) - mp.mpf(advantage[t]))))
+        for t in range(2)
+    ) / 2  # fmt: skip
+    assert found[0].item() == pytest.approx(float(want), rel=1e-12)
+    torch.autograd.gradcheck(
+        lambda z: losses.tbpo(stats(z), cu, **call, advantage=True, lam=0.3).mean(), logits
+    )
+    with pytest.raises(ValueError, match="without a baseline"):
+        losses.tbpo(stats(logits), cu, **call, advantage=True, baseline=torch.zeros(4))
+
+
 def test_scale_of_four_has_the_slope_of_dpo():
     cu, scored = torch.tensor([0, 1, 2], dtype=torch.int32), torch.ones(2, dtype=torch.bool)
     groups = torch.tensor([0, 2], dtype=torch.int32)
@@ -253,8 +285,12 @@ def test_scale_of_four_has_the_slope_of_dpo():
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", ["focal_po", "dpo_shift", "d2po", "tbpo"])
-def test_a_few_steps_rank_the_chosen_answer_first(name):
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("focal_po", {}), ("dpo_shift", {}), ("d2po", {}), ("tbpo", {}),
+     ("tbpo", {"advantage": True})],
+)  # fmt: skip
+def test_a_few_steps_rank_the_chosen_answer_first(name, args):
     g = torch.Generator().manual_seed(2)
     hidden = torch.randn(4, 5, 8, generator=g)
     head = torch.nn.Linear(8, 30, bias=False)
@@ -264,7 +300,7 @@ def test_a_few_steps_rank_the_chosen_answer_first(name):
     groups = {"cu_groups": torch.tensor([0, 2, 4], dtype=torch.int32)} if name == "tbpo" else {}
     for _ in range(12):
         loss, _ = preference_loss(
-            hidden, head, targets, loss=name, ref_hidden=hidden, ref_head=ref_head, **groups
+            hidden, head, targets, loss=name, ref_hidden=hidden, ref_head=ref_head, **groups, **args
         )
         optimizer.zero_grad()
         loss.backward()

@@ -16,11 +16,17 @@ from ..declare import tokenwise
 GENERATORS = ("sba", "ba", "kliep", "lsif", "logistic")
 
 
+def _reads(advantage: bool = False, **_: object) -> tuple[str, ...]:
+    return ("logp", "fkl") if advantage else ("logp",)
+
+
 @tokenwise(
     source="arXiv 2605.12288 eq. 10, Table 2",
     status="Q version and generators read in the authors' code (its lsif departs from its own eq. "
-    "10, followed here); the A version is not in it; default lam second-hand",
+    "10, followed here); A version, empty there, in the code of a later work that extends it "
+    "(ARC-BPO); default lam second-hand",
     reference=True,
+    reads=_reads,
 )
 def tbpo(
     tokens: TokenStats,  # [N]
@@ -30,6 +36,7 @@ def tbpo(
     cu_groups: Tensor,  # [G+1]
     baseline: Tensor | None = None,  # [N]
     baseline_bound: float = 1.0,
+    advantage: bool = False,
     beta: float = 0.1,
     generator: str = "sba",
     lam: float = 0.2,
@@ -45,13 +52,16 @@ def tbpo(
         ba        R^(1+lam) - (1+lam)/lam R^-lam                      sba   ba / (scale (1 + lam))
 
     arXiv 2605.12288. log R is held within +-30. The Q version has a state baseline, a head on the
-    policy's detached states; without `baseline` w is 0.
+    policy's detached states. The A version needs none: advantages have mean 0 under the reference,
+    which makes w_t = KL_l,t - KL_w,t with KL(reference || policy) of the next token, neither
+    centred nor clamped. Without either w is 0.
 
     Args:
         cu_groups: `[G+1]` boundaries of the pairs, on the sequence axis; the first answer of a
             group is the chosen one, each further one forms a pair with it.
         baseline: `[N]` outputs of the baseline head, with gradient; None leaves it out.
         baseline_bound: |w| is clamped to it, > 0.
+        advantage: The A version, with the statistic fkl and its gradient; excludes `baseline`.
         beta: > 0.
         generator: "sba", "ba", "kliep", "lsif" or "logistic".
         lam: Power of ba and sba, > -1 and not 0 (kliep is its limit).
@@ -69,6 +79,10 @@ def tbpo(
         raise ValueError(f"lam must be > -1 and not 0 (generator='kliep' is 0), got {lam}.")
     delta = token.field(tokens, "logp", scored) - token.field(tokens, "ref_logp", scored)
     delta = delta.double()
+    if advantage:
+        if baseline is not None:
+            raise ValueError("advantage=True is the version without a baseline; pass one of both.")
+        delta = delta + token.field(tokens, "fkl", scored).double()
     partner, aligned = _partners(scored, cu_seqlens, cu_groups)
     shared = token.count(aligned, cu_seqlens).clamp(min=1.0)  # [S]
     log_ratio = delta - delta[partner]
