@@ -53,6 +53,7 @@ class Batch:
             "value": torch.randn(S, T, generator=g), "reward": torch.randn(S, generator=g),
             "positive_logp": token.reshape(S, T), "negative_logp": token.flip(0).reshape(S, T),
             "step_index": (torch.arange(n) % T).reshape(S, T), "cosine": token.reshape(S, T),
+            "step_reward": token.reshape(S, T),
             "aux_logp": token.reshape(S, T), "reward_mask": torch.rand(S, T, generator=g).flatten(),
             "kl_mask": torch.rand(S, T, generator=g).flatten(),
             "activations": torch.rand(2, n, generator=g), "hook_type": torch.tensor([0, 1]),

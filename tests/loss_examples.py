@@ -72,6 +72,7 @@ def extra(record: Loss, n: int) -> dict:
         "advantages": lambda: torch.randn(n, generator=g, dtype=torch.float64),
         "preference_levels": lambda: 1 + torch.arange(n) % 3,
         "value": lambda: torch.randn(2 * n, generator=g, dtype=torch.float64),
+        "step_reward": lambda: torch.randn(2 * n, generator=g, dtype=torch.float64),
         "reward": lambda: torch.randn(n, generator=g, dtype=torch.float64),
     }
     found = {name: make[name]() for name in record.extra if name in make}

@@ -112,6 +112,7 @@ ADVICE: dict[str, Advice] = {
     "tree_tpo": Advice("Lists of reasoning paths with shared steps; provisional.", "`pair_logistic` on weighted steps."),
     # token by token
     "adpo": Advice("Pairs of long answers that shall be compared segment by segment, each segment on its own; provisional.", "One segment an answer is `dpo`; `tbpo` compares position by position."),
+    "full_step_dpo": Advice("Pairs of reasoning answers with a reward for every step.", "`dpo` compares sums over the answers; `adpo` segment by segment without rewards."),
     "grpo": Advice("Online: several answers a prompt and a reward for each.", "`rto` has a critic; `trpa` ranks the rollouts."),
     "kl_penalty": Advice("A penalty towards the reference beside a policy loss, from sampled tokens alone.", "`distill` has the exact KL."),
     "oreo": Advice("Offline reasoning data with a reward at the end and a value head.", "`grpo` online."),

@@ -114,6 +114,7 @@ from .pointwise.iw_opd import iw_opd as iw_opd
 from .pointwise.kto import kto as kto
 from .pointwise.poft import poft as poft
 from .tokenwise.adpo import adpo as adpo
+from .tokenwise.full_step_dpo import full_step_dpo as full_step_dpo
 from .tokenwise.grpo import grpo as grpo
 from .tokenwise.kl_penalty import kl_penalty as kl_penalty
 from .tokenwise.oreo import oreo as oreo

@@ -1,4 +1,4 @@
-"""uni_dpo, focal_po, dpo_shift, d2po, sepo, tbpo and iw_opd against the same formulas in mpmath.
+"""Newer losses and weight stages, uni_dpo to iw_opd, against the same formulas in mpmath.
 
 Values and derivatives at 30 digits, each written out here from the paper's or the code's terms.
 """
@@ -271,6 +271,40 @@ def test_token_ratio_of_advantages():
         losses.tbpo(stats(logits), cu, **call, advantage=True, baseline=torch.zeros(4))
 
 
+def test_full_step():
+    """Three answers in one group and a chosen one alone; the gradient is that of the plain sum."""
+    cu = torch.tensor([0, 3, 6, 8, 10], dtype=torch.int32)
+    groups = torch.tensor([0, 3, 4], dtype=torch.int32)
+    scored = torch.tensor([1, 1, 0, 1, 1, 1, 0, 1, 1, 1], dtype=torch.bool)
+    logp, ref, reward = -draw(0.1, 4.0, 10), -draw(0.1, 4.0, 10), draw(-2.0, 2.0, 10)
+    logp.requires_grad_()
+    args = {"beta": 0.3, "token_rate": 1.5, "reward_temp": 0.7}
+    found = losses.full_step_dpo(
+        TokenStats(logp=logp, ref_logp=ref), cu, scored=scored, cu_groups=groups,
+        step_reward=reward, **args,
+    )  # fmt: skip
+    answers = [[i for i in range(cu[k], cu[k + 1]) if scored[i]] for k in range(3)]
+    y = [mp.mpf(float(x.detach())) for x in logp]
+    delta = [a - mp.mpf(float(b)) for a, b in zip(y, ref, strict=True)]
+
+    def share(answer, sign):
+        e = {i: mp.exp(sign * mp.mpf(0.7) * mp.mpf(float(reward[i]))) for i in answer}
+        return {i: e[i] / sum(e.values()) * sig(-sign * mp.mpf(1.5) * delta[i]) for i in answer}
+
+    total, grad = mp.mpf(0), [mp.mpf(0)] * 10
+    for rejected in answers[1:]:
+        gap = sum(delta[i] for i in answers[0]) - sum(delta[i] for i in rejected)
+        g = sig(-mp.mpf(0.3) * gap)
+        for sign, answer in ((1, answers[0]), (-1, rejected)):
+            for i, w in share(answer, sign).items():
+                total -= g * sign * w * y[i] / 2
+                grad[i] -= g * sign * w / 2
+    assert found[3].item() == 0.0
+    assert found[:3].tolist() == pytest.approx([float(total)] * 3, rel=1e-12)
+    found[0].backward()
+    assert logp.grad.tolist() == pytest.approx([float(x) for x in grad], rel=1e-12, abs=0)
+
+
 def test_scale_of_four_has_the_slope_of_dpo():
     cu, scored = torch.tensor([0, 1, 2], dtype=torch.int32), torch.ones(2, dtype=torch.bool)
     groups = torch.tensor([0, 2], dtype=torch.int32)
@@ -285,10 +319,14 @@ def test_scale_of_four_has_the_slope_of_dpo():
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-12, atol=0)
 
 
+IN_GROUPS = ("tbpo", "full_step_dpo")
+STEPS = torch.tensor([[1.0, 1.0, -1.0, -1.0, 0.5]] * 4)
+
+
 @pytest.mark.parametrize(
     ("name", "args"),
     [("focal_po", {}), ("dpo_shift", {}), ("d2po", {}), ("tbpo", {}),
-     ("tbpo", {"advantage": True})],
+     ("tbpo", {"advantage": True}), ("full_step_dpo", {"step_reward": STEPS, "beta": 1.0})],
 )  # fmt: skip
 def test_a_few_steps_rank_the_chosen_answer_first(name, args):
     g = torch.Generator().manual_seed(2)
@@ -297,7 +335,7 @@ def test_a_few_steps_rank_the_chosen_answer_first(name, args):
     targets = torch.randint(0, 30, (4, 5), generator=g)
     ref_head = head.weight.detach().clone()
     optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
-    groups = {"cu_groups": torch.tensor([0, 2, 4], dtype=torch.int32)} if name == "tbpo" else {}
+    groups = {"cu_groups": torch.tensor([0, 2, 4], dtype=torch.int32)} if name in IN_GROUPS else {}
     for _ in range(12):
         loss, _ = preference_loss(
             hidden, head, targets, loss=name, ref_hidden=hidden, ref_head=ref_head, **groups, **args

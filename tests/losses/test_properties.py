@@ -40,6 +40,7 @@ CONSTANT_FROM_POLICY = {
     "fdpg",
     "oreo",
     "knowpat",
+    "full_step_dpo",
 }
 # Distils both answers of a pair alike; what tells them apart is the likelihood term.
 SYMMETRIC = {"dckd"}

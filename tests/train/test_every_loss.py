@@ -60,7 +60,7 @@ def row(layout: str, i: int) -> dict:
         "reward": [1.0, 0.0, 0.5], "advantages": [0.7, -0.5, 0.1],
         **{name: [numbers(rng, text) for text in texts]
            for name in ("aux_logp", "positive_logp", "negative_logp", "value", "cosine",
-                        "oracle_logp", "oracle_ref_logp")},
+                        "oracle_logp", "oracle_ref_logp", "step_reward")},
         "step_index": [[1 + (t > 4) for t in range(len(text) + 1)] for text in texts],
     }  # fmt: skip
     answers["cosine"] = [[x / 3.0 for x in many] for many in answers["cosine"]]

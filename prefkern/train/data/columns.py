@@ -48,7 +48,7 @@ KINDS = {
     "baseline_mean_logps": ANSWER, "undesirable_weight": ANSWER, "reward": ANSWER,
     "aux_logp": TOKEN, "positive_logp": TOKEN, "negative_logp": TOKEN, "old_logp": TOKEN,
     "oracle_logp": TOKEN, "oracle_ref_logp": TOKEN, "value": TOKEN, "old_values": TOKEN,
-    "returns": TOKEN, "step_index": TOKEN, "cosine": TOKEN,
+    "returns": TOKEN, "step_index": TOKEN, "cosine": TOKEN, "step_reward": TOKEN,
     "advantages": EITHER,
     "pairs": PAIRS,
     "annotator": NAME, "user": NAME, "source": NAME,
