@@ -144,7 +144,7 @@ _PARAM_RANGE = {
     "jsd": ("weight of the reference in the mixture, 0 < b < 1", 0.0, 1.0),
     "alpha": ("exponent of the reference, 0 < a < 1", 0.0, 1.0),
     "renyi": ("order, 0 < a < 1", 0.0, 1.0),
-    "mix": ("weight of the reference logits, 0 <= b <= 1", -math.inf, math.inf),
+    "mix": ("weight of the reference logits, finite and b <= 1", -math.inf, 1.0),
     "bkl": ("size of the reference's top set, k >= 1", 0.0, math.inf),
 }
 
@@ -182,7 +182,7 @@ def parse_stats(stats: str | Iterable[str], *, allowed: Sequence[str]) -> tuple[
                     f"{name}:0.5."
                 ) from None
             if name == "mix":
-                good = 0.0 <= param <= 1.0
+                good = low < param <= high
             elif name == "bkl":
                 good = 1 <= param < math.inf and param == int(param)
             else:

@@ -35,8 +35,6 @@ class Batch:
             "margin_reward_chosen": torch.randn(3, 1, generator=g),
             "margin_reward_rejected": torch.randn(3, 1, generator=g),
             "pref_prob": torch.rand(3, generator=g),
-            "mix_chosen_logps": -torch.rand(3, generator=g),
-            "mix_rejected_logps": -torch.rand(3, generator=g),
             "baseline_mean_logps": -torch.rand(S, generator=g),
             "source_chosen_mean_logps": -torch.rand(3, 2, generator=g),
             "source_rejected_mean_logps": -torch.rand(3, 2, generator=g),

@@ -142,7 +142,9 @@ def row_statistic(
             grad -= np.where(head, 0.0, p * rest_r / rest_p)
         return value, grad
     if name == "mix":
-        lm = log_softmax((1 - arg) * z + arg * zr)
+        with np.errstate(invalid="ignore"):
+            blend = (1 - arg) * z + arg * zr
+        lm = log_softmax(np.where(np.isneginf(z), z, blend))  # dead in both: dead
         return float(lm[y]), (1 - arg) * (onehot - np.exp(lm))
     raise AssertionError(f"the oracle knows no statistic {stat!r}")
 

@@ -165,8 +165,11 @@ def _loss_statistics(terms: list[Term]) -> dict[str, None]:
 
 def _constant_statistics(terms: list[Term]) -> list[str]:
     """Statistics that no loss differentiates: the ops then keep and compute nothing for them."""
-    read = {s: all(s in t.record.constant for t in terms if s in t.call.stats)
-            for t in terms for s in t.record.constant}  # fmt: skip
+    read: dict[str, bool] = {}
+    for term in terms:
+        for stat in term.call.stats:
+            name = stat.partition(":")[0]
+            read[name] = read.get(name, True) and name in term.record.constant
     return [name for name, quiet in read.items() if quiet]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 from prefkern import losses, preference_loss
 from prefkern.losses import weights
@@ -187,3 +188,31 @@ def test_orpo_likelihood_may_score_the_prompt():
             likelihood_targets=whole,
             ref_logp=torch.zeros(4, 6).double(),
         )
+
+
+def test_selfie_doubts_by_logits_away_from_the_reference():
+    """The margin under 1.5 z - 0.5 z_ref flags one of two pairs, the policy's own none."""
+    g = torch.Generator().manual_seed(0)
+    hidden, ref = (torch.randn(4, 3, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    head = torch.randn(20, 6, generator=g, dtype=torch.float64)
+    targets = torch.randint(0, 20, (4, 3), generator=g)
+
+    def summed(states):
+        z = states @ head.T
+        return z.log_softmax(-1).gather(-1, targets[..., None]).sum((1, 2))
+
+    def margin(h):
+        gap = h - summed(ref)
+        return 0.1 * (gap[0::2] - gap[1::2])
+
+    away = margin(summed(1.5 * hidden - 0.5 * ref))
+    own = margin(summed(hidden))
+    cut = away.mean().item()
+    for mixture, c in ((1.5, away), (1.0, own)):
+        flagged = torch.where(c <= cut, 0.9, 1.0)
+        want = (flagged * softplus(-own) + (1 - flagged) * softplus(own)).mean()
+        found, _ = preference_loss(
+            hidden, head, targets, loss="selfie", ref_hidden=ref, mixture=mixture, threshold=cut
+        )
+        torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=0)
+    assert (away <= cut).tolist() != (own <= cut).tolist()  # else the mixture would not show

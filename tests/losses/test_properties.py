@@ -28,7 +28,7 @@ from prefkern.stats import SeqStats, TokenStats
 pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
 
 # Losses with a kink where policy equals reference: the one-sided derivatives differ there.
-KINK_AT_ZERO = {"dpop", "scir", "uni_dpo"}
+KINK_AT_ZERO = {"dpop", "scir", "selfie", "uni_dpo"}
 # Losses whose weight or label is a constant formed from the same log-probabilities: a finite
 # difference sees it move. Their gradients are proven by the vectors.
 CONSTANT_FROM_POLICY = {

@@ -166,7 +166,7 @@ PAIR = {
     "jsd_out_of_range": ({"stats": ("jsd:1.5",)}, ["jsd:1.5", "0 < b < 1"]),
     "alpha_out_of_range": ({"stats": ("alpha:1",)}, ["alpha:1"]),
     "renyi_out_of_range": ({"stats": ("renyi:0",)}, ["renyi:0"]),
-    "mix_out_of_range": ({"stats": ("mix:-0.1",)}, ["mix:-0.1"]),
+    "mix_out_of_range": ({"stats": ("mix:1.1",)}, ["mix:1.1"]),
     "mix_nan": ({"stats": ("mix:nan",)}, ["mix:nan"]),
     "bkl_zero": ({"stats": ("bkl:0",)}, ["bkl:0"]),
     "bkl_fraction": ({"stats": ("bkl:2.5",)}, ["bkl:2.5"]),

@@ -174,6 +174,7 @@ def test_shared_head_gets_no_gradient_from_the_reference(backend):
     """d_weight of a head that serves both models is the policy's part alone."""
     inputs = make_inputs(SMALL, FP64, shared=True)
     check_closeness(backend, inputs, ("fkl", "rkl", "jsd:0.5", "mix:0.5"))
+    check_closeness(backend, inputs, ("mix:-1.5",))
     weight = inputs.weight.clone().requires_grad_()
     out = prefkern.linear_divergence(
         inputs.hidden, weight, inputs.targets, inputs.ref_hidden, stats=("fkl",), backend=backend
@@ -292,6 +293,11 @@ def test_minus_inf_in_one_model_only(backend):
     check_closeness(
         backend, dead_policy, ("logp", "rkl", "jsd:0.5", "tv", "alpha:0.5", "renyi:0.5", "mix:0.5")
     )
+    # Away from the reference its zeros count the other way: fine where the policy's are too.
+    check_closeness(backend, dead_policy, ("mix:-0.5",))
+    check_closeness(backend, both.replace(bias=dead, ref_bias=dead), ("mix:-0.5",))
+    got, _ = run_op(backend, dead_ref, ("mix:-0.5",), None)
+    assert bool(got["mix:-0.5"][targets != IGNORE].isnan().all()), "no sum of p^1.5 / r^0.5 exists"
     for inputs_, stat in ((dead_ref, "rkl"), (dead_policy, "fkl")):
         got, _ = run_op(backend, inputs_, (stat,), None)
         scored = targets != IGNORE

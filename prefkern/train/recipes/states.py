@@ -101,21 +101,12 @@ def _lcpo(state: dict[str, float], seen: Seen) -> tuple[Any, dict[str, Any]]:
 
 
 def _selfie(state: selfie.SelfieState, seen: Seen) -> tuple[Any, dict[str, Any]]:
-    # The mixed model is the policy itself: mixture 1, the authors' released setting.
-    chosen, rejected = seen.own
-    arguments = {
-        "mix_chosen_logps": chosen.require("logp"),
-        "mix_rejected_logps": rejected.require("logp"),
-        # In the first part of a run no label is doubted.
-        "threshold": selfie.NO_DOUBT
-        if seen.progress < seen.options["warmup"]
-        else selfie.threshold(state),
-    }
+    # In the first part of a run no label is doubted.
+    early = seen.progress < seen.options["warmup"]
+    threshold = selfie.NO_DOUBT if early else selfie.threshold(state)
     if seen.training:
-        every = dict(zip(("mix_chosen_logps", "mix_rejected_logps"),
-                         (row.require("logp") for row in seen.rows), strict=True))  # fmt: skip
-        state = seen.update(state, *seen.rows, **every)
-    return state, arguments
+        state = seen.update(state, *seen.rows)
+    return state, {"threshold": threshold}
 
 
 LCPO = Rule(lambda _: {}, _lcpo, dict, ("eta",), {"ema": 0.1}, ("annotator",))
@@ -128,13 +119,13 @@ RULES: dict[str, Rule] = {
     "lcpo": LCPO, "lcpo_simpo": LCPO, "lcpo_cpo": LCPO,
     "selfie": Rule(
         lambda _: selfie.SelfieState(), _selfie, lambda s: selfie.SelfieState(tuple(s[0])),
-        ("mix_chosen_logps", "mix_rejected_logps", "threshold"), {"warmup": 0.2},
+        ("threshold",), {"warmup": 0.2},
     ),
 }  # fmt: skip
 
 
 # Arguments that say nothing as a mean.
-UNLOGGED = frozenset({"keep", "a", "mix_chosen_logps", "mix_rejected_logps"})
+UNLOGGED = frozenset({"keep", "a"})
 
 
 def rule_of(record: Loss) -> Rule | None:

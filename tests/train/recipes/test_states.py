@@ -123,10 +123,17 @@ def test_selfie_doubts_nothing_at_first_and_then_the_lowest_margins():
         ask(states, "selfie", seq(logratio), flat)
     found = ask(states, "selfie", seq(7.0), flat)
     assert found["threshold"] == pytest.approx(0.1 * 1.2)  # 10 % between 1, 2 and 4
-    assert found["mix_chosen_logps"].tolist() == [7.0]
+    assert set(found) == {"threshold"}
     for _ in range(60):
         ask(states, "selfie", seq(9.0), flat)
     assert len(states.values["selfie"].margins) == 50
+
+
+def test_selfie_doubts_by_the_margins_of_its_mixture():
+    states = states_of("selfie", mixture=1.5)
+    rows = [seq(2.0)._replace(mix=torch.tensor([m], dtype=torch.float64)) for m in (5.0, 1.0)]
+    ask(states, "selfie", *rows, mixture=1.5)
+    assert states.values["selfie"].margins == pytest.approx((0.1 * 4.0,))
 
 
 class Killed(BaseException):
