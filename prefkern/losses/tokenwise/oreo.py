@@ -23,8 +23,8 @@ def _reads(*, kl: str = "rkl", **_: Any) -> tuple[str, ...]:
 
 @tokenwise(
     source="arXiv 2412.16145 eq. 7-10",
-    status="paper read; policy and value losses checked against the authors' code, the step "
-    "level after its description",
+    status="paper read; policy and value losses checked against the authors' code, at step level "
+    "too",
     reference=True,
     reads=_reads,
     parts=(Part("value", "the value is a constant that nothing learns", "a value head"),),
