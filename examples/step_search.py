@@ -1,7 +1,7 @@
 """A tree search over the steps of an answer, led by the policy that it later trains.
 
-Used by itool_calls.py and mcts_dpo.py. Texts are words with spaces between, an answer is made of
-steps. Searches of many prompts run side by side: a forward has a row per prompt or more.
+Used by itool_calls.py and mcts_dpo.py. Texts are words with spaces between, answers are steps. Many
+prompts are searched side by side.
 """
 
 from __future__ import annotations
@@ -61,8 +61,7 @@ def fit(step: Any, words: Words, rows: list[dict[str, Any]], *, rate: float, bat
     `rejected`, else of pairs, with `pref_prob` where rows have it. The last loss."""
     sides = ("chosen", "rejected")[: 1 + ("rejected" in rows[0])]
     optimizer = torch.optim.AdamW(step.parameters(), lr=rate)
-    for at in range(0, len(rows), batch):
-        part = rows[at : at + batch]
+    for part in (rows[at : at + batch] for at in range(0, len(rows), batch)):
         probs = [row["pref_prob"] for row in part if "pref_prob" in row]
         more = {"pref_prob": torch.tensor(probs)} if probs else {}
         loss = step(**words.batch(part, sides), **more)[0]
@@ -126,8 +125,8 @@ class Node:
 
 def search(
     prompts: Sequence[str], propose: Callable[[list[Node]], list[list[tuple[str, float]]]],
-    judge: Callable[[list[Node]], list[float]], *, end: str | tuple[str, ...], simulations: int,
-    c: float,
+    judge: Callable[[list[Node]], list[float]], *, end: str | tuple[str, ...],
+    simulations: int, c: float,
 ) -> list[Node]:  # fmt: skip
     """The trees. propose gives steps and priors to nodes that have none, judge values to nodes."""
     roots = [Node(prompt) for prompt in prompts]
