@@ -78,7 +78,7 @@ EXTRA: dict[str, Callable[[int, torch.Generator], object]] = {
     **dict.fromkeys(("label", "keep"), lambda n, g: torch.arange(n) % 2 == 0),
     **dict.fromkeys(("delta", "kl_baseline"), lambda n, g: 0.1),
     **dict.fromkeys(
-        ("rm_margin", "mix_chosen_logps", "mix_rejected_logps", "baseline_mean_logps",
+        ("rm_margin", "baseline_mean_logps",
          "slow_chosen_logps", "slow_rejected_logps", "judge_logit_gap", "log_target_prob"),
         _normal,
     ),

@@ -48,8 +48,6 @@ def extra(record: Loss, n: int) -> dict:
         "margin_reward_chosen": lambda: torch.randn(n, 1, generator=g, dtype=torch.float64),
         "margin_reward_rejected": lambda: torch.randn(n, 1, generator=g, dtype=torch.float64),
         "pref_prob": lambda: torch.rand(n, generator=g, dtype=torch.float64),
-        "mix_chosen_logps": lambda: -torch.rand(n, generator=g, dtype=torch.float64) * 50,
-        "mix_rejected_logps": lambda: -torch.rand(n, generator=g, dtype=torch.float64) * 50,
         "baseline_mean_logps": lambda: -torch.rand(n, generator=g, dtype=torch.float64),
         "source_chosen_mean_logps": lambda: -torch.rand(n, 2, generator=g, dtype=torch.float64),
         "source_rejected_mean_logps": lambda: -torch.rand(n, 2, generator=g, dtype=torch.float64),

@@ -23,7 +23,10 @@ RECIPES: list[Row] = [
         ("picked.numel() / max(1.0", "1.0 / max(1.0"),
         ('return after, {"eta": eta}', 'return state, {"eta": eta}'),
         ("else before.mean\n", "else 0.0\n"),
-        ('early = seen.progress < seen.options["warmup"]', 'early = seen.progress > seen.options["warmup"]'),
+        (
+            'early = seen.progress < seen.options["warmup"]',
+            'early = seen.progress > seen.options["warmup"]',
+        ),
         ("            self.updates += 1", "            self.updates += 0"),
         ('self.updates = found["updates"]', "self.updates = 0"),
         ("{**rule.options, **hyper, **self.config.loss_args}", "{**hyper, **rule.options}"),
