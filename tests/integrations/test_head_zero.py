@@ -1,0 +1,39 @@
+"""at_head under DeepSpeed ZeRO-2 and ZeRO-3, gloo ranks against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ranks import run_checks
+
+pytest.importorskip("deepspeed")
+WORKER = str(Path(__file__).with_name("zero_worker.py"))
+CHECKS = [
+    *((2, "zero", "3", what) for what in ("plain", "tied embeddings", "lora", "saved")),
+    (2, "zero", "2", "plain"),
+    *((3, "zero", "3", what) for what in ("unequal tokens", "base", "checkpointing",
+                                          "sharded reference")),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the ranks of a world found; one start for all checks."""
+    seen: dict[int, dict] = {}
+
+    def ask(world: int) -> dict:
+        if world not in seen:
+            calls = [tuple(call) for size, *call in CHECKS if size == world]
+            folder = tmp_path_factory.mktemp(f"ranks{world}")
+            seen[world] = run_checks(folder, WORKER, world, calls)
+        return seen[world]
+
+    return ask
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: "-".join(map(str, c)))
+def test_gradients_are_those_of_one_process(found, check):
+    world, *call = check
+    if text := found(world)[tuple(call)]:
+        pytest.fail(text, pytrace=False)
