@@ -154,8 +154,13 @@ def _precompute(args: list[str]) -> int:
     config, _ = _configure("precompute", args)
     from ..train.precompute import precompute
 
-    for path in precompute(config):
-        print(path)
+    paths = precompute(config)
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.is_main_process:
+        print(*paths, sep="\n")
+    state.destroy_process_group()
     return 0
 
 

@@ -49,7 +49,8 @@ class OutputLayer:
     @property
     def vocabulary(self) -> int:
         """Entries of the model's logits."""
-        stored = int(self.linear.weight.shape[0])
+        weight = self.linear.weight
+        stored = int(getattr(weight, "ds_shape", weight.shape)[0])  # ZeRO-3 leaves nothing of it
         return stored if self.rows is None else min(self.rows, stored)
 
     @property

@@ -22,23 +22,29 @@ LIMIT = 1e-4  # nats
 
 
 @torch.no_grad()
-def verify_head(model: Any, *, backend: str = "auto") -> float | None:
+def verify_head(model: Any, *, backend: str = "auto", gathers: bool = False) -> float | None:
     """Largest difference between log-probabilities at the head and those of the model's own logits.
 
     `at_head(model)` must have been called. Two rows of eight and five arbitrary tokens are scored,
     without dropout, with and, where the model is set so, without their padding. Weights, random
     state and mode stay as they are.
 
+    Args:
+        model: After `at_head`.
+        backend: As in `linear_logps`.
+        gathers: Weights of ZeRO-3 come where their modules are called: the model is prepared, and
+            every rank calls this.
+
     Returns:
         The difference in nats; None for weights that are not here to be read (meta tensors, ZeRO-3
-        partitions) or whose logits are not finite.
+        partitions without `gathers`) or whose logits are not finite.
 
     Raises:
         ValueError: a difference beyond 1e-4 plus what rounding logits to a 16-bit dtype costs: the
             family does to its logits, or to packed rows, what its config does not say.
     """
     parameters = list(model.parameters())
-    if any(p.is_meta or hasattr(p, "ds_id") for p in parameters):
+    if any(p.is_meta or (hasattr(p, "ds_id") and not gathers) for p in parameters):
         return None
     device = hf.causal_lm(model).get_input_embeddings().weight.device
     vocabulary = hf.text_config(model).vocab_size

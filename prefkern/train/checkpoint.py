@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import sharded, sharded_files
+from . import sharded, sharded_files, zero
 from .noise import own_rates
 from .output import Output, writing
 from .processes import Processes
@@ -38,19 +38,26 @@ def _sync(folder: Path) -> None:
             os.close(handle)
 
 
-def _names(modules: dict[str, nn.Module]) -> dict[int, str]:
-    """id of a parameter -> stable name, over the trained modules."""
+def _parameters(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Those of the trained modules by their names in a checkpoint."""
     return {
-        id(parameter): f"{prefix}.{name}"
+        f"{prefix}.{name}": parameter
         for prefix, module in modules.items()
         for name, parameter in module.named_parameters()
     }
+
+
+def _names(modules: dict[str, nn.Module]) -> dict[int, str]:
+    """id of a parameter -> stable name, over the trained modules."""
+    return {id(parameter): name for name, parameter in _parameters(modules).items()}
 
 
 def optimizer_state(
     optimizer: torch.optim.Optimizer, modules: dict[str, nn.Module]
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Tensors "exp_avg|policy.layer.weight" -> value, and the JSON part of the groups."""
+    if zero.owns(optimizer):
+        return zero.optimizer_state(optimizer, _parameters(modules))
     names = _names(modules)
     tensors = {}
     for group in optimizer.param_groups:
@@ -72,11 +79,17 @@ def load_optimizer_state(
     groups: list[dict[str, Any]],
 ) -> None:
     names = _names(modules)
-    now = [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups]
+    if zero.owns(optimizer):
+        now = [g[zero.NAMES] for g in zero.inner(optimizer).param_groups]
+    else:
+        now = [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups]
     if now != [g["params"] for g in groups]:
         raise ValueError(
             "the checkpoint's optimizer holds other parameters than this model trains."
         )
+    if zero.owns(optimizer):
+        zero.load_optimizer_state(optimizer, _parameters(modules), tensors, groups)
+        return
     order = [name for group in groups for name in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -138,7 +151,8 @@ def save_checkpoint(
         OSError: in every process: one of them cannot write; earlier checkpoints stay.
     """
     name = f"checkpoint-{state['step']}"
-    in_parts = any(sharded.is_sharded(module) for module in modules.values())
+    in_parts = zero.owns(optimizer)
+    in_parts = in_parts or any(sharded.is_sharded(module) for module in modules.values())
     frozen = {k: v for part in parts for k, v in part.moved().items()}
     weights = sharded_files.tensors_of(modules, frozen) if in_parts else {}
     tensors, groups = optimizer_state(optimizer, modules)
@@ -345,10 +359,11 @@ def _load_tensors(
 ) -> None:
     for module in modules.values():
         sharded.reshard(module)
+    like = zero.empty_rows if zero.owns(optimizer) else torch.Tensor.detach
     parameters = {
-        f"{prefix}.{name}": parameter.detach()
-        for prefix, module in modules.items()
-        for name, parameter in module.named_parameters()
+        name: like(parameter)
+        for name, parameter in _parameters(modules).items()
+        if parameter.requires_grad
     }
     groups = read_json(checkpoint / "optimizer.json")
     if sharded_files.are_in(checkpoint):
@@ -357,6 +372,7 @@ def _load_tensors(
         state = sharded_files.empty_state(found["tensors"], parameters)
         weights = sharded_files.tensors_of(modules, frozen)
         sharded_files.read_parts(checkpoint, weights | state)
+        sharded_files.put_back(modules, weights)
         state |= {name: torch.tensor(value) for name, value in found["numbers"].items()}
     else:
         for name, module in modules.items():

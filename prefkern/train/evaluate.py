@@ -1,14 +1,14 @@
-"""Held-out metrics, and how batches are dealt out to the processes."""
+"""Held-out metrics."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 
 import torch
 
 from .data import Example, length_baseline
+from .deal import deal
 from .logs import Meter, Shares
 from .run import Run
 
@@ -53,10 +53,3 @@ def evaluate(run: Run, examples: list[Example]) -> dict[str, float]:
         "eval_runtime": seconds,
         "eval_samples_per_second": len(examples) / seconds,
     }
-
-
-def deal(chunk: list[list[int]], rank: int, world: int) -> Iterator[tuple[list[int], bool]]:
-    """This rank's batches of `chunk`; (its first batch, False) where the rank has one too few."""
-    for start in range(0, len(chunk), world):
-        has = start + rank < len(chunk)
-        yield (chunk[start + rank], True) if has else (chunk[0], False)

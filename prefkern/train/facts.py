@@ -7,10 +7,12 @@ from typing import Any
 
 from ..integrations import hf
 from ..integrations.output_layer import resolve
+from . import zero
 from .config import TrainConfig
 from .data import Loaded
 from .data_providers import Columns
 from .providers import Provider
+from .sharded import size
 from .step import PreferenceStep
 
 
@@ -32,11 +34,11 @@ def facts_of(
     columns = [c for p in providers if isinstance(p, Columns) for c in p.columns.values()]
     return {
         "model": type(inner).__name__,
-        "parameters": sum(p.numel() for p in parameters),
-        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "parameters": sum(map(size, parameters)),
+        "trainable": sum(size(p) for p in parameters if p.requires_grad),
         "head": {
             "vocabulary": layer.vocabulary,
-            "hidden": weight.shape[1],
+            "hidden": zero.shape(weight)[1],
             "dtype": str(weight.dtype).removeprefix("torch."),
             "bias": bias is not None,
             "scale": layer.options["scale"],

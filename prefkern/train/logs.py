@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .config import TrainConfig
 from .data import Example
 from .output import writing
+from .sharded import size
 
 DIFFERENCE = "chosen minus rejected"  # stands for "margins" that follow from two other means
 
@@ -173,8 +174,8 @@ def performance(device: torch.device, tokens: int, seconds: float) -> dict[str, 
 
 def total_flos(model: nn.Module, tokens: int) -> float:
     """transformers' estimate: 6 per parameter and token, embeddings left out."""
-    embeddings = sum(p.numel() for n, p in model.named_parameters() if "embed" in n)
-    return 6.0 * tokens * (sum(p.numel() for p in model.parameters()) - embeddings)
+    embeddings = sum(size(p) for n, p in model.named_parameters() if "embed" in n)
+    return 6.0 * tokens * (sum(map(size, model.parameters())) - embeddings)
 
 
 def postfix(row: dict[str, Any]) -> dict[str, str]:

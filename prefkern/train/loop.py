@@ -21,9 +21,10 @@ import torch
 from tqdm.auto import tqdm
 
 from . import checkpoint as ckpt
-from . import finite, resumed, sources
+from . import finite, resumed, sources, zero
 from .data import Example, plan_batches
-from .evaluate import deal, evaluate
+from .deal import deal
+from .evaluate import evaluate
 from .logs import History, Meter, Shares, performance, postfix, total_flos, trainer_state
 from .optimizer import clip, make_scheduler, rounded_away
 from .output import LOG, TRAINER_STATE, Output, owner, writing
@@ -73,7 +74,7 @@ class Loop:
         self.total_steps = count_steps(run)
         # accelerate's wrapper steps; what it wraps is what schedules and checkpoints know
         self.optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
-        self.scheduler = make_scheduler(self.optimizer, run.config, self.total_steps)
+        self.scheduler = make_scheduler(zero.inner(self.optimizer), run.config, self.total_steps)
         self.counts = Counts()
         run.say(f"data: {run.report}")
         if run.eval_data is not None:
@@ -213,6 +214,7 @@ class Loop:
         # Sharded gradients are reduced after every micro-batch: a process that waited for the last
         # would hold all of them until then.
         waits = not last and not run.accelerator.is_fsdp2
+        run.accelerator.sync_gradients = last  # DeepSpeed clips and steps within the backward then
         with run.accelerator.no_sync(run.wrapped) if waits else nullcontext():
             loss, metrics = run.wrapped(run.step, micro, reference, given, num_items)
             # Gradients are means over ranks. A filler batch keeps a rank in step and counts 0.

@@ -84,4 +84,6 @@ def rounded_away(step: nn.Module, rate: float) -> float:
 def clip(accelerator: Any, root: nn.Module, limit: float) -> Tensor:  # []
     """Gradient norm over all processes before clipping; with limit 0 nothing is clipped."""
     norm = accelerator.clip_grad_norm_(root.parameters(), limit if limit > 0 else math.inf)
+    if isinstance(norm, float | int):  # DeepSpeed's, which clips itself; -1 where it is no number
+        return torch.tensor(norm if norm >= 0 else math.nan)
     return whole(norm)

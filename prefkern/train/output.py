@@ -47,6 +47,8 @@ _STORED = (
     "dataset", "eval_dataset", "precomputed_ref", "precomputed_aux", "fused_ref",
     "precomputed_baseline",
 )  # fmt: skip
+# Options whose value is a place, which may be another on another machine.
+PATHS = frozenset({*MODELS, *_STORED, "output_dir", "resume_from_checkpoint", "device"})
 
 
 def read_mark(folder: Path) -> dict[str, Any] | None:

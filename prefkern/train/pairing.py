@@ -22,13 +22,15 @@ from .sharded import Compute, called
 PACKING_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
+@torch.no_grad()
 def check_own_logits(model: hf.Model, config: TrainConfig, root: Compute = called) -> float:
     """Largest difference in nats between log-probabilities at the head and by the own logits.
 
     Raises:
         ValueError: a difference beyond rounding, logits that are not finite.
     """
-    difference = root(partial(verify_head, model, backend=config.backend))
+    verify = partial(verify_head, model, backend=config.backend, gathers=True)
+    (difference,) = root(lambda: [verify()])  # in a list: ZeRO-3 looks for tensors in an output
     if difference is None:
         raise ValueError(
             f"the logits of {type(hf.causal_lm(model)).__name__} are not finite on arbitrary "

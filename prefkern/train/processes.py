@@ -14,12 +14,14 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
 
-from . import together
+from . import together, zero
 from .config import TrainConfig
+from .output import PATHS
 from .waiting import others_wait
 
 Value = TypeVar("Value")
@@ -58,6 +60,34 @@ class Processes:
         found: list[Any] = [None] * self.accelerator.num_processes
         torch.distributed.all_gather_object(found, value)
         return found
+
+    def to_main(self, value: Value) -> list[Value] | None:
+        """In the main process one entry per process that takes other micro-batches; the others get
+        None."""
+        if self.world == 1:
+            return [value]
+        main = self.accelerator.is_main_process
+        found: list[Any] | None = [None] * self.world if main else None
+        torch.distributed.gather_object(value, found, dst=0)
+        return found
+
+    def check_same(self, config: TrainConfig, **facts: Any) -> None:
+        """Refuses a run whose processes would part ways: what they call together follows from the
+        options and from `facts`, plain values. Paths may differ between machines.
+
+        Raises:
+            ValueError: in every process, naming what differs and where.
+        """
+        own = {f"option {k}": v for k, v in config.as_dict().items() if k not in PATHS} | facts
+        every = self.everyone(own)
+        for name, value in every[0].items():
+            other = next((i for i, found in enumerate(every) if found[name] != value), None)
+            if other is not None:
+                raise ValueError(
+                    f"the processes of a run must have the same {name}; process 0 has {value}, "
+                    f"process {other} has {every[other][name]}: start all of them with the same "
+                    "options, on the same data."
+                )
 
     def from_main(self, make: Callable[[], Value]) -> Value:
         """What `make()` gives in the main process, however long it takes; a ValueError or OSError
@@ -112,6 +142,8 @@ def make_accelerator(config: TrainConfig) -> Any:
     if on_cpu:
         _shard_on_cpu(accelerator, before)
     _check_kind(accelerator)
+    if zero.stage_of(accelerator):
+        zero.settle(accelerator.state.deepspeed_plugin, config)
     together.watch(accelerator)
     return accelerator
 
@@ -134,13 +166,18 @@ def _check_environment(config: TrainConfig) -> None:
             "accelerate is set to a dynamo_backend; this trainer's step is not compiled as a "
             "whole: set dynamo_backend: no."
         )
-    for name, what in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
-        if _set(f"ACCELERATE_USE_{name}"):
+    if _set("ACCELERATE_USE_DEEPSPEED"):
+        if find_spec("deepspeed") is None:
             raise ValueError(
-                f"this trainer does not run under {what}; set distributed_type: FSDP with "
-                "fsdp_version: 2, which shards weights, gradients and optimizer as ZeRO-3 does "
-                "(fsdp_reshard_after_forward: false as ZeRO-2)."
+                "accelerate is set to distributed_type: DEEPSPEED, and deepspeed is not installed "
+                "here; install it, or set distributed_type: FSDP with fsdp_version: 2."
             )
+        zero.check_options(config)
+    if _set("ACCELERATE_USE_MEGATRON_LM"):
+        raise ValueError(
+            "this trainer does not run under Megatron-LM; set distributed_type: FSDP with "
+            "fsdp_version: 2."
+        )
 
 
 def _shard_on_cpu(accelerator: Any, before: Any) -> None:
@@ -155,6 +192,9 @@ def _shard_on_cpu(accelerator: Any, before: Any) -> None:
         state.parallelism_config = before
         return
     if state.distributed_type != DistributedType.MULTI_CPU:
+        return
+    if _set("ACCELERATE_USE_DEEPSPEED"):
+        zero.start_on_cpu(accelerator)
         return
     if _set("ACCELERATE_USE_FSDP"):
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
@@ -171,10 +211,10 @@ def _check_kind(accelerator: Any) -> None:
 
     kind = accelerator.distributed_type
     plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if kind not in (*plain, DistributedType.FSDP):
+    if kind not in (*plain, DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
-            f"this trainer runs on one device, with DistributedDataParallel or with FSDP2, not "
-            f"with {kind}; set distributed_type: MULTI_GPU or FSDP in accelerate's file."
+            "this trainer runs on one device, with DistributedDataParallel, FSDP2 or DeepSpeed, "
+            f"not with {kind}; set distributed_type: MULTI_GPU or FSDP in accelerate's file."
         )
     if kind == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin

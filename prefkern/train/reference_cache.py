@@ -25,8 +25,10 @@ from ..integrations import hf
 from ..ops.segment_sum import segment_sum
 from .config import TrainConfig, short_hash
 from .data import Example, PreferenceBatch, collate, data_hash
+from .deal import deal
 from .models import weights_hash
 from .output import writing
+from .processes import Processes
 from .reference import token_logps
 
 FORMAT = "prefkern-reference-logps-1"
@@ -169,7 +171,9 @@ def mean_logps(stored: StoredLogps) -> Tensor:  # [S] fp64
     return segment_sum(stored.logp, stored.cu_seqlens) / lengths
 
 
-@torch.no_grad()
+Read = Callable[[nn.Module, PreferenceBatch, TrainConfig], Tensor]
+
+
 def compute(
     model: nn.Module,
     examples: list[Example],
@@ -177,20 +181,67 @@ def compute(
     *,
     packed: bool,
     pad_id: int,
-    progress: Iterable[int] | None = None,
-    read: Callable[[nn.Module, PreferenceBatch, TrainConfig], Tensor] = token_logps,
+    read: Read = token_logps,
 ) -> StoredLogps:
     """Log-probabilities of every scored token of every sequence, in the order of `examples`.
 
-    `progress` gives the first example of every batch; default: all in turn. `read` may give other
-    numbers [B, T] of a batch under the model.
+    `read` may give other numbers [B, T] of a batch under the model.
     """
-    size, device = config.per_device_eval_batch_size, next(model.parameters()).device
-    parts = []
-    for start in progress if progress is not None else range(0, len(examples), size):
-        batch = collate(examples[start : start + size], packed=packed, pad_id=pad_id).to(device)
-        logp = read(model, batch, config)
-        parts.append(logp[batch.targets != -100].cpu())
+    chunks = batches_of(examples, config)
+    parts = [read_batch(model, chunk, config, packed=packed, pad_id=pad_id, read=read)
+             for chunk in chunks]  # fmt: skip
+    return joined(parts, examples)
+
+
+def compute_shared(
+    model: nn.Module,
+    examples: list[Example],
+    config: TrainConfig,
+    processes: Processes,
+    *,
+    packed: bool,
+    pad_id: int,
+    progress: Callable[[list[Any]], Iterable[Any]],
+) -> StoredLogps | None:
+    """As `compute`, the batches dealt out to the processes, which all call it; the main one returns
+    all numbers, the others None. `progress` wraps the batches of this process."""
+    chunks = batches_of(examples, config)
+    numbers = [[number] for number in range(len(chunks))]
+    mine = []
+    for (number,), real in progress(list(deal(numbers, processes.rank, processes.world))):
+        # one batch too few: a sharded model must be called as often as in the other processes
+        logps = read_batch(model, chunks[number], config, packed=packed, pad_id=pad_id)
+        if real:
+            mine.append(logps)
+    shares = processes.to_main(mine)
+    if shares is None:
+        return None
+    turns = itertools.zip_longest(*shares)
+    return joined([part for turn in turns for part in turn if part is not None], examples)
+
+
+def batches_of(examples: list[Example], config: TrainConfig) -> list[list[Example]]:
+    size = config.per_device_eval_batch_size
+    return [examples[i : i + size] for i in range(0, len(examples), size)]
+
+
+@torch.no_grad()
+def read_batch(
+    model: nn.Module,
+    examples: list[Example],
+    config: TrainConfig,
+    *,
+    packed: bool,
+    pad_id: int,
+    read: Read = token_logps,
+) -> Tensor:  # [n], the scored tokens of the batch, on the CPU
+    device = next(model.parameters()).device
+    batch = collate(examples, packed=packed, pad_id=pad_id).to(device)
+    return read(model, batch, config)[batch.targets != -100].cpu()
+
+
+def joined(parts: list[Tensor], examples: list[Example]) -> StoredLogps:
+    """The numbers of all batches, in their order."""
     lengths = [seq.length for example in examples for seq in example.sequences]
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int64)
     return StoredLogps(torch.cat(parts), cu_seqlens)

@@ -16,7 +16,7 @@ import torch
 from ..integrations import hf
 from ..integrations.head import at_head
 from ..losses.record import Loss
-from . import demands, models, output, pairing, reference_cache, seals, sharded
+from . import demands, models, output, pairing, reference_cache, seals, sharded, zero
 from .config import TrainConfig
 from .data import Example, Loaded, Loader, SkipReport, collate, data_hash
 from .data.read import check_source
@@ -129,7 +129,7 @@ def say(accelerator: Any, text: str) -> None:
 def pad_id(tokenizer: Any, model: hf.Model) -> int:
     """0 where the tokenizer has no pad token, or one that the embedding has no row for: masked
     positions are looked up and never read."""
-    rows = hf.causal_lm(model).get_input_embeddings().weight.shape[0]
+    rows = zero.shape(hf.causal_lm(model).get_input_embeddings().weight)[0]
     found = tokenizer.pad_token_id
     return found if found is not None and found < rows else 0
 
@@ -146,8 +146,8 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
             "num_rounds, round_data: a run of rounds is started by prefkern.train.train."
         )
     records, providers = plan(config)
-    check_sources(config)
     accelerator = make_accelerator(config)
+    check_sources(config)  # of this machine
     processes = Processes.of(accelerator)
     resume, notes = processes.from_main(partial(resume_point, config)) if training else (None, [])
     tell = partial(say, accelerator)
@@ -163,6 +163,8 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
             "trained from (a model compared with itself has margins of 0)."
         )
     own_hash = data_hash(data.examples, columns=True)
+    held_out = None if eval_data is None else data_hash(eval_data.examples)
+    processes.check_same(config, data=own_hash, eval_data=held_out)
     kind: Any = next((p.step_class for p in providers if p.step_class), PreferenceStep)
     step: PreferenceStep = kind(policy, config, data.layout, providers)
     root = Root(step)
@@ -170,6 +172,7 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
     difference = pairing.check_own_logits(policy, config, root)
     pairing.check_noise(policy, data.examples, config, root)
     packed = pairing.choose_packing(tell, policy, data.examples, config, root)
+    processes.check_same(config, packing=packed)
     if mode == "cache":
         data, eval_data = with_stored_reference(config, processes, data, eval_data)
     frozen = partial(
@@ -198,6 +201,8 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
 def prepared(accelerator: Any, root: Root, optimizer: Any, training: bool) -> tuple[Any, Any]:
     """Root and optimizer as accelerate wraps them; an evaluation has no gradients, and takes no
     room for them where the model is whole."""
+    if training and zero.stage_of(accelerator):
+        zero.name_groups(optimizer, root.step.trained())
     if training or accelerator.is_fsdp2:
         return accelerator.prepare(root, optimizer)
     return sharded.place(accelerator, root), optimizer

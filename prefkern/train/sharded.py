@@ -1,4 +1,5 @@
-"""Models of which every process holds a part: DTensors of FSDP2 and of tensor parallelism."""
+"""Models of which every process holds a part: DTensors of FSDP2 and of tensor parallelism, and what
+ZeRO-3 makes of parameters."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..integrations import hf
 from ..shard import is_distributed
+from . import zero
 
 
 def place(accelerator: Any, model: hf.Model) -> hf.Model:
@@ -19,22 +21,34 @@ def place(accelerator: Any, model: hf.Model) -> hf.Model:
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
         return fsdp2_prepare_model(accelerator, model)
+    if zero.stage_of(accelerator) == 3:
+        return zero.place(accelerator, model)
     return model if is_sharded(model) else model.to(accelerator.device)
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether this process holds parts of some of its weights only."""
     # of the state, for parameters may be gathered at the moment
-    return any(is_distributed(value) for value in module.state_dict().values())
+    tensors = module.state_dict(keep_vars=True).values()
+    return any(is_distributed(value) or zero.in_parts(value) for value in tensors)
+
+
+def size(parameter: Tensor) -> int:
+    """Numbers in the whole of a parameter."""
+    return zero.shape(parameter).numel()
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
+    if zero.in_parts(tensor):
+        return tensor.ds_tensor  # type: ignore[attr-defined]
     return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, without gradient; every process must ask."""
+    if zero.in_parts(tensor):
+        return zero.whole(tensor)
     with torch.no_grad():
         found = tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
     return found.detach()
@@ -51,6 +65,9 @@ def reshard(module: nn.Module) -> None:
 def fill(target: Tensor, value: Tensor) -> None:
     """Copies `value`, all of it and the same in every process, into a tensor that may be sharded;
     no process is asked."""
+    if zero.in_parts(target) or hasattr(target, "_hp_mapping"):  # of an optimizer of DeepSpeed's
+        zero.fill(target, value)
+        return
     if is_distributed(target):
         from torch.distributed.tensor import distribute_tensor
 
@@ -67,7 +84,7 @@ def fill_module(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         KeyError: a tensor of the module is not in `state`.
     """
-    for name, tensor in module.state_dict().items():
+    for name, tensor in module.state_dict(keep_vars=True).items():
         fill(tensor, state[name])
 
 

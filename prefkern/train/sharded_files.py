@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..shard import is_distributed
-from . import sharded
+from . import sharded, zero
 
 FOLDER = "sharded"  # in a checkpoint
 WEIGHT = "weight"  # kind of what a module holds; the others are the optimizer's
@@ -39,7 +39,9 @@ def tensors_of(modules: dict[str, nn.Module], frozen: dict[str, nn.Module]) -> d
         state = module.state_dict()  # before the parameters: see sharded.reshard
         for name, parameter in module.named_parameters():
             if parameter.requires_grad or prefix in frozen:
-                found[f"{WEIGHT}|{prefix}.{name}"] = parameter.detach()
+                parts = zero.in_parts(parameter)
+                value = zero.rows(zero.whole(parameter)) if parts else parameter.detach()
+                found[f"{WEIGHT}|{prefix}.{name}"] = value
         for name, buffer in module.named_buffers():
             if name in state:
                 found[f"{WEIGHT}|{prefix}.{name}"] = buffer
@@ -72,6 +74,14 @@ def read_parts(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     if tensors:
         reader = HuggingFaceStorageReader(str(checkpoint / FOLDER))
         dcp.load(dict(tensors), storage_reader=reader)
+
+
+def put_back(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
+    """What was read of `tensors_of(modules)` into parameters that are no DTensors themselves."""
+    for prefix, module in modules.items():
+        for name, parameter in module.named_parameters():
+            if zero.in_parts(parameter) and parameter.requires_grad:
+                zero.fill(parameter, sharded.whole(tensors[f"{WEIGHT}|{prefix}.{name}"]))
 
 
 def reason(error: BaseException) -> str:

@@ -61,7 +61,7 @@ class Watch:
 
     def end(self) -> None:
         self.ended.set()
-        self.thread.join()
+        self.thread.join(GRACE)  # it may itself wait for a store whose machine is gone
 
 
 _watch: list[Watch] = []  # of this process, while a run goes on

@@ -8,19 +8,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-os.environ["DS_ACCELERATOR"], os.environ["LOCAL_RANK"] = "cpu", "0"
-
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_grad
 from head_worker import loss_of, models, truth
 from torch import Tensor, nn
 
-from prefkern.integrations.head import at_head
-
-# its collectives through shared memory are C++ that it would compile here
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+os.environ["DS_ACCELERATOR"], os.environ["LOCAL_RANK"] = "cpu", "0"
 
 
 def settings(stage: int) -> dict[str, Any]:
@@ -34,6 +27,10 @@ def settings(stage: int) -> dict[str, Any]:
 
 def engine_of(model: nn.Module, stage: int) -> Any:
     """`model` partitioned over the ranks, with an optimizer where it trains."""
+    import deepspeed
+
+    # its collectives through shared memory are C++ that it would compile here
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     moving = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(moving, lr=0.1) if moving else None
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings(stage))[0]
@@ -41,6 +38,8 @@ def engine_of(model: nn.Module, stage: int) -> Any:
 
 def worst(model: nn.Module, want: dict[str, Tensor]) -> float:
     """Largest relative error of a parameter's gradient; every parameter counts, so does NaN."""
+    from deepspeed.utils import safe_get_full_grad
+
     found = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
     assert found.keys() == want.keys(), found.keys() ^ want.keys()
     errors = [((found[n] - w).norm() / w.norm()).item() for n, w in want.items()]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from prefkern.train import checkpoint, sharded_files, train
 from prefkern.train.loop import train_run
+from prefkern.train.precompute import precompute
 from prefkern.train.read_config import from_mapping
 from prefkern.train.run import Run, prepare
 
@@ -22,6 +23,17 @@ KINDS = {
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    },
+    **{
+        f"zero{stage}": {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "DS_ACCELERATOR": "cpu",
+            # vectors stay gathered, matrices are in parts
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": json.dumps(
+                {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100}}
+            ),
+        }
+        for stage in (2, 3)
     },
     "tensor": {
         "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
@@ -35,6 +47,11 @@ def launched(kind: str) -> None:
     rank, world = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
     os.environ.update(KINDS[kind])
+    if kind.startswith("zero"):
+        import deepspeed
+
+        # its collectives through shared memory are C++ that it would compile here
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def runs(kind: str, folder: str, *names: str) -> None:
@@ -42,6 +59,19 @@ def runs(kind: str, folder: str, *names: str) -> None:
     launched(kind)
     for name in names:
         train_run(prepare(configured(folder, name)), final_run=False)
+
+
+def trains(kind: str, folder: str, name: str) -> None:
+    """`folder`/NAME.json from its start to its end, of rounds too."""
+    launched(kind)
+    train(configured(folder, name))
+
+
+def precomputes(kind: str, folder: str, *names: str) -> None:
+    """Caches of the reference, as `folder`/NAME.json says."""
+    launched(kind)
+    for name in names:
+        precompute(configured(folder, name))
 
 
 def configured(folder: str, name: str):

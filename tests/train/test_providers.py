@@ -13,7 +13,7 @@ from prefkern.losses import LOSSES
 from prefkern.train import train
 from prefkern.train.data import Encoded, Example, SkipReport
 from prefkern.train.data_providers import COUNTS, Columns, StepCounts, tensor_arguments
-from prefkern.train.evaluate import deal
+from prefkern.train.deal import deal
 from prefkern.train.loop import train_run
 from prefkern.train.providers import supplied
 from prefkern.train.recipes.table import PROVIDERS, offers

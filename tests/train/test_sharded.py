@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from many_processes import CASES, COMMON, assert_equal, rows_of
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_models import config, save_model, write_data
@@ -31,18 +32,6 @@ use_cpu: false
 """
 WORKER = str(Path(__file__).with_name("sharded_ranks.py"))
 LONG = 400  # seconds, on a machine that much else runs on
-# 11 rows in micro-batches of 2: the last step of an epoch leaves a rank without rows of its own
-COMMON = dict(
-    per_device_train_batch_size=2, max_steps=4, learning_rate=1e-3, weight_decay=0.1,
-    max_grad_norm=0.5, save_steps=2,
-)  # fmt: skip
-CASES = {
-    "dpo": dict(loss=("dpo",)),
-    "tdpo2": dict(loss=("tdpo2",)),
-    "masks": dict(loss=("sparsepo",), loss_args={"l1_norm_param_u": 1e-3}, mask_learning_rate=1e-2),
-    "lora": dict(loss=("tdpo2",), lora_r=4, lora_target_modules=("q_proj", "lm_head")),
-    "moves": dict(loss=("dpo",), sync_ref_model=True, ref_model_sync_steps=2),
-}
 
 
 @pytest.fixture(scope="module")
@@ -80,32 +69,6 @@ def runs(tmp_path_factory):
         seconds=LONG,
     )
     return folder, made
-
-
-def rows_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log_history.jsonl").read_text().splitlines()]
-
-
-def weights_of(folder: Path) -> dict:
-    return {
-        f"{file.name}:{name}": value
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, value in load_file(file).items()
-    }
-
-
-def assert_equal(one: Path, two: Path, last: int = 99) -> None:
-    """To rounding: every number of the last rows, every weight."""
-    for a, b in zip(rows_of(one)[-last:], rows_of(two)[-last:], strict=True):
-        assert a.keys() == b.keys()
-        for name, value in a.items():
-            if name.startswith("perf/") or "runtime" in name or "_per_second" in name:
-                continue
-            assert b[name] == pytest.approx(value, rel=2e-5, abs=2e-6), (name, a["step"])
-    alone, both = weights_of(one), weights_of(two)
-    assert alone.keys() == both.keys() and alone
-    for name, value in alone.items():
-        assert (value - both[name]).abs().max() < 1e-5, name
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -52,8 +52,9 @@ def train_rounds(config: TrainConfig) -> dict[str, Any]:
         ValueError: options that do not go together, output of an earlier run, bad data.
     """
     check(config)
+    accelerator = make_accelerator(config)
     check_sources(config)
-    rounds = Rounds(config, make_accelerator(config))
+    rounds = Rounds(config, accelerator)
     try:
         rounds.open()
         for number in range(len(rounds.done), rounds.count):

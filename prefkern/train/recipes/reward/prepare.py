@@ -30,8 +30,8 @@ from .step import RewardStep, ScoreProvider
 def prepare_reward(config: TrainConfig, *, training: bool) -> language.Run:
     """Loads and checks everything; raises as `run.prepare`."""
     records, providers = language.plan(config)
-    language.check_sources(config)
     accelerator = make_accelerator(config)
+    language.check_sources(config)
     processes = Processes.of(accelerator)
     if accelerator.is_fsdp2 or processes.tensor_parallel > 1:
         raise ValueError(
@@ -51,6 +51,9 @@ def prepare_reward(config: TrainConfig, *, training: bool) -> language.Run:
     data = as_lists(data, records)
     eval_data = None if eval_data is None else as_lists(eval_data, records)
     demands.check_layout(records, data.layout)
+    own_hash = data_hash(data.examples, columns=True)
+    held_out = None if eval_data is None else data_hash(eval_data.examples)
+    processes.check_same(config, data=own_hash, eval_data=held_out)
     step = RewardStep(policy, config, data.layout, providers)
     root = Root(step)
     wrapped, optimizer = language.prepared(
@@ -69,7 +72,7 @@ def prepare_reward(config: TrainConfig, *, training: bool) -> language.Run:
         config=config, records=records, accelerator=accelerator, processes=processes,
         tokenizer=tokenizer, step=step, root=root, wrapped=wrapped, optimizer=optimizer,
         reference=reference, packed=False, data=data, eval_data=eval_data,
-        data_hash=data_hash(data.examples, columns=True), resume=resume, facts=found,
+        data_hash=own_hash, resume=resume, facts=found,
     )  # fmt: skip
 
 
