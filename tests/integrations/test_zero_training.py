@@ -8,15 +8,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import which
 
 import pytest
 from many_processes import CASES, COMMON, assert_equal, rows_of, weights_of
 from ranks import run_ranks
+from safetensors.torch import load_file
 from tiny_models import config, save_model, write_data
 
 from prefkern.train import seals, train
+from prefkern.train.precompute import precompute
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow
 WORKER = str(Path(__file__).parents[1] / "train" / "sharded_ranks.py")
 LONG = 400  # seconds, on a machine that much else runs on
 LAUNCH = """
@@ -33,45 +37,63 @@ use_cpu: false
 """
 
 
+CHECKED = {2: ("masks",), 3: ("tdpo2", "masks")}  # runs from start to end under each stage
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Runs by name in one process and in two under each stage."""
+def start(tmp_path_factory):
+    """Runs of one process, and what every run is made of."""
     folder = tmp_path_factory.mktemp("zero")
     model, data = save_model(folder / "model"), write_data(folder / "pairs.jsonl", rows=11)
     tied = save_model(folder / "tied", tie_word_embeddings=True)
 
-    def made(name: str, where: str, accumulate: int, **more):
+    def made(name: str, where: str, accumulate: int, middle: str = "", **more):
+        """`middle`: the folder of the runs whose checkpoint it continues."""
         options = COMMON | CASES[name] | {"gradient_accumulation_steps": accumulate} | more
+        if middle:
+            options["resume_from_checkpoint"] = str(folder / middle / name / "checkpoint-2")
         own = tied if name == "tdpo2" else model
         return config(folder / where / name, own, data, eval_dataset=data, **options)
 
-    def from_middle(name: str, where: str) -> dict:
-        return {"resume_from_checkpoint": str(folder / where / name / "checkpoint-2")}
-
     for name in ("tdpo2", "masks", "lora"):
         train(made(name, "one", 4))
-    for stage, every in (("zero2", {"masks": {}}), ("zero3", {"tdpo2": {}, "masks": {}})):
-        lists = [(name, made(name, stage, 2, **more)) for name, more in every.items()]
-        # the second half again, from the checkpoint in its middle; and of one process's run
-        lists.append(("again", made("masks", f"{stage}-again", 2, **from_middle("masks", stage))))
-        lists.append(("other", made("lora", f"{stage}-other", 2, **from_middle("lora", "one"))))
-        for name, settings in lists:
-            (folder / f"{name}.json").write_text(json.dumps(settings.as_dict()))
-        names = [name for name, _ in lists]
-        run_ranks(folder / stage, WORKER, "runs", 2, stage, str(folder), *names, seconds=LONG)
-    return folder, made, from_middle
+    return folder, made
 
 
-@pytest.mark.parametrize(("stage", "name"), [("2", "masks"), ("3", "masks"), ("3", "tdpo2")])
-def test_two_ranks_are_one_process(runs, stage, name):
-    folder, *_ = runs
-    assert_equal(folder / "one" / name, folder / f"zero{stage}" / name)
+@pytest.fixture(scope="module")
+def two_ranks(start):
+    """The folder after two ranks have run everything under a stage; one start of them for all."""
+    folder, made = start
+    done: set[int] = set()
+
+    def run(stage: int):
+        where = f"zero{stage}"
+        if stage not in done:
+            done.add(stage)
+            lists = [(name, made(name, where, 2)) for name in CHECKED[stage]]
+            # the second half again, from the checkpoint in its middle; and of one process's run
+            lists.append(("again", made("masks", f"{where}-again", 2, middle=where)))
+            lists.append(("other", made("lora", f"{where}-other", 2, middle="one")))
+            for name, settings in lists:
+                (folder / f"{name}.json").write_text(json.dumps(settings.as_dict()))
+            names = [name for name, _ in lists]
+            run_ranks(folder / where, WORKER, "runs", 2, where, str(folder), *names, seconds=LONG)
+        return folder, where, made
+
+    return run
 
 
-@pytest.mark.parametrize("stage", ["2", "3"])
-def test_a_checkpoint_continues_to_the_same_bits(runs, stage):
-    folder, *_ = runs
-    before, again = (folder / where / "masks" for where in (f"zero{stage}", f"zero{stage}-again"))
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_are_one_process(two_ranks, stage):
+    folder, where, _ = two_ranks(stage)
+    for name in CHECKED[stage]:
+        assert_equal(folder / "one" / name, folder / where / name)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_checkpoint_continues_to_the_same_bits(two_ranks, stage):
+    folder, where, _ = two_ranks(stage)
+    before, again = folder / where / "masks", folder / f"{where}-again" / "masks"
     checkpoint = before / "checkpoint-2"
     assert len(list((checkpoint / "sharded").glob("*.safetensors"))) == 2
     assert seals.damage(checkpoint) is None
@@ -82,20 +104,32 @@ def test_a_checkpoint_continues_to_the_same_bits(runs, stage):
     assert len(found := next(logs)) == 4 and found == next(logs)
 
 
-@pytest.mark.parametrize("stage", ["2", "3"])
-def test_two_continue_what_one_process_began(runs, stage):
-    folder, *_ = runs
-    assert_equal(folder / "one/lora", folder / f"zero{stage}-other/lora")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_continue_what_one_process_began(two_ranks, stage):
+    folder, where, _ = two_ranks(stage)
+    assert_equal(folder / "one/lora", folder / f"{where}-other/lora")
 
 
-@pytest.mark.parametrize("stage", ["2", "3"])
-def test_one_process_continues_what_two_began(runs, stage):
-    folder, made, from_middle = runs
-    train(made("masks", f"alone{stage}", 4, **from_middle("masks", f"zero{stage}")))
-    assert_equal(folder / "one/masks", folder / f"alone{stage}/masks")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_one_process_continues_what_two_began(two_ranks, stage):
+    folder, where, made = two_ranks(stage)
+    train(made("masks", f"{where}-alone", 4, middle=where))
+    assert_equal(folder / "one/masks", folder / f"{where}-alone/masks")
 
 
-@pytest.mark.slow
+def test_precompute_writes_what_one_process_does(start):
+    folder, made = start
+    one, two = made("dpo", "one-cache", 4), made("dpo", "two-cache", 4)
+    (folder / "cache.json").write_text(json.dumps(two.as_dict()))
+    run_ranks(
+        folder / "cache", WORKER, "precomputes", 2, "zero3", str(folder), "cache", seconds=LONG
+    )
+    for path in precompute(one):
+        found = load_file(Path(two.output_dir) / path.name)
+        assert all((found[name] == value).all() for name, value in load_file(path).items())
+
+
+@pytest.mark.skipif(which("c++") is None, reason="DeepSpeed compiles its collectives on a CPU")
 def test_accelerate_launch_with_its_own_file(tmp_path):
     model, data = save_model(tmp_path / "model"), write_data(tmp_path / "pairs.jsonl", rows=11)
 

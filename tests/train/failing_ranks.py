@@ -67,6 +67,7 @@ PLACES = {
     "loading": lambda: at_call(run_module, "open_data", 1, fail),
     "evaluation": lambda: at_call(Run, "micro_batch", 2, fail),
     "saving": lambda: at_call(checkpoint, "rng_state", 1, fail),
+    "judge": lambda: None,  # its judge itself raises
     "ddp-backward": in_backward,
     "fsdp-backward": in_backward,
 }
@@ -84,7 +85,7 @@ def rank_of(folder: str, place: str, rank: int) -> None:
     small_buckets()
     if rank == 1:
         PLACES[place]()
-    name = "evaluated" if place == "evaluation" else "plain"
+    name = {"evaluation": "evaluated", "judge": "judged"}.get(place, "plain")
     try:
         train(configured(folder, name))
     except Exception as error:
@@ -109,7 +110,7 @@ def main(folder: str, *places: str) -> None:
             process.kill()
             process.join()
         texts = [Path(f"{folder}/{place}-{rank}.txt").read_text() for rank in (0, 1)]
-        told = texts[1].partition("failed at ")[2].split()
+        told = "".join(texts).partition("failed at ")[2].split()
         found = {"ended": ended, "texts": texts, "seconds": now - float(told[0]) if told else None}
         Path(folder, f"{place}.json").write_text(json.dumps(found))
 

@@ -15,7 +15,18 @@ from tiny_models import config, save_model, write_data
 from prefkern.train.together import GRACE
 
 WORKER = str(Path(__file__).with_name("failing_ranks.py"))
-PLACES = ("loading", "evaluation", "saving", "ddp-backward", "fsdp-backward")
+# place -> the rank that fails there: the main process judges while the others wait for its word
+PLACES = {
+    "loading": 1, "evaluation": 1, "saving": 1, "ddp-backward": 1, "fsdp-backward": 1, "judge": 0,
+}  # fmt: skip
+JUDGE = """
+import time
+
+def judge(row, answers):
+    print(f"failed at {time.time()}", flush=True)
+    raise RuntimeError("out of paper")
+"""
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +37,15 @@ def found(tmp_path_factory):
         options = COMMON | {"loss": ("dpo",), "overwrite_output_dir": True} | more
         settings = config(folder / "out", model, data, **options)
         (folder / f"{name}.json").write_text(json.dumps(settings.as_dict()))
+    (folder / "judge.py").write_text(JUDGE)
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{x}:"}}\n' for x in "pqrs"))
+    judged = config(
+        folder / "judged", model, str(prompts), round_data="online", num_rounds=2,
+        max_new_tokens=4, keep_unfinished=True,
+        judge=f"{folder}/judge.py:judge", num_generations=2, max_steps=2,
+    )  # fmt: skip
+    (folder / "judged.json").write_text(json.dumps(judged.as_dict()))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
         [sys.executable, WORKER, str(folder), *PLACES], env=environment, capture_output=True,
@@ -37,9 +57,11 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_both_ranks_end_with_the_message(found, place):
-    ended, (other, own) = found[place]["ended"], found[place]["texts"]
+    rank = PLACES[place]
+    ended, texts = found[place]["ended"], found[place]["texts"]
+    own, other = texts[rank], texts[1 - rank]
     assert None not in ended and 0 not in ended, (ended, other, own)
     assert own.splitlines()[-1] == "RuntimeError: out of paper"
-    assert "process 1 failed: out of paper" in other
+    assert f"process {rank} failed: out of paper" in other
     # the look in the store, the grace, and a loaded machine
     assert found[place]["seconds"] < GRACE + 15
