@@ -202,7 +202,7 @@ def prepared(accelerator: Any, root: Root, optimizer: Any, training: bool) -> tu
     """Root and optimizer as accelerate wraps them; an evaluation has no gradients, and takes no
     room for them where the model is whole."""
     if training and zero.stage_of(accelerator):
-        zero.name_groups(optimizer, root.step.trained())
+        zero.before(accelerator, root, optimizer, root.step.trained())
     if training or accelerator.is_fsdp2:
         return accelerator.prepare(root, optimizer)
     return sharded.place(accelerator, root), optimizer

@@ -93,8 +93,17 @@ def settle(plugin: Any, config: TrainConfig) -> None:
     unset_hf_deepspeed_config()
 
 
-def name_groups(optimizer: torch.optim.Optimizer, modules: dict[str, nn.Module]) -> None:
-    """Notes in the optimizer's groups what they hold: DeepSpeed puts flat parameters there."""
+def before(
+    accelerator: Any,
+    root: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    modules: dict[str, nn.Module],
+) -> None:
+    """What a model and its optimizer need before accelerate prepares them: under stage 3 parts of
+    the weights; in the optimizer's groups the names of what they hold, since DeepSpeed puts flat
+    parameters there."""
+    if stage_of(accelerator) == 3:
+        share_out(accelerator, root)
     names = {
         id(parameter): f"{prefix}.{name}"
         for prefix, module in modules.items()
@@ -119,15 +128,29 @@ def start_on_cpu(accelerator: Any) -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
 
 
+def share_out(accelerator: Any, model: nn.Module) -> None:
+    """Takes a whole model on the host apart, weight by weight: DeepSpeed would otherwise put all of
+    it on the device first."""
+    import deepspeed
+
+    deepspeed.zero.Init(module=model, config_dict_or_path=_sharing(accelerator))
+
+
+def _sharing(accelerator: Any) -> dict[str, Any]:
+    """DeepSpeed's settings of what is shared out; "auto" is accelerate's, when it prepares."""
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {k: v for k, v in settings.items() if v != "auto"},
+    }
+
+
 def place(accelerator: Any, model: nn.Module) -> nn.Module:
     """A frozen model, its weights shared out as stage 3 does the policy's."""
     import deepspeed
 
-    plugin = accelerator.state.deepspeed_plugin
-    kept = ("zero_optimization", "train_micro_batch_size_per_gpu")
-    settings = {name: plugin.deepspeed_config[name] for name in kept}
-    model.to(accelerator.device)
-    engine = deepspeed.initialize(model=model, config=settings)[0]
+    share_out(accelerator, model)
+    engine = deepspeed.initialize(model=model, config=_sharing(accelerator))[0]
     # the hooks that gather its weights go with the engine
     model.__dict__["_deepspeed_engine"] = engine
     return model

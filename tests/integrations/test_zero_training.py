@@ -4,6 +4,7 @@ weights of one process; checkpoints that any number of processes continues."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from safetensors.torch import load_file
 from tiny_models import config, save_model, write_data
 
 from prefkern.train import seals, train
+from prefkern.train.evaluate import evaluate
 from prefkern.train.precompute import precompute
+from prefkern.train.run import prepare
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
@@ -127,6 +130,20 @@ def test_precompute_writes_what_one_process_does(start):
     for path in precompute(one):
         found = load_file(Path(two.output_dir) / path.name)
         assert all((found[name] == value).all() for name, value in load_file(path).items())
+
+
+def test_evaluation_is_one_process(start):
+    """Of two models that are both shared out, neither of them trained."""
+    folder, made = start
+    settings = made("dpo", "evaluated", 4, ref_model=str(folder / "tied"))
+    run = prepare(settings, training=False)
+    one = evaluate(run, run.examples)
+    (folder / "eval.json").write_text(json.dumps(settings.as_dict()))
+    run_ranks(folder / "eval", WORKER, "evaluates", 2, "zero3", str(folder), "eval", seconds=LONG)
+    two = json.loads((folder / "eval-metrics.json").read_text())
+    assert one.keys() == two.keys() and one["eval_loss"] != pytest.approx(math.log(2), abs=1e-3)
+    for name in one.keys() - {"eval_runtime", "eval_samples_per_second"}:
+        assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
 
 
 @pytest.mark.skipif(which("c++") is None, reason="DeepSpeed compiles its collectives on a CPU")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from prefkern.train import checkpoint, sharded_files, train
+from prefkern.train.evaluate import evaluate
 from prefkern.train.loop import train_run
 from prefkern.train.precompute import precompute
 from prefkern.train.read_config import from_mapping
@@ -73,6 +74,15 @@ def trains(kind: str, folder: str, name: str) -> None:
     """`folder`/NAME.json from its start to its end, of rounds too."""
     launched(kind)
     train(configured(folder, name))
+
+
+def evaluates(kind: str, folder: str, name: str) -> None:
+    """Held-out metrics of a model that is not trained, in `folder`/NAME-metrics.json."""
+    launched(kind)
+    run = prepare(configured(folder, name), training=False)
+    found = evaluate(run, run.examples)
+    if run.is_main:
+        Path(folder, f"{name}-metrics.json").write_text(json.dumps(found))
 
 
 def precomputes(kind: str, folder: str, *names: str) -> None:

@@ -49,9 +49,14 @@ def test_deepspeed_that_is_not_there(tmp_path, monkeypatch):
          "slow_learning_rate: two speeds"),
     ],
 )  # fmt: skip
-def test_options_that_deepspeed_cannot_follow(tmp_path, options, match):
-    with pytest.raises(ValueError, match=match):
-        zero.check_options(config(tmp_path, "model", "data", **options))
+def test_options_that_deepspeed_cannot_follow(tmp_path, monkeypatch, options, match):
+    monkeypatch.setattr(processes, "find_spec", lambda name: name)
+    settings = config(tmp_path, "model", "data", **options)
+    with (
+        patch_environment(ACCELERATE_USE_DEEPSPEED="true"),
+        pytest.raises(ValueError, match=match),
+    ):
+        make_accelerator(settings)
 
 
 def plugin(**settings) -> SimpleNamespace:
