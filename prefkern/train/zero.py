@@ -30,9 +30,9 @@ def stage_of(accelerator: Any) -> int:
 def check_options(config: TrainConfig) -> None:
     """Refuses, before accelerate starts DeepSpeed, options that a run under it cannot have."""
     for there, what in (
-        (config.has_rounds, "num_rounds and round_data: one process group trains one model"),
+        (config.has_rounds, "num_rounds, round_data: rounds were not tried under it"),
         (config.head == "reward", "head=reward: a reward model is trained whole"),
-        (config.sync_ref_model, "sync_ref_model: a reference that moves is in other parts there"),
+        (config.sync_ref_model, "sync_ref_model: its reference moves by whole weights"),
         (config.slow_learning_rate is not None, "slow_learning_rate: two speeds have one process"),
         (config.dtype != "float32", f"dtype={config.dtype}: its optimizer holds fp32 weights; "
          "--dtype float32 --bf16 computes in bfloat16"),
@@ -104,11 +104,7 @@ def before(
     parameters there."""
     if stage_of(accelerator) == 3:
         share_out(accelerator, root)
-    names = {
-        id(parameter): f"{prefix}.{name}"
-        for prefix, module in modules.items()
-        for name, parameter in module.named_parameters()
-    }
+    names = {id(p): f"{k}.{name}" for k, m in modules.items() for name, p in m.named_parameters()}
     for group in optimizer.param_groups:
         group[NAMES] = [names[id(parameter)] for parameter in group["params"]]
 
@@ -129,11 +125,14 @@ def start_on_cpu(accelerator: Any) -> None:
 
 
 def share_out(accelerator: Any, model: nn.Module) -> None:
-    """Takes a whole model on the host apart, weight by weight: DeepSpeed would otherwise put all of
-    it on the device first."""
+    """Takes a whole model on the host apart, weight by weight, and puts the parts and all buffers on
+    the device; DeepSpeed alone would put whole weights there first."""
     import deepspeed
 
     deepspeed.zero.Init(module=model, config_dict_or_path=_sharing(accelerator))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(accelerator.device)
 
 
 def _sharing(accelerator: Any) -> dict[str, Any]:

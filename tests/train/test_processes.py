@@ -42,8 +42,8 @@ def test_deepspeed_that_is_not_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"sync_ref_model": True}, "sync_ref_model: a reference that moves"),
-        ({"num_rounds": 2}, "num_rounds and round_data"),
+        ({"sync_ref_model": True}, "sync_ref_model: its reference moves"),
+        ({"num_rounds": 2}, "num_rounds, round_data: rounds were not tried"),
         ({"dtype": "bfloat16"}, "dtype=bfloat16: its optimizer holds fp32 weights"),
         ({"slow_learning_rate": 1e-5, "lora_r": 4, "loss": ("dpo_second_reference",)},
          "slow_learning_rate: two speeds"),
