@@ -125,8 +125,8 @@ def start_on_cpu(accelerator: Any) -> None:
 
 
 def share_out(accelerator: Any, model: nn.Module) -> None:
-    """Takes a whole model on the host apart, weight by weight, and puts the parts and all buffers on
-    the device; DeepSpeed alone would put whole weights there first."""
+    """Takes a whole model on the host apart, weight by weight, and puts parts and buffers on the
+    device; DeepSpeed alone would put whole weights there first."""
     import deepspeed
 
     deepspeed.zero.Init(module=model, config_dict_or_path=_sharing(accelerator))
