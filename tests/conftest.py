@@ -44,7 +44,8 @@ PACKAGE = str(Path(prefkern.__file__).resolve().parent)
 # Few tests each, but they start processes or a compiler: first, so that no test process is left
 # alone with one of them at the end.
 LONG_FILES = (
-    "test_packaging.py", "train/test_ddp.py", "train/test_sharded.py", "distributed/",
+    "test_packaging.py", "train/test_ddp.py", "train/test_sharded", "train/test_failing_ranks.py",
+    "train/test_precompute_shared.py", "integrations/test_zero_training.py", "distributed/",
     "integrations/test_head_distributed.py", "integrations/test_preference_model.py",
     "benchmarks/test_heads.py", "train/test_waiting.py", "test_examples.py", "examples/",
     "train/test_demo.py", "train/test_resume.py", "test_docs.py", "kernels/", "cuda/",
