@@ -16,11 +16,20 @@ from prefkern.integrations import trl as ours
 STEPS = 5
 
 
-def trainer(cls, folder: str, loss: str, rows: int, **options):
+def trainer(cls, folder: str, loss: str, rows: int, *, lora=None, **options):
     policy = runs.model()
+    given = {}
+    if lora is None:
+        given["ref_model"] = runs.perturbed(policy)
+    else:
+        import peft
+
+        torch.manual_seed(1)
+        given["peft_config"] = peft.LoraConfig(
+            task_type="CAUSAL_LM", init_lora_weights=False, **lora
+        )
     return cls(
         model=policy,
-        ref_model=runs.perturbed(policy),
         args=ours.DPOConfig(
             **runs.settings(
                 Path(folder),
@@ -34,6 +43,7 @@ def trainer(cls, folder: str, loss: str, rows: int, **options):
         ),
         train_dataset=runs.pairs(),
         processing_class=runs.tokenizer(),
+        **given,
     )
 
 
@@ -68,6 +78,55 @@ def ddp(folder: str, loss: str) -> None:
     assert same_on_all_ranks(made.model)
     if dist.get_rank() == 0:
         (Path(folder) / f"{loss}.json").write_text(json.dumps(runs.history(made)))
+
+
+FSDP2 = {
+    "fsdp": "full_shard",
+    "fsdp_config": {
+        "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "cpu_ram_efficient_loading": False,
+    },
+}  # fmt: skip
+FSDP_CASES = {
+    "sigmoid": {"loss": "sigmoid"},
+    "tdpo2": {"loss": "tdpo2"},
+    "saved head": {
+        "loss": "sigmoid", "lora": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    },
+    "lora on the head": {"loss": "tdpo2", "lora": {"target_modules": ["q_proj", "lm_head"]}},
+}  # fmt: skip
+
+
+def _fsdp_on_cpus() -> None:
+    """accelerate reads its FSDP settings on accelerators alone; here on gloo ranks as well."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    own = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        own(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+def fsdp(folder: str, name: str) -> None:
+    """Two ranks of two pairs under accelerate's FSDP2; log and whole weights go to a file."""
+    from torch.distributed.tensor import DTensor
+
+    as_launched()
+    _fsdp_on_cpus()
+    made = trainer(ours.DPOTrainer, folder, rows=2, **FSDP_CASES[name], **FSDP2)
+    made.train()
+    named = dict(made.model.named_parameters())
+    assert all(isinstance(p, DTensor) for p in named.values())
+    if made.ref_model is not None:
+        assert all(isinstance(p, DTensor) for p in made.ref_model.parameters())
+    weights = {n: p.detach().full_tensor().clone() for n, p in named.items()}
+    if dist.get_rank() == 0:
+        torch.save((runs.history(made), weights), Path(folder) / f"{name}.pt")
 
 
 class Unwrapped(ours.DPOTrainer):

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's DPO without logits (v0, `stage: dpo`).
+"""LLaMA-Factory's DPO without logits (v0, `stage: dpo`; v1 is in `llama_factory_v1`).
 
     from prefkern.integrations import llama_factory
     llama_factory.use()                  # before run_exp, or: llama_factory.run_dpo(...)
@@ -53,12 +53,14 @@ def trainer_class(base: Any) -> Any:
                 )  # fmt: skip
 
             tokens = model(**inputs, use_cache=False, at_head=compute).value
+            scored = targets != IGNORE
+            length = scored.sum(1)
             alpha = None if is_ref_model else self.ld_alpha
-            sums, length = sequence_sums(tokens.logp, targets, alpha)
+            shorter = torch.minimum(*length.chunk(2)).repeat(2)
+            sums = sequence_sums(tokens.logp, scored, shorter, alpha)
             logps = sums / length if self.loss_type in _AVERAGED else sums
             half = len(targets) // 2
             chosen, rejected = logps.split(half)
-            scored = targets != IGNORE
             means = [
                 z[m] for z, m in zip(tokens.zmean.split(half), scored.split(half), strict=True)
             ]
@@ -71,27 +73,33 @@ def trainer_class(base: Any) -> Any:
     return PrefkernDPOTrainer
 
 
-def sequence_sums(logp: Tensor, targets: Tensor, ld_alpha: float | None) -> tuple[Tensor, Tensor]:
-    """(sums [B], lengths [B]) of log-probabilities [B, T]; with `ld_alpha` (LD-DPO) the tokens
-    beyond the length of the pair's shorter answer count by that factor."""
-    scored = targets != IGNORE
-    length = scored.sum(1)
+def sequence_sums(
+    logp: Tensor, scored: Tensor, shorter: Tensor, ld_alpha: float | None
+) -> Tensor:  # fmt: skip
+    """Sums [B] of log-probabilities [B, T] where `scored`; with `ld_alpha` (LD-DPO) positions count
+    by that factor from `shorter` [B], the length of the pair's shorter answer, after the first."""
+    logp = logp * scored
     if ld_alpha is None:
-        return logp.sum(1), length
-    shorter = torch.minimum(*length.chunk(2)).repeat(2)
-    beyond = scored.cumsum(1) > shorter[:, None]
-    return torch.where(beyond, ld_alpha * logp, logp).sum(1), length
+        return logp.sum(1)
+    position = torch.arange(logp.shape[1], device=logp.device)
+    beyond = position >= (scored.int().argmax(1) + shorter)[:, None]
+    return torch.where(beyond, ld_alpha * logp, logp).sum(1)
 
 
 def use() -> Any:
     """From now on LLaMA-Factory's run_dpo, which imports its trainer when it is called, trains with
     this one; returns the class."""
-    base = signatures.imported(f"{TRAINER}:CustomDPOTrainer", TESTED)
-    module = signatures.imported("llamafactory.train.dpo:trainer", TESTED)
+    return replace_class(TRAINER, "CustomDPOTrainer", trainer_class, TESTED)
+
+
+def replace_class(path: str, name: str, made: Any, tested: str) -> Any:
+    """Puts made(class) where the module at `path` has `name`, once; returns it."""
+    base = signatures.imported(f"{path}:{name}", tested)
+    package, _, module = path.rpartition(".")
     if not getattr(base, "_prefkern", False):
-        base = trainer_class(base)
+        base = made(base)
         base._prefkern = True
-        module.CustomDPOTrainer = base
+        setattr(signatures.imported(f"{package}:{module}", tested), name, base)
     return base
 
 

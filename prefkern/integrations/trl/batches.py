@@ -110,7 +110,8 @@ class WithColumns:
     def _values(self, examples: list[dict[str, Any]], column: str) -> tuple[list[Any], list[int]]:
         """Values in the order of the batch, and the prompt length of each where they belong to
         answers (a list is then one with a number per token)."""
-        prompts = [len(e["prompt_ids"]) for e in examples]
+        # rows with images are tokenised by TRL's collator, and hold no numbers per token
+        prompts = [len(e["prompt_ids"]) for e in examples if "prompt_ids" in e]
         if column not in examples[0]:
             sides = (f"chosen_{column}", f"rejected_{column}")
             return [e[side] for side in sides for e in examples], prompts * 2

@@ -37,7 +37,10 @@ class LossData:
         others = list(held.values()) if isinstance(held, dict) else [held]
         for dataset in (arguments.get("train_dataset"), *others):
             if dataset is not None:
-                self._check_columns(list(next(iter(dataset))))
+                row = next(iter(dataset))
+                self._check_columns(list(row))
+                if plan is not None and {"image", "images"} & row.keys():
+                    self._check_images(plan, row)
 
     def _check_columns(self, found: Sequence[str]) -> None:
         plan = self.plan
@@ -58,6 +61,22 @@ class LossData:
                     "higher is better."
                 )
         batches.check_columns(found, self._columns, names)
+
+    def _check_images(self, plan: Plan, row: dict[str, Any]) -> None:
+        """Rows with images are tokenised in TRL's collator, which knows pairs and single answers
+        and says nothing of where an answer's tokens come to lie."""
+        names = ", ".join(plan.names)
+        if self._many:
+            raise ValueError(
+                f"loss {names} reads more than two answers of a row, and rows with images are "
+                "pairs (prompt, chosen, rejected); drop the images, or use a loss of pairs."
+            )
+        columns = batches.column_names(list(row), self._columns)
+        if by_token := [c for c in columns if isinstance(row[c], list)]:
+            raise ValueError(
+                f"loss {names} reads lists from {', '.join(by_token)}; rows with images can bring "
+                "a number per row or per answer, none per token."
+            )
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str

@@ -52,6 +52,7 @@ class PreferenceLosses(LossData, FusedHead):
         self.aux_model, self.plan = aux_model, None
         self._memory: LossMemory | None = None
         super().__init__(*args, **kwargs)
+        self._refuse_split_sequences()
         if self.plan is None:
             return
         self._use_collator(own=self._no_collator)
@@ -113,6 +114,20 @@ class PreferenceLosses(LossData, FusedHead):
                 f"loss {names} with lists or further columns cuts answers at their end; set "
                 "truncation_mode='keep_start'."
             )
+
+    def _refuse_split_sequences(self) -> None:
+        """TRL's batches of preferences go whole to every rank: a rank's share of the ids would meet
+        masks of whole sequences. An accelerate file sets it without a trace in the config."""
+        trainer: Any = self
+        parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+        for name in ("cp", "sp"):
+            if getattr(parallelism, f"{name}_enabled", False):
+                raise ValueError(
+                    f"{type(self).__name__} needs whole sequences on every rank, and this run "
+                    f"splits them (parallelism_config.{name}_size > 1), which TRL does for "
+                    "SFTTrainer alone; set it to 1, or sum over ranks in a loop of your own "
+                    "(prefkern.integrations.context_parallel)."
+                )
 
     # ---- other models ----------------------------------------------------------------------------
 
