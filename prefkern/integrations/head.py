@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ def at_head(model: Any, *, packed: bool = False) -> None:
     hf.refuse_unsupported(model)
     resolve(base)  # says early what it cannot read
     if packed:
-        _check_packing(base)
+        _check_packing(model, base)
     state = _state(base)
     if state is None:
         state = base.__dict__[_NOTE] = _State(base.forward)
@@ -316,8 +316,9 @@ def _hidden_states(model: Any, seen: dict[str, Any]) -> Iterator[None]:
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
-def _check_packing(model: Any) -> None:
+def _check_packing(outer: Any, model: Any) -> None:
     """Refuses models whose blocks do not keep packed sequences apart."""
+    refuse_prompt_learning(getattr(outer, "peft_config", {}).values())
     name, config = type(model).__name__, model.config.get_text_config()
     if not hf.takes_position_ids(model):
         raise ValueError(
@@ -330,6 +331,16 @@ def _check_packing(model: Any) -> None:
         raise ValueError(
             f"{name} has layers of kind {other}, whose state would run from one packed sequence "
             "into the next; use packed=False."
+        )
+
+
+def refuse_prompt_learning(settings: Iterable[Any], option: str = "packed") -> None:
+    """Virtual tokens stand before every row, which packed rows have no place for. `option` is the
+    caller's name of packing."""
+    if any(getattr(s, "is_prompt_learning", False) for s in settings):
+        raise ValueError(
+            f"{option}=True: prompt learning puts virtual tokens before every row, and packed rows "
+            f"have no place for them; use {option}=False or LoRA."
         )
 
 

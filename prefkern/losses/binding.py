@@ -61,7 +61,8 @@ def resolve(loss: LossLike) -> tuple[Loss, dict[str, Any]]:
     target, fixed = ALIASES.get(loss, (loss, {}))
     if target not in LOSSES:
         known = (*LOSSES, *ALIASES)
-        near = difflib.get_close_matches(loss, known, n=3) or known
+        spelled = loss.lower().replace("-", "_").replace(" ", "_")
+        near = difflib.get_close_matches(spelled, known, n=3) or known
         raise ValueError(f"unknown loss {loss!r}; nearest: {', '.join(near)}.")
     return LOSSES[target], {**fixed, **own}
 

@@ -16,7 +16,7 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
     is a string.
 
     Raises:
-        ValueError: something else behind the colon.
+        ValueError: something else behind the colon, a key that stands there twice.
     """
     name, colon, rest = text.partition(":")
     if not colon:
@@ -25,7 +25,12 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"f({rest})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or not call.keywords:
             raise ValueError("no key=value")
-        return name.strip(), {_key(k): _value(k.value) for k in call.keywords}
+        found: dict[str, Any] = {}
+        for keyword in call.keywords:
+            if (key := _key(keyword)) in found:
+                raise ValueError(f"{key} stands there twice")
+            found[key] = _value(keyword.value)
+        return name.strip(), found
     except (SyntaxError, ValueError) as error:
         raise ValueError(
             f"a loss with arguments is written name:key=value, key=value; got {text!r} ({error})."

@@ -73,7 +73,7 @@ REFUSED = {
     ),
     "numbers per token": (
         lambda: images.pairs(4, chosen_w=lambda i: [1.0, 2.0], rejected_w=lambda i: [1.0]),
-        dict(loss_type="dpo", loss_columns={"item_weights": "w"}), "none per token",
+        dict(loss_type="dpo", loss_columns={"pair_weight": "w"}), "none per token",
     ),
     "packing": (
         lambda: images.pairs(4), dict(loss_type="tdpo2", padding_free=True),

@@ -30,7 +30,59 @@ def make(folder, loss, *, dataset=None, reference=True, lora=None, policy=None, 
     )
 
 
+def small(vocabulary):
+    """A model of another vocabulary."""
+    import transformers as t
+
+    return t.GPT2LMHeadModel(
+        t.GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    )
+
+
+def listed(**cells):
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [{"prompt": "a", "completions": ["x", "y"], "scores": [1.0, 2.0]} | cells]
+    )
+
+
 REFUSED = {
+    "no name": (dict(loss=[]), "must be the name of a loss or a list of names, got ..;"),
+    "no string": (dict(loss=3), "must be the name of a loss or a list of names, got 3;"),
+    "capitals": (dict(loss="DPO"), "unknown loss 'DPO'; nearest: dpo,"),
+    "arguments in a list": (dict(loss="dpo", loss_args=["beta"]), "loss_args must be a mapping"),
+    "columns in a string": (dict(loss="dpo", loss_columns="w"), "loss_columns must be a mapping"),
+    "a column's name": (dict(loss="dpo", loss_columns={"item_weights": 3}), "names of columns"),
+    "an argument twice": (dict(loss="dpo:beta=0.5, beta=0.6"), "beta stands there twice"),
+    "weights": (dict(loss="dpo", loss_weights=[float("nan")]), "loss_weights must be finite"),
+    "alpha of TRL's divergence": (dict(loss="fdpo", f_alpha_divergence_coef=0.3), "fdpo"),
+    "memory budget": (dict(loss="dpo", given={"memory_budget": -1}), "memory_budget must be"),
+    "small reference": (
+        dict(loss="sigmoid", given={"ref_model": small(100)}, reference=False),
+        "ref_model knows 100 tokens, the tokenizer 258 and the policy 264",
+    ),
+    "other head": (
+        dict(loss="tdpo2", given={"ref_model": small(260)}, reference=False),
+        "tdpo2.* compares the policy's distribution over 264 tokens with ref_model's over 260",
+    ),
+    "small third model": (dict(loss="tgdpo", given={"aux_model": small(100)}), "aux_model knows"),
+    "empty": (dict(loss="tdpo2", dataset=runs.pairs(1).select([])), "train_dataset is empty"),
+    "text in a column": (
+        dict(loss="soft_label", dataset=runs.pairs(4, pref_prob=lambda i: "no")),
+        "column 'pref_prob' must hold a number or a list of numbers in every row, got 'no'",
+    ),
+    "weights in lists": (
+        dict(loss="dpo", loss_columns={"item_weights": "w"},
+             dataset=runs.pairs(4, w=lambda i: [1.0, 2.0])),
+        "column 'w' must hold a number in every row",
+    ),
+    "one answer": (
+        dict(loss="lipo", dataset=listed(completions=["x"], scores=[1.0])), "two answers or more",
+    ),
+    "answers in a string": (dict(loss="lipo", dataset=listed(completions="xy")), "two answers or"),
+    "fewer scores": (dict(loss="lipo", dataset=listed(scores=[1.0])), "for each of the 2 compl"),
+    "scores in words": (dict(loss="lipo", dataset=listed(scores=["good", "bad"])), "finite number"),
     "unknown loss": (dict(loss="tdpo3"), "unknown loss 'tdpo3'; nearest: .*tdpo2"),
     "unknown argument": (
         dict(loss="tdpo2", loss_args={"alfa": 1.0}), "no argument 'alfa'; nearest: alpha",
@@ -66,6 +118,15 @@ REFUSED = {
     ),
     "diffusion": (dict(loss="diffusion_dpo"), "diffusion"),
     "arguments not read": (dict(loss="tdpo2:0.5"), "name:key=value"),
+    "padding_free, prompt learning": (
+        dict(
+            loss="sigmoid", reference=False, padding_free=True,
+            given={
+                "peft_config": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+            },
+        ),
+        "padding_free=True: prompt learning puts virtual tokens",
+    ),
     "DoRA": (
         dict(loss="tdpo2", lora=dict(target_modules=["lm_head"], use_dora=True)), "DoRA|dora",
     ),
@@ -80,6 +141,38 @@ def test_refused_before_the_first_step(tmp_path, name):
     options, reason = REFUSED[name]
     with pytest.raises(ValueError, match=reason):
         make(tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", ["cp", "sp"])
+def test_split_sequences_are_refused(tmp_path, name):
+    """As accelerate sets them: on the accelerator, not in the configuration."""
+    made = make(tmp_path, "tdpo2")
+    made.accelerator.state.parallelism_config = type("Config", (), {f"{name}_enabled": True})()
+    with pytest.raises(ValueError, match=f"whole sequences on every rank.*{name}_size > 1"):
+        made._refuse_split_sequences()
+
+
+def test_a_model_by_name_and_lists_for_kto_are_refused(tmp_path):
+    for name in ("ref_model", "aux_model"):
+        with pytest.raises(TypeError, match=f"{name} must be a model, got 'here'"):
+            make(
+                tmp_path,
+                "tgdpo",
+                given={"aux_model": runs.model()} | {name: "here"},
+                reference=False,
+            )
+    with pytest.raises(ValueError, match="single answers, columns prompt, completion and label"):
+        ours.KTOTrainer(
+            model=runs.model(), args=ours.KTOConfig(**runs.settings(tmp_path)),
+            train_dataset=runs.lists(4), processing_class=runs.tokenizer(),
+        )  # fmt: skip
+
+
+def test_a_cell_without_its_number_is_named(tmp_path):
+    rows = runs.pairs(4, pref_prob=lambda i: None if i == 2 else 0.5)
+    made = make(tmp_path, "soft_label", dataset=rows)
+    with pytest.raises(ValueError, match="column 'pref_prob' must hold a number in every row"):
+        made.data_collator([made.train_dataset[i] for i in range(4)])
 
 
 def test_a_family_that_changes_its_logits_is_refused(tmp_path):

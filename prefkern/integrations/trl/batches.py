@@ -5,6 +5,7 @@ Shapes: G rows of the data set, S answers, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,9 @@ def tokenize_answers(
 
     def one(example: dict[str, Any]) -> dict[str, Any]:
         texts = [example[name] for name in answers]
-        texts = texts[0] if len(answers) == 1 else texts
+        if len(answers) == 1:
+            texts = texts[0]
+            _check_list(answers[0], example)
         prompt = example["prompt"]
         if isinstance(prompt, list):
             start = ids(prompt, add_generation_prompt=True)
@@ -51,6 +54,31 @@ def tokenize_answers(
     if max_length is None:
         return dataset
     return dataset.filter(lambda example: len(example["prompt_ids"]) < max_length)
+
+
+def _check_list(column: str, example: Mapping[str, Any]) -> None:
+    """Refuses a row whose answers and scores are not two lists of the same length."""
+    texts, scores = example[column], example["scores"]
+    if not isinstance(texts, list) or len(texts) < 2:
+        raise ValueError(f"{column} must be a list of two answers or more, got {texts!r}.")
+    if not isinstance(scores, list) or len(scores) != len(texts) or not _numbers(scores):
+        raise ValueError(
+            f"scores must hold a finite number for each of the {len(texts)} {column} of its row, "
+            f"got {scores!r}."
+        )
+
+
+def _numbers(values: Sequence[Any]) -> bool:
+    return all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+
+
+def check_cell(column: str, value: Any, *, single: bool) -> None:
+    """Refuses a cell that is no number, nor a list of numbers where more than a `single` one may
+    stand."""
+    values = value if isinstance(value, list) and not single else [value]
+    if not all(isinstance(v, int | float) for v in values):
+        what = "a number" if single else "a number or a list of numbers"
+        raise ValueError(f"column {column!r} must hold {what} in every row, got {value!r}.")
 
 
 def check_columns(names: Sequence[str], wanted: Mapping[str, str], what: str) -> None:
@@ -104,7 +132,7 @@ class WithColumns:
             values, prompts = self._values(examples, column)
             if prompts and isinstance(values[0], list):
                 values = [self._place(v, p, width) for v, p in zip(values, prompts, strict=True)]
-            found[argument] = _tensor(values)
+            found[argument] = _tensor(values, column)
         return {**batch, COLUMNS: found}
 
     def _values(self, examples: list[dict[str, Any]], column: str) -> tuple[list[Any], list[int]]:
@@ -130,11 +158,17 @@ class WithColumns:
         return row + [0.0] * (width - len(row))
 
 
-def _tensor(values: list[Any]) -> Tensor:
+def _tensor(values: list[Any], column: str) -> Tensor:
     first = values[0]
-    while isinstance(first, list):
+    while isinstance(first, list) and first:
         first = first[0]
-    return torch.tensor(values, dtype=_DTYPES.get(type(first)))
+    try:
+        return torch.tensor(values, dtype=_DTYPES.get(type(first)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"column {column!r} must hold a number in every row, or lists of numbers of one length "
+            f"({error}); got {values!r}."
+        ) from error
 
 
 @dataclass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import batches
 from .plan import Plan
+
+# Columns of which KTOTrainer can make its rows.
+_ANSWERS = (("completion", "label"), ("chosen", "rejected"), ("completion_ids", "label"))
 
 
 class LossData:
@@ -34,23 +37,40 @@ class LossData:
             {} if plan is None else {n: plan.columns.get(n, n) for n in plan.needs.columns}
         )
         held = arguments.get("eval_dataset")
-        others = list(held.values()) if isinstance(held, dict) else [held]
-        for dataset in (arguments.get("train_dataset"), *others):
-            if dataset is not None:
-                row = next(iter(dataset))
+        others = held if isinstance(held, dict) else {"eval_dataset": held}
+        for name, dataset in {"train_dataset": arguments.get("train_dataset"), **others}.items():
+            if dataset is None:
+                continue
+            row = next(iter(dataset), None)
+            if row is None:
+                raise ValueError(f"{name} is empty.")
+            if isinstance(row, Mapping):  # TRL refuses what is no data set
                 self._check_columns(list(row))
-                if plan is not None and {"image", "images"} & row.keys():
-                    self._check_images(plan, row)
+                self._check_cells(row)
+
+    def _check_cells(self, row: Mapping[str, Any]) -> None:
+        """The columns of a first row that losses read, and its images."""
+        for argument, column in self._columns.items():
+            for name in batches.column_names(list(row), {argument: column}):
+                batches.check_cell(name, row[name], single=argument == "item_weights")
+        if self.plan is not None and {"image", "images"} & row.keys():
+            self._check_images(self.plan, row)
 
     def _check_columns(self, found: Sequence[str]) -> None:
         plan = self.plan
-        names = "loss_type" if plan is None else f"loss {', '.join(plan.names)}"
+        names = "this loss_type" if plan is None else f"loss {', '.join(plan.names)}"
         if self.rows == "pairs" and not self._many:
             if not ({"chosen", "rejected"} <= set(found) or "chosen_ids" in found):
                 raise ValueError(
                     f"{names} trains on pairs, columns (prompt,) chosen and rejected, got "
                     f"{sorted(found)}; ranked lists (completions, scores) go with losses of the "
                     "listwise family, single answers (completion, label) with KTOTrainer."
+                )
+        elif self.rows == "answers":
+            if not any(set(c) <= set(found) for c in _ANSWERS):
+                raise ValueError(
+                    f"{names} trains on single answers, columns prompt, completion and label, or "
+                    f"on pairs, which it takes apart, got {sorted(found)}."
                 )
         elif self._many and plan is not None:
             wanted = ["prompt", *self._answers(plan), *(["scores"] if plan.needs.lists else [])]
@@ -62,7 +82,7 @@ class LossData:
                 )
         batches.check_columns(found, self._columns, names)
 
-    def _check_images(self, plan: Plan, row: dict[str, Any]) -> None:
+    def _check_images(self, plan: Plan, row: Mapping[str, Any]) -> None:
         """Rows with images are tokenised in TRL's collator, which knows pairs and single answers
         and says nothing of where an answer's tokens come to lie."""
         names = ", ".join(plan.names)

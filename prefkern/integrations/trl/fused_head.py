@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from ...ops.budget import check_budget
 from ...ops.linear_stats import linear_logps
 from ...stats import TokenStats
 from .. import hf, packed_attention
@@ -158,6 +159,7 @@ class FusedHead:
         names = list(inspect.signature(own.__init__).parameters)[1:]  # a subclass keeps their order
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         config = arguments.get("args")
+        check_budget(memory_budget)
         self._budget, self._backend = memory_budget, backend
         self._head_options: dict[str, Any] = {
             "memory_budget": memory_budget, "backend": backend,

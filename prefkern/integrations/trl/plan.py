@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,6 +24,7 @@ _SHARED = {"beta": "beta", "label_smoothing": "label_smoothing", "discopop_tau":
 # Those that only TRL's formulas know: what to write instead.
 _TRL_ONLY = {
     "f_divergence_type": 'loss_type="fdpo" with loss_args={"divergence": ...}',
+    "f_alpha_divergence_coef": 'loss_type="fdpo" with loss_args={"divergence": "alpha", ...}',
     "use_weighting": 'loss_type="wpo"',
     "ld_alpha": 'loss_type="ld_dpo" with loss_args={"alpha": ...}',
     "desirable_weight": "loss_args",
@@ -99,9 +101,11 @@ def plan_of(
         ValueError: an unknown loss (nearest names) or argument, arguments of TRL that a loss cannot
             honour, a loss whose tensors this trainer has no source for.
     """
-    given = [config.loss_type] if isinstance(config.loss_type, str) else list(config.loss_type)
-    args = dict(getattr(config, "loss_args", None) or {})
-    columns = dict(getattr(config, "loss_columns", None) or {})
+    given = _names(config.loss_type)
+    args = _mapping(config, "loss_args")
+    columns = _mapping(config, "loss_columns")
+    if wrong := [v for v in columns.values() if not isinstance(v, str)]:
+        raise ValueError(f"loss_columns maps arguments to names of columns, got {wrong[0]!r}.")
     if set(given) <= trl_types and not args and not columns:
         if aux_model:
             raise ValueError(f"aux_model serves losses that read a third model, got {given}.")
@@ -129,12 +133,36 @@ def plan_of(
     _check_config(config, given, taken)
     needs = _needs(records, calls, args, columns, aux_model=aux_model)
     weights = getattr(config, "loss_weights", None) or [1.0] * len(names)
+    if not all(isinstance(w, int | float) and math.isfinite(w) for w in weights):
+        raise ValueError(f"loss_weights must be finite numbers, got {list(weights)}.")
     order = _order(calls)
     return Plan(
         [names[i] for i in order], [float(weights[i]) for i in order], args,
         tuple(records[i] for i in order), tuple(calls[i].hyper for i in order), needs, columns,
         mask_options, loss_args,
     )  # fmt: skip
+
+
+def _names(loss_type: Any) -> list[str]:
+    found = [loss_type] if isinstance(loss_type, str) else loss_type
+    if isinstance(found, list | tuple) and found and all(isinstance(n, str) for n in found):
+        return list(found)
+    raise ValueError(
+        f"loss_type must be the name of a loss or a list of names, got {loss_type!r}; the names "
+        "are TRL's types and those of prefkern.LOSSES."
+    )
+
+
+def _mapping(config: Any, field: str) -> dict[str, Any]:
+    found = getattr(config, field, None)
+    if found is None:
+        return {}
+    if isinstance(found, Mapping) and all(isinstance(name, str) for name in found):
+        return dict(found)
+    raise ValueError(
+        f'{field} must be a mapping of names, {{"alpha": 0.5}} (as JSON on a command line), got '
+        f"{found!r}."
+    )
 
 
 def _order(calls: Sequence[Any]) -> list[int]:

@@ -16,7 +16,8 @@ from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, 
 from trl.trainer.utils import use_adapter
 
 from ...ops.segment_sum import segment_sum
-from ..head import IGNORE, shifted
+from .. import hf
+from ..head import IGNORE, refuse_prompt_learning, shifted
 from ..loss_at_head import Other, loss_at_head, read_other
 from . import batches, logs
 from .data import LossData
@@ -70,11 +71,14 @@ class PreferenceLosses(LossData, FusedHead):
             aux = self.aux_model is not None
             self.plan = plan_of(config, self.families, self.trl_types, aux_model=aux)
         self._check_datasets(arguments)
+        self._check_models(arguments)
+        if self._head_options["packed"]:
+            refuse_prompt_learning(_peft_settings(arguments), "padding_free")
         if self.plan is None:
             return names
         self._check_arguments(self.plan, config, arguments)
         self._no_collator = arguments.get("data_collator") is None
-        peft = _is_or_becomes_peft(arguments)
+        peft = bool(_peft_settings(arguments))
         if not self.plan.needs.reference and not peft:
             # TRL would load a copy of the policy that nothing reads
             names.pop("BaseTunerLayer", None)
@@ -82,11 +86,44 @@ class PreferenceLosses(LossData, FusedHead):
             names["create_model_from_path"] = _OnlyThePolicy(own, arguments.get("model"))
         return names
 
+    def _check_models(self, arguments: dict[str, Any]) -> None:
+        """A reference and a third model score the policy's tokens."""
+        policy, needs = arguments.get("model"), None if self.plan is None else self.plan.needs
+        processor = arguments.get("processing_class")
+        tokenizer = getattr(processor, "tokenizer", processor)
+        whole = {
+            "ref_model": needs is not None and needs.distribution,
+            "aux_model": needs is not None and needs.aux == "head",
+        }
+        for name, other in (
+            ("ref_model", arguments.get("ref_model")),
+            ("aux_model", self.aux_model),
+        ):
+            if other is None:
+                continue
+            if not isinstance(other, torch.nn.Module):
+                raise TypeError(
+                    f"{name} must be a model, got {other!r}; load it with "
+                    "AutoModelForCausalLM.from_pretrained."
+                )
+            if not isinstance(policy, torch.nn.Module) or tokenizer is None:
+                continue
+            mine, theirs = (hf.text_config(m).vocab_size for m in (policy, other))
+            if theirs < min(mine, len(tokenizer)):
+                raise ValueError(
+                    f"{name} knows {theirs} tokens, the tokenizer {len(tokenizer)} and the policy "
+                    f"{mine}: it cannot score all of them; use one with the policy's vocabulary."
+                )
+            if whole[name] and theirs != mine:
+                raise ValueError(
+                    f"loss {', '.join(self.plan.names if self.plan else [])} compares the policy's "
+                    f"distribution over {mine} tokens with {name}'s over {theirs}; resize_token_"
+                    "embeddings makes them one size."
+                )
+
     def _check_arguments(self, plan: Plan, config: Any, arguments: dict[str, Any]) -> None:
         needs, names = plan.needs, ", ".join(plan.names)
-        adapters = getattr(arguments.get("model"), "peft_config", {})
-        settings = [arguments.get("peft_config"), *adapters.values()]
-        if any(getattr(s, "is_prompt_learning", False) for s in settings):
+        if any(getattr(s, "is_prompt_learning", False) for s in _peft_settings(arguments)):
             raise ValueError(
                 f"loss {names}: prompt learning adds positions that carry no label; use LoRA."
             )
@@ -309,6 +346,9 @@ class _OnlyThePolicy:
         return self._own(*args, **kwargs)
 
 
-def _is_or_becomes_peft(arguments: dict[str, Any]) -> bool:
-    model = arguments.get("model")
-    return arguments.get("peft_config") is not None or hasattr(model, "peft_config")
+def _peft_settings(arguments: dict[str, Any]) -> list[Any]:
+    """Of the adapters that the model has or is about to get."""
+    found = [arguments.get("peft_config")]
+    return [s for s in found if s is not None] + [
+        *getattr(arguments.get("model"), "peft_config", {}).values()
+    ]
