@@ -3,7 +3,7 @@
     from prefkern.integrations.nemo_rl import PreferenceLossFn
     loss_fn = PreferenceLossFn("apo_zero", beta=0.1)     # in place of DPOLossFn
 
-Read: the repository at 006907a (nemo_rl/algorithms/loss). Log-probabilities come from NeMo-RL, so
+Read: the repository at 7ea279a (nemo_rl/algorithms/loss). Log-probabilities come from NeMo-RL, so
 losses that read a divergence are refused.
 
 Shapes: B rows of T tokens, chosen and rejected neighbours.
@@ -23,9 +23,14 @@ from ..stats import TokenStats
 from . import signatures
 from .head import IGNORE
 
-TESTED = "NeMo-RL at 006907a"
+TESTED = "NeMo-RL at 7ea279a"
 _INTERFACES = "nemo_rl.algorithms.loss.interfaces"
 _READS = {"logp", "ref_logp", "length"}
+# What NeMo-RL's validation asks for -> ours; rewards are times beta here.
+_METRICS = {
+    "accuracy": "rewards/accuracies", "rewards_chosen_mean": "rewards/chosen",
+    "rewards_rejected_mean": "rewards/rejected",
+}  # fmt: skip
 
 
 class PreferenceLossFn:
@@ -61,6 +66,12 @@ class PreferenceLossFn:
         return signatures.imported(f"{_INTERFACES}:LossType", TESTED).SEQUENCE_LEVEL
 
     @property
+    def metric_normalizations(self) -> dict[str, Any]:
+        """By what NeMo-RL undoes a placeholder normalization; metrics not named go by pairs."""
+        kinds = signatures.imported(f"{_INTERFACES}:MetricNormalizer", TESTED)
+        return {"loss": kinds.SEQUENCES, "num_valid_samples": kinds.NONE}
+
+    @property
     def input_type(self) -> Any:
         return signatures.imported(f"{_INTERFACES}:LossInputType", TESTED).LOGPROB
 
@@ -71,18 +82,28 @@ class PreferenceLossFn:
         global_valid_seqs: Tensor,  # []
         global_valid_toks: Tensor | None = None,  # []
     ) -> tuple[Tensor, dict[str, Any]]:
-        scored = data["token_mask"][:, 1:].bool()
-        valid = data["sample_mask"][::2]  # [P]
+        rows = data["sample_mask"].bool()  # [B], the same for both of a pair
+        pairs = rows.sum() / 2
+        if not bool(rows.any()):
+            loss = next_token_logprobs.sum() * 0.0
+            names = ("loss", "preference_loss", "sft_loss", "num_valid_samples", *_METRICS)
+            return loss, dict.fromkeys(names, 0.0)
+        scored = data["token_mask"][rows, 1:].bool()
+        logp = next_token_logprobs[rows]
         targets = torch.zeros_like(scored, dtype=torch.int64).masked_fill(~scored, IGNORE)
-        zero = torch.zeros((), dtype=next_token_logprobs.dtype, device=next_token_logprobs.device)
+        zero = torch.zeros((), dtype=logp.dtype, device=logp.device)
         reference = None
         if self.reference:
-            given = data["reference_policy_logprobs"][:, :-1].to(next_token_logprobs)
+            given = data["reference_policy_logprobs"][rows, :-1].to(logp)
             reference = torch.where(scored, given, zero)
-        tokens = TokenStats(logp=torch.where(scored, next_token_logprobs, zero), ref_logp=reference)
+        tokens = TokenStats(logp=torch.where(scored, logp, zero), ref_logp=reference)
         loss, metrics = loss_from_stats(
-            tokens, targets, loss=self.loss, item_weights=valid.to(torch.float32),
-            num_items={"pairs": global_valid_seqs / 2}, **self.loss_args,
+            tokens, targets, loss=self.loss, num_items={"pairs": global_valid_seqs / 2},
+            **self.loss_args,
         )  # fmt: skip
-        found = {name: value.item() for name, value in metrics.items()}
-        return loss, {"loss": loss.item(), "num_valid_samples": valid.sum().item(), **found}
+        # NeMo-RL adds metrics over micro-batches and ranks: each is this one's share of the mean
+        share = pairs * 2 / global_valid_seqs
+        found = {name: (value * share).item() for name, value in metrics.items()}
+        found |= {theirs: found[ours] for theirs, ours in _METRICS.items()}
+        found |= {"loss": loss.item(), "preference_loss": loss.item(), "sft_loss": 0.0}
+        return loss, found | {"num_valid_samples": pairs.item()}

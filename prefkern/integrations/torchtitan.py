@@ -6,7 +6,8 @@
 
 Read: 0.3.0. torchtitan's wrapper runs a backward per chunk, so a loss that couples the tokens of a
 pair has no place in it; here the head is called once, as a module, so FSDP2 gathers and reduces it.
-Rows are sequences, chosen and rejected neighbours; labels are shifted already. torchtitan adds
+Rows are sequences, chosen and rejected neighbours; where torchtitan hands over one row without a
+batch axis, sequences begin where `positions` are 0. Labels are shifted already. torchtitan adds
 gradients over data parallel ranks: `ranks` divides the mean over a rank's pairs.
 
 Shapes: B rows of T tokens, D hidden size.
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..head import Head
@@ -58,13 +60,13 @@ def loss_class(base: Any = None) -> Any:
 
         def __call__(
             self,
-            pred: Tensor,  # [B, T, D]
-            labels: Tensor,  # [B, T]
+            pred: Tensor,  # [B, T, D] or [N, D]
+            labels: Tensor,  # [B, T] or [N]
             global_valid_tokens: Tensor | None = None,
             **loss_inputs: Any,
         ) -> tuple[Tensor, dict[str, Tensor]]:
             """(loss, metrics). `loss_inputs`: what the loss reads beside the policy (ref_logp,
-            ref_seq_logp, item_weights ...); torchtitan's own `positions` is left out."""
+            ref_seq_logp, item_weights ...); `positions` [N] bound the sequences of one row."""
             head = self.lm_head
             if head is None:
                 raise ValueError("set_lm_head must be called before the loss.")
@@ -74,6 +76,8 @@ def loss_class(base: Any = None) -> Any:
                     "under data parallelism."
                 )
             given = {k: v for k, v in loss_inputs.items() if k != "positions"}
+            if labels.dim() == 1:
+                given["cu_seqlens"] = _boundaries(labels, loss_inputs.get("positions"))
 
             def compute(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 own = Head(head.weight, getattr(head, "bias", None))
@@ -86,3 +90,15 @@ def loss_class(base: Any = None) -> Any:
             return loss / self.ranks, metrics
 
     return PreferenceLoss
+
+
+def _boundaries(labels: Tensor, positions: Tensor | None) -> Tensor:  # [S+1]
+    if positions is None or positions.shape != labels.shape:
+        got = None if positions is None else list(positions.shape)
+        raise ValueError(
+            f"labels are one row [{len(labels)}] of several sequences, and positions say where "
+            f"they begin; they must come with the loss in the same shape, got {got}."
+        )
+    starts = (positions == 0).nonzero().flatten()
+    end = starts.new_tensor([len(labels)])
+    return torch.cat([starts, end]).int()

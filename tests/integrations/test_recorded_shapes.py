@@ -6,6 +6,7 @@ the adapter on top of it must give the same numbers and gradients.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 from dataclasses import dataclass
@@ -200,11 +201,17 @@ def test_nemo_rls_dpo():
                 next_token_logprobs=x, data=data, global_valid_seqs=seqs, global_valid_toks=None
             )
             assert metrics["num_valid_samples"] == 3
+            logged = metrics["rewards/accuracies"], metrics["rewards/chosen"]
         else:
             ratio = (x - data["reference_policy_logprobs"][:, :-1]) * data["token_mask"][:, 1:]
             rewards = ratio.sum(-1)
             pairs = -torch.nn.functional.logsigmoid(0.05 * (rewards[::2] - rewards[1::2]))
-            loss = (pairs * data["sample_mask"][::2]).sum() / (seqs / 2)
+            valid = data["sample_mask"][::2]
+            loss = (pairs * valid).sum() / (seqs / 2)
+            # what it logs is divided by the pairs of the global batch too, and added up
+            right = (rewards[::2] > rewards[1::2]) * valid
+            want = right.sum() / (seqs / 2), 0.05 * (rewards[::2] * valid).sum() / (seqs / 2)
+            assert logged == pytest.approx([v.item() for v in want], rel=1e-5)
         loss.backward()
         results.append((loss.detach(), x.grad))
     for a, b in zip(*results, strict=True):
@@ -216,6 +223,17 @@ def test_nemo_rl_takes_losses_it_has_not(loss):
     data, logps = nemo_batch()
     value, metrics = nemo_rl.PreferenceLossFn(loss)(logps, data, torch.tensor(8.0))
     assert torch.isfinite(value) and metrics["loss"] == value.item()
+    asked = {"sft_loss", "preference_loss", "accuracy", "rewards_chosen_mean", "num_valid_samples"}
+    assert asked <= metrics.keys()  # by its validation
+
+
+def test_nemo_rl_without_a_valid_pair_gets_a_zero_with_gradient():
+    data, logps = nemo_batch()
+    data["sample_mask"] = torch.zeros(8)
+    x = logps.requires_grad_()
+    loss, metrics = nemo_rl.PreferenceLossFn("dpo")(x, data, torch.tensor(8.0))
+    loss.backward()
+    assert loss == 0 and metrics["num_valid_samples"] == 0 and (x.grad == 0).all()
 
 
 @pytest.mark.parametrize("loss", ["tdpo2", "kto", "lipo"])
@@ -258,6 +276,16 @@ def test_torchtitan():
     loss, metrics = made(hidden, labels, torch.tensor(16.0), positions=torch.arange(6))
     want, _ = prefkern.preference_loss(hidden, head.weight, labels, loss="simpo", beta=1.5)
     assert loss.item() == pytest.approx(want.item() / 2) and "rewards/margins" in metrics
+    cu = torch.tensor([0, 6, 11, 18, 24], dtype=torch.int32)
+    packed = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(cu)])
+    row, _ = made(hidden.flatten(0, 1), labels.flatten(), positions=packed)
+    want, _ = prefkern.preference_loss(
+        hidden.flatten(0, 1), head.weight, labels.flatten(), cu, loss="simpo", beta=1.5
+    )
+    assert row.item() == pytest.approx(want.item() / 2)
+    with pytest.raises(ValueError, match="positions say where they begin"):
+        made(hidden.flatten(0, 1), labels.flatten())
+    seen.pop()
     assert seen == [True]  # the head ran as a module, so its hooks did
     loss.backward()
     assert head.weight.grad.abs().sum() > 0 and hidden.grad.abs().sum() > 0

@@ -24,7 +24,16 @@ def test_split_and_join(text, want):
 
 
 @pytest.mark.parametrize(
-    "text", ["dpo:", "dpo:0.5", "dpo:beta", "dpo:beta=f(1)", "dpo:**x", "dpo:beta=1) or (2"]
+    "text",
+    [
+        "dpo:",
+        "dpo:beta=1, beta=2",
+        "dpo:0.5",
+        "dpo:beta",
+        "dpo:beta=f(1)",
+        "dpo:**x",
+        "dpo:beta=1) or (2",
+    ],
 )
 def test_what_cannot_be_read_is_refused(text):
     with pytest.raises(ValueError, match="name:key=value"):
