@@ -41,10 +41,14 @@ def model(family: str = "llama", seed: int = 0, **options: Any) -> Any:
             t.MixtralForCausalLM, t.MixtralConfig,
             {"num_local_experts": 4, "output_router_logits": True},
         ),
+        "phi": (t.PhiForCausalLM, t.PhiConfig, {"num_key_value_heads": 4}),
     }  # fmt: skip
     cls, config, own = kinds[family]
     torch.manual_seed(seed)
     made = cls(config(**_SMALL | own | {"initializer_range": 0.1} | options))
+    if family == "phi":  # a head with a bias
+        with torch.no_grad():
+            made.lm_head.bias.normal_(std=0.5)
     return made
 
 

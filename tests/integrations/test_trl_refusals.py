@@ -56,6 +56,9 @@ REFUSED = {
     "a column's name": (dict(loss="dpo", loss_columns={"item_weights": 3}), "names of columns"),
     "an argument twice": (dict(loss="dpo:beta=0.5, beta=0.6"), "beta stands there twice"),
     "weights": (dict(loss="dpo", loss_weights=[float("nan")]), "loss_weights must be finite"),
+    "weighting of hinge": (
+        dict(loss=["sigmoid", "hinge"], use_weighting=True), "TRL's hinge does not bear",
+    ),
     "alpha of TRL's divergence": (dict(loss="fdpo", f_alpha_divergence_coef=0.3), "fdpo"),
     "memory budget": (dict(loss="dpo", given={"memory_budget": -1}), "memory_budget must be"),
     "small reference": (

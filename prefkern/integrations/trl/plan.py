@@ -18,6 +18,8 @@ DPO_TYPES = frozenset({
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 })  # fmt: skip
+# Those of DPO whose tensor TRL's use_weighting cannot multiply in place.
+_UNWEIGHTED = frozenset({"hinge", "sft"})
 KTO_TYPES = frozenset({"kto", "apo_zero_unpaired"})
 # Configuration fields that are arguments of losses: ours by the name of TRL's.
 _SHARED = {"beta": "beta", "label_smoothing": "label_smoothing", "discopop_tau": "tau"}
@@ -109,6 +111,11 @@ def plan_of(
     if set(given) <= trl_types and not args and not columns:
         if aux_model:
             raise ValueError(f"aux_model serves losses that read a third model, got {given}.")
+        if getattr(config, "use_weighting", False) and (unfit := _UNWEIGHTED.intersection(given)):
+            raise ValueError(
+                f"use_weighting multiplies losses in place, which TRL's {', '.join(sorted(unfit))} "
+                'does not bear (its first step raises); drop one of them, or use loss_type="wpo".'
+            )
         return None
     resolved = [losses.resolve(name) for name in given]
     records = tuple(record for record, _ in resolved)
