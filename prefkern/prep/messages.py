@@ -1,11 +1,14 @@
 """Messages of a conversation as stored: tool calls, reasoning, and what a file format adds to them.
 
 The same rows give the same messages from JSON lines, Parquet and `datasets`: Arrow fills keys that
-one row does not have with null at every depth, and some data hold their objects as JSON text.
+one row does not have with null at every depth, and makes 1.0 of every 1 in a place where another
+row has 0.5; so a whole number in an object is an integer here. Some data hold their objects as JSON
+text, in which a number is as it was written.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 Message = dict[str, Any]
 # Beside `content`, what may be all that a message says.
 _SAYS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+_EXACT = 2.0**53  # beyond, a float is not every integer
 
 
 class NotMessages(Exception):
@@ -20,7 +24,7 @@ class NotMessages(Exception):
 
 
 def read_messages(value: list[Any] | tuple[Any, ...]) -> list[Message]:
-    """Messages with string `role` and `content`, without nulls, tool calls as objects.
+    """Messages with string `role` and `content`, as `as_json` gives them, tool calls as objects.
 
     Raises:
         NotMessages: saying which message, and what it must be.
@@ -30,7 +34,7 @@ def read_messages(value: list[Any] | tuple[Any, ...]) -> list[Message]:
         where = f"message {i}"
         if not isinstance(message, Mapping):
             raise NotMessages(f"{where} must be an object, got {kind_of(message)}")
-        message = without_nulls(message)
+        message = as_json(message)
         calls = message.get("tool_calls")
         if calls is not None:
             message["tool_calls"] = _calls(calls, where)
@@ -99,6 +103,26 @@ def from_json(value: Any) -> Any:
         return without_nulls(json.loads(value))
     except (ValueError, RecursionError):
         return value
+
+
+def as_json(value: Any) -> Any:
+    """`value` as JSON lines would have it: without nulls, whole numbers as integers.
+
+    Raises:
+        NotMessages: it holds a date.
+    """
+    if isinstance(value, Mapping):
+        return {k: as_json(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT:
+        return int(value)
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
+        raise NotMessages(
+            f"the date {value} is no JSON: `datasets` made it of a text, and how that was written "
+            "is lost; pass the file itself, or hold the object as JSON text"
+        )
+    return value
 
 
 def without_nulls(value: Any) -> Any:

@@ -9,6 +9,7 @@ conversation the chat template decides.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,9 +21,10 @@ import numpy as np
 from ...prep.messages import with_text_arguments
 from .columns import fit_tokens, is_per_token
 from .records import Encoded, Example
-from .rendered import check_documents, check_rendered, check_tools
+from .rendered import check_documents, check_rendered, check_tools, unread_names
 from .rows import BadRow, Messages, ParsedRow
 
+_MESSAGES = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')  # as JSON text
 # The answers of a row that share a prompt, and whether max_length cut one of them.
 Part = tuple[list[Encoded], bool]
 
@@ -98,7 +100,8 @@ class Encoder:
         return out
 
     def _check_plain(self, row: ParsedRow) -> None:
-        """What a row gives its chat template, beside a text that none writes."""
+        """What is meant for a chat template, beside a text or in one that none writes."""
+        assert isinstance(row.prompt, str)
         if row.template_args.get("tools"):
             raise BadRow(
                 "tools", "not rendered",
@@ -107,6 +110,12 @@ class Encoder:
             )  # fmt: skip
         if row.template_args:
             self.notes["plain texts have chat_template_kwargs, which nothing reads there"] += 1
+        if _MESSAGES.match(row.prompt):
+            raise BadRow(
+                "prompt", "messages as text",
+                "holds messages as JSON text, which would be trained on letter by letter; pass the "
+                "list itself (json.loads)",
+            )  # fmt: skip
 
     def _plain_ids(self, rows: list[ParsedRow]) -> list[list[list[int]] | BadRow]:
         """Token ids of [prompt, prompt + response, ...] for every row, in one tokenizer call."""
@@ -133,8 +142,24 @@ class Encoder:
                     self._ended(x, str(response))
                     for x, response in zip(ids[1:], row.responses, strict=True)
                 ]
-            out.append(self._begun(ids))
+            out.append(self._begun(ids, row))
         return out
+
+    def prompt_ids(self, row: ParsedRow) -> list[int]:
+        """The tokens of a prompt to be answered, those that training has before an answer.
+
+        Raises:
+            BadRow: as `encode` gives them.
+        """
+        if not isinstance(row.prompt, str):
+            return self._chat_ids(row)[0]
+        self._check_plain(row)
+        ids = list(self.tokenizer(row.prompt, verbose=False)["input_ids"])
+        eos = self.tokenizer.eos_token
+        # some tokenizers end every text with EOS, after which there is nothing to answer
+        if ids[-1:] == [self.tokenizer.eos_token_id] and not row.prompt.endswith(eos):
+            ids = ids[:-1]
+        return self._begun([ids], row)[0]
 
     def _ended(self, ids: list[int], response: str) -> list[int]:
         """The ids with EOS, unless the answer ends with a mark of its end already."""
@@ -145,13 +170,14 @@ class Encoder:
             return ids
         return [*ids, self.tokenizer.eos_token_id]
 
-    def _begun(self, ids: list[list[int]]) -> list[list[int]]:
+    def _begun(self, ids: list[list[int]], row: ParsedRow) -> list[list[int]]:
         """The ids without the BOS that the tokenizer puts before one that the text holds."""
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        if bos is None or not all(x[:2] == [bos, bos] for x in ids):
-            return ids
-        self.notes["prompts begin with BOS, so no second one was added"] += 1
-        return [x[1:] for x in ids]
+        if any(holds_bos(self.tokenizer, str(response)) for response in row.responses):
+            self.notes["rows have answers that begin with BOS, which so stands inside"] += 1
+        found = [begun(self.tokenizer, x, str(row.prompt)) for x in ids]
+        if found[0] is not ids[0]:
+            self.notes["prompts begin with BOS, so no second one was added"] += 1
+        return found
 
     def _chat_ids(self, row: ParsedRow) -> list[list[int]]:
         if getattr(self.tokenizer, "chat_template", None) is None:
@@ -192,6 +218,7 @@ class Encoder:
                 row.template_args["documents"], texts[0],
                 lambda: self._template(prompt, _with(row, (), "documents"), **open_end),
             )  # fmt: skip
+        self.notes.update(unread_names(self.tokenizer, row))
         # The template writes its own special tokens.
         return [
             list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -299,6 +326,18 @@ def _example(number: int, row: ParsedRow, parts: list[Part | BadRow]) -> Example
 
 def _with(row: ParsedRow, given: Sequence[Any], name: str = "tools") -> ParsedRow:
     return replace(row, template_args={**row.template_args, name: list(given)})
+
+
+def holds_bos(tokenizer: Any, text: str) -> bool:
+    """Whether a text begins with the BOS token itself."""
+    bos: str = getattr(tokenizer, "bos_token", None) or ""
+    return bos != "" and text.lstrip().startswith(bos)
+
+
+def begun(tokenizer: Any, ids: list[int], text: str) -> list[int]:
+    """The tokens of a text without the BOS that the tokenizer puts before one in the text."""
+    doubled = ids.count(tokenizer.bos_token_id) > 1 if holds_bos(tokenizer, text) else False
+    return ids[1:] if doubled and ids[0] == tokenizer.bos_token_id else ids
 
 
 def _end_marks(tokenizer: Any) -> tuple[str, ...]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,7 +96,7 @@ class Loader:
         """
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}.")
-        raw = self._renamed(raw_rows(source, split))
+        raw = self._renamed(raw_rows(source, split), source)
         form, raw = _find_form(raw, self.layout, limit, self.labelled)
         layout, implicit = form.layout, form.implicit and form.layout == "pairs"
         encoder, report = self._encoder(), SkipReport()
@@ -119,11 +120,11 @@ class Loader:
                 _report(report, row, why, self.strict)
         report.kept = len(examples)
         report.truncated = sum(example.truncated for example in examples)
-        if not examples and not self.may_be_empty:
-            raise ValueError(f"no row of {_name(source)} can be used as {layout}: {report}")
         beside.weigh(example.weight for example in examples)
         report.notes += [f"{count} {note}" for note, count in encoder.notes.items()]
         report.notes += beside.notes()
+        if not examples and not self.may_be_empty:
+            raise ValueError(f"no row of {_name(source)} can be used as {layout}: {report}")
         examples = self._graded(examples, report)
         if layout == "unpaired" and any(example.desirable is None for example in examples):
             examples = [replace(example, desirable=None) for example in examples]
@@ -132,28 +133,48 @@ class Loader:
             check_alike(rows, self.columns)
         return Loaded(examples, layout, report)
 
-    def _renamed(self, rows: Iterator[RawRow]) -> Iterator[RawRow]:
-        """The rows with their text columns under the names that are read."""
-        for row in rows:
-            if self.renamed and row.data is not None:
+    def _renamed(self, rows: Iterator[RawRow], source: Any) -> Iterator[RawRow]:
+        """The rows with their text columns under the names that are read.
+
+        Raises:
+            ValueError: the first rows have no such column.
+        """
+        if not self.renamed:
+            yield from rows
+            return
+        first = list(islice(rows, CHUNK))
+        unread.check_there(self.renamed, first, _name(source))
+        for row in chain(first, rows):
+            if row.data is not None:
                 moved = {name: row.data.get(column) for name, column in self.renamed.items()}
                 rest = {k: v for k, v in row.data.items() if k not in self.renamed.values()}
                 row = replace(row, data={**rest, **moved})
             yield row
 
     def _graded(self, examples: list[Example], report: SkipReport) -> list[Example]:
-        """Under "auto", only the order of labels that the losses were not made for, and a note."""
-        labels = [label for example in examples for label in example.relevance or ()]
-        if self.list_labels != "auto" or self.label_range is None or not labels:
+        """Under "auto", only the order of labels that the losses were not made for, and a note.
+
+        Raises:
+            ValueError: their order is none that the losses were made for either.
+        """
+        given = [label for example in examples for label in example.relevance or ()]
+        labels = [label for label in given if not math.isnan(label)]
+        if self.label_range is None or not labels:
             return examples
         low, high = self.label_range
         if low <= min(labels) and max(labels) <= high:
             return examples
+        outside = f"labels from {min(labels):g} to {max(labels):g} are not on the scale "
+        outside += f"from {low:g} to {high:g}" if math.isfinite(high) else f"from {low:g} on"
+        outside += " that the loss is made for"
+        if high < 2:  # what shares or probabilities are, no order is
+            raise ValueError(f"{outside}; bring the column scores to it.")
+        if self.list_labels != "auto":
+            return examples
         report.ordered = True
         report.notes.append(
-            f"labels from {min(labels):g} to {max(labels):g} are no grades on the scale from "
-            f"{low:g} to {high:g} that the loss's gains of 2^label are for, so only their order is "
-            "used; --list-labels scores takes them as they are, --list-labels order says it"
+            f"{outside}, so only their order is used; --list-labels scores takes them as they are, "
+            "--list-labels order says it"
         )
         return [
             replace(example, relevance=_ranks(example.relevance))
@@ -263,9 +284,9 @@ def _chunks(raw: Iterator[RawRow], limit: int | None) -> Iterator[list[RawRow]]:
 
 
 def _ranks(labels: tuple[float, ...]) -> tuple[float, ...]:
-    """0 for the lowest label, 1 for the next, equal ones equal."""
-    order = sorted(set(labels))
-    return tuple(float(order.index(label)) for label in labels)
+    """0 for the lowest label, 1 for the next, equal ones equal; NaN stays, which ranks nothing."""
+    order = sorted({label for label in labels if not math.isnan(label)})
+    return tuple(x if math.isnan(x) else float(order.index(x)) for x in labels)
 
 
 def _report(report: SkipReport, row: RawRow, bad: BadRow, strict: bool) -> None:

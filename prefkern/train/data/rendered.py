@@ -3,13 +3,17 @@ of tools may vanish without an error, and the model would be trained on another 
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from .rows import BadRow, Messages
+from .rows import BadRow, Messages, ParsedRow
 
 _PROBE = "Zq7Wxv"  # a word that no template holds
+# Of a message: what is checked on its own, and names of no text.
+_KNOWN = frozenset({"role", "content", "tool_calls", "tool_call_id", "id"})
 
 
 def check_rendered(
@@ -80,6 +84,34 @@ def check_documents(documents: Any, text: str, render: Callable[[], str]) -> Non
             "holds documents, which the chat template does not render; drop them, or use a model "
             "whose template knows documents",
         )
+
+
+def unread_names(tokenizer: Any, row: ParsedRow) -> Counter[str]:
+    """What a conversation gives its template under names that do not occur in it, as notes: 1 each.
+
+    A template cannot read a name that it does not spell; one that it spells may be read or not.
+    """
+    template = getattr(tokenizer, "chat_template", None) or ""
+    source = " ".join(template.values()) if isinstance(template, dict) else str(template)
+    found: Counter[str] = Counter()
+    for name in row.template_args:
+        if name not in ("tools", "documents") and not _spells(source, name):
+            note = (
+                f"rows' chat_template_kwargs hold {name!r}, which the chat template does not read"
+            )
+            found[note] = 1
+    conversation = [row.prompt, *row.responses]
+    keys = {
+        k for part in conversation for m in part if isinstance(m, dict) for k, v in m.items() if v
+    }
+    for key in sorted(keys - _KNOWN):
+        if not _spells(source, key):
+            found[f"rows' messages hold {key!r}, which the chat template does not read"] = 1
+    return found
+
+
+def _spells(source: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", source) is not None
 
 
 def _lost(place: str, i: int, what: str) -> BadRow:

@@ -30,7 +30,7 @@ from ...prep.cells import (
     number,
     text,
 )
-from ...prep.messages import from_json, without_nulls
+from ...prep.messages import NotMessages, as_json, from_json
 from .columns import Column
 
 # Arguments of apply_chat_template that a row may not bring.
@@ -291,12 +291,12 @@ def _weight(data: Mapping[str, Any]) -> float:
 
 def template_args(data: Mapping[str, Any]) -> dict[str, Any]:
     """What a row gives its chat template beside the messages: tools and named arguments."""
-    args = from_json(data.get("chat_template_kwargs")) or {}
+    args = _object(data.get("chat_template_kwargs"), "chat_template_kwargs") or {}
     if not isinstance(args, Mapping):
         raise BadRow(
             "chat_template_kwargs", "wrong type", f"must be an object, got {kind_of(args)}"
         )
-    args = without_nulls(args)
+    args = dict(args)
     if taken := sorted(_NOT_OF_A_ROW & args.keys()):
         raise BadRow(
             "chat_template_kwargs",
@@ -304,10 +304,10 @@ def template_args(data: Mapping[str, Any]) -> dict[str, Any]:
             f"must not hold {', '.join(taken)}: a row brings no template and no option of "
             "apply_chat_template",
         )
-    tools = from_json(data.get("tools") or args.get("tools"))
+    tools = _object(data.get("tools"), "tools") or from_json(args.get("tools"))
     if tools:
-        if isinstance(tools, list | tuple):
-            tools = [without_nulls(from_json(tool)) for tool in tools]
+        if isinstance(tools, list):
+            tools = [from_json(tool) for tool in tools]
         if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
             raise BadRow(
                 "tools", "wrong type",
@@ -315,3 +315,11 @@ def template_args(data: Mapping[str, Any]) -> dict[str, Any]:
             )  # fmt: skip
         args["tools"] = tools
     return args
+
+
+def _object(value: Any, column: str) -> Any:
+    """What a column holds, or what its JSON text says."""
+    try:
+        return from_json(value) if isinstance(value, str) else as_json(value)
+    except NotMessages as why:
+        raise BadRow(column, "wrong type", str(why)) from None

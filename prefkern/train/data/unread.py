@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .columns import Column
+from .read import RawRow
 
 # Columns that may stand under another name, by --column NAME=COLUMN.
 TEXTS = ("prompt", "chosen", "rejected", "completion", "label", "responses", "scores", "weight")
@@ -44,13 +45,37 @@ _MEDIA = re.compile(
 _PROCESSED = re.compile(
     r"(pixel_values|input_features|input_values|audio_values)(_\w+)?", re.IGNORECASE
 )
-# How a plain text begins that holds a dialogue, and so its prompt.
+# How a plain text begins that holds a dialogue, and so its prompt: "Human:", "### Instruction:",
+# "<|im_start|>", "[INST]", after marks such as <s>.
 _DIALOGUE = re.compile(
-    r"\W*(human|user|question|q|system|instruction|prompt|inst|below is an instruction|"
-    r"(im_|start_)?(start|header_id|of_turn))\b",
+    r"\W*(<[^<>]*>\s*)*\W*("
+    r"(human|user|question|q|system|instruction|prompt|inst)\W{0,3}[:>|\]\n]|"
+    r"below is an instruction|(im_|start_)?(start|header_id|of_turn)\W{0,2}[>|])",
     re.IGNORECASE,
 )
+# Columns that hold a task whatever stands in them, be it a sum or a number.
+_TASK = re.compile(
+    r"(user_?|input_?)?(questions?|instructions?|query|queries|inputs?|problems?|prompts?|tasks?)",
+    re.IGNORECASE,
+)
+# Numbers that only count or name rows.
+_INDEX = re.compile(r"(.*_)?(ids?|idx|index|uuid|hash|seed)|__index_level_\d+__|", re.IGNORECASE)
 _SHOWN = 8
+
+
+def check_there(renamed: Mapping[str, str], rows: Iterable[RawRow], source: str) -> None:
+    """Refuses a column under another name that none of the rows has.
+
+    Raises:
+        ValueError: naming it and the columns that there are.
+    """
+    there = {str(name) for row in rows for name in row.data or ()}
+    for name, column in renamed.items():
+        if there and column not in there:
+            raise ValueError(
+                f"{source} has no column {column!r}, from which {name} is to be read (--column); "
+                f"the columns found: {', '.join(map(repr, sorted(there)))}."
+            )
 
 
 class Beside:
@@ -70,6 +95,7 @@ class Beside:
             self.read |= {name, f"chosen_{name}", f"rejected_{name}", f"prompt_{name}"}
             self.read.add(f"{name}_weights")
         self.unread: Counter[str] = Counter()
+        self.numbers: Counter[str] = Counter()  # of columns that hold numbers and are not read
         self.acting: Counter[str] = Counter()
         self.weights: list[float] = []
         self.near: dict[str, str] = {}  # a column that is not read -> the one it is nearly named as
@@ -96,14 +122,15 @@ class Beside:
                     "read here; a run on the text alone would train something else. Drop the "
                     "column if the text is enough."
                 )
-            if _has_text(value):
+            if _has_text(value) or (_TASK.fullmatch(str(name)) and str(value).strip()):
                 found.append(name)
             elif (meant := self._spelt.get(_spelling(str(name)))) is not None:
                 self.near[str(name)] = meant
+            elif _has_number(value) and not _INDEX.fullmatch(str(name)):
+                self.numbers[str(name)] += 1
         self.unread.update(found)
-        chosen = data.get("chosen")
         no_prompt = implicit and data.get("prompt") is None
-        if found and no_prompt and isinstance(chosen, str) and not _DIALOGUE.match(chosen):
+        if found and no_prompt and not _asks(data.get("chosen")):
             raise ValueError(
                 f"{where}: there is no column 'prompt', and the columns "
                 f"{', '.join(map(repr, found[:_SHOWN]))} hold text that is not read; what the two "
@@ -125,13 +152,24 @@ class Beside:
                 line += f": from {min(self.weights):g} to {max(self.weights):g}, 0 in {zeros}"
                 line += "" if any(self.weights) else ", so nothing is trained"
             found.append(line)
-        if self.unread:
-            names = [repr(name) for name, _ in self.unread.most_common()]
+        for what, counts in (
+            ("text that is", self.unread), ("numbers that are", self.numbers)
+        ):  # fmt: skip
+            names = [repr(name) for name, _ in counts.most_common() if name not in self.near]
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            found.append(f"columns with text that is not read: {', '.join(names[:_SHOWN])}{more}")
+            if names:
+                found.append(f"columns with {what} not read: {', '.join(names[:_SHOWN])}{more}")
         for name, meant in sorted(self.near.items()):
             found.append(f"column {name!r} is not read; {meant!r} would be")
         return found
+
+
+def _asks(answer: Any) -> bool:
+    """Whether an answer begins with what it answers, as it must where there is no prompt."""
+    if isinstance(answer, str):
+        return _DIALOGUE.match(answer) is not None
+    first = answer[0] if isinstance(answer, list | tuple) and answer else None
+    return not isinstance(first, Mapping) or first.get("role") not in ("assistant", "tool")
 
 
 def _spelling(name: str) -> str:
@@ -153,6 +191,13 @@ def _holds_media(name: str, value: Any) -> bool:
         )
     # a number or a flag under such a name is about pictures and not one
     return bool(_MEDIA.fullmatch(name)) and isinstance(value, str) and bool(value)
+
+
+def _has_number(value: Any) -> bool:
+    """Whether a value is a number or holds one at its start."""
+    if isinstance(value, list | tuple):
+        return bool(value) and _has_number(value[0])
+    return isinstance(value, int | float)
 
 
 def _has_text(value: Any, depth: int = 4) -> bool:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ...integrations import hf
 from ...prep.cells import BadRow, filled, get, text
 from .. import models
-from ..data.unread import Beside
+from ..data.unread import Beside, check_there
 from ..recipes.answer_logps import as_completion
 from ..recipes.online import sampling
 from ..recipes.online.judges import Scorer
@@ -47,6 +47,7 @@ def write_samples(config: SampleConfig) -> Path:
     path, steps, renamed = begin(config)
     function = check_models(config, ("model", "judge_model"))
     source = stored.read_source(config.dataset, config.dataset_split, config.limit)
+    check_there(renamed, source.rows, source.name)
     rows = [stored.under_read_names(row.data or {}, renamed) for row in source.rows]
     prompts = _prompts(source, rows)
     work = Work(path, key_of(config, source), overwrite=config.overwrite)

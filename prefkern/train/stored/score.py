@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from .. import models
 from ..config import TrainConfig
+from ..data.unread import check_there
 from ..processes import make_accelerator
 from ..recipes.online.judges import Scorer, load_scorer
 from ..sources import content
@@ -39,6 +40,7 @@ def score(config: ScoreConfig) -> Path:
     path, steps, renamed = begin(config)
     function = check_models(config, ("judge_model", "ref_model", "model"))
     source = stored.read_source(config.dataset, config.dataset_split, config.limit)
+    check_there(renamed, source.rows, source.name)
     layout, answers, report = stored.read_answers(source, renamed)
     names = columns_of(config, layout)
     check_free_columns(source, [*names, *filter(None, [config.margin])])

@@ -48,6 +48,54 @@ def test_a_prompt_in_another_column_is_named(beside):
     assert repr(name) in str(load(talk | beside).report)
 
 
+@pytest.mark.parametrize(
+    ("answers", "beside"),
+    [
+        (("Q is the letter.", "Q is it not."), {"question": "Which letter?"}),
+        (("Start with red.", "Start with blue."), {"task": "Order the colours."}),
+        (("System time is 3.", "System time is 4."), {"query": "The time?"}),
+        (("The 4", "The 5"), {"question": "2 + 2"}),
+        (("The 4", "The 5"), {"problem": 17}),
+        (
+            tuple([{"role": "assistant", "content": x} for x in ("Sure.", y)] for y in "ab"),
+            {"messages": [{"role": "user", "content": "Which?"}]},
+        ),
+    ],
+)  # fmt: skip
+def test_answers_that_only_seem_to_hold_their_prompt(answers, beside):
+    chosen, rejected = answers
+    with pytest.raises(ValueError, match="there is no column 'prompt', and the columns"):
+        load({"chosen": chosen, "rejected": rejected} | beside, chat=True)
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        "\n\nHuman: hi\n\nAssistant:", "### Instruction:\nAdd.", "<|im_start|>user\nhi",
+        "[INST] hi", "<s>[INST] hi", "<start_of_turn>user", "<|begin|><|start_header_id|>user",
+        "USER : hi", "Below is an instruction that describes a task.", "Question:\nWhich?",
+        "<|user|>\nhi",
+    ],
+)  # fmt: skip
+def test_dialogues_hold_their_prompt(begin):
+    found = load({"chosen": f"{begin} yes", "rejected": f"{begin} no", "query": "a note"})
+    assert any("'query'" in note for note in found.report.notes)
+
+
+def test_columns_of_numbers_are_named():
+    more = {"images": 3, "margin": 0.5, "id": 7, "row_index": 1, "lengths": [3, 4], "label": True}
+    (note,) = load(PAIR | {"prompt": "Which?"} | more).report.notes
+    assert note == (
+        "columns with numbers that are not read: 'images', 'margin', 'lengths', 'label'"
+    )
+
+
+def test_a_named_column_must_be_there():
+    loader = Loader(tokenizer=byte_tokenizer(), renamed={"prompt": "qestion"})
+    with pytest.raises(ValueError, match=r"no column 'qestion', from which prompt .*'question'"):
+        loader.load([PAIR | {"question": "Which?"}])
+
+
 def test_a_column_is_read_as_the_prompt():
     loader = Loader(tokenizer=byte_tokenizer(), renamed={"prompt": "question"})
     found = loader.load([PAIR | {"question": "Which?", "id": 7}])

@@ -126,7 +126,7 @@ def test_parquet_and_conversations(given, tmp_path, monkeypatch):
         (["--judge", "x.py:f"], "there is no file x.py"),
         (["--judge", "x.py:f", "--judge-model", "m"], "two sources of scores"),
         (["--model", "/none"], "model: there is no model folder '/none'"),
-        (["--column", "prompt=question"], "column 'prompt': is null"),
+        (["--column", "prompt=question"], "has no column 'question', from which prompt is to be"),
     ],
 )
 def test_mistakes_are_one_line(given, tmp_path, capsys, words, text):
