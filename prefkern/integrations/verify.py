@@ -26,8 +26,9 @@ def verify_head(model: Any, *, backend: str = "auto", gathers: bool = False) -> 
     """Largest difference between log-probabilities at the head and those of the model's own logits.
 
     `at_head(model)` must have been called. Two rows of eight and five arbitrary tokens are scored,
-    without dropout, with and, where the model is set so, without their padding. Weights, random
-    state and mode stay as they are.
+    without dropout, with and, where the model is set so, without their padding; then again with
+    another last token, which changes nothing before it in a causal model. Weights, random state and
+    mode stay as they are.
 
     Args:
         model: After `at_head`.
@@ -41,7 +42,8 @@ def verify_head(model: Any, *, backend: str = "auto", gathers: bool = False) -> 
 
     Raises:
         ValueError: a difference beyond 1e-4 plus what rounding logits to a 16-bit dtype costs: the
-            family does to its logits, or to packed rows, what its config does not say.
+            family does to its logits, or to packed rows, what its config does not say; a token's
+            log-probability depends on the tokens behind it.
     """
     parameters = list(model.parameters())
     if any(p.is_meta or (hasattr(p, "ds_id") and not gathers) for p in parameters):
@@ -66,16 +68,25 @@ def verify_head(model: Any, *, backend: str = "auto", gathers: bool = False) -> 
         with padded(model) as packed:
             fused = [model(**batch, at_head=logps).value]
         fused += [model(**batch, at_head=logps).value] if packed else []
+        ended = {**batch, "input_ids": torch.where(_last(ids), (ids + 1) % vocabulary, ids)}
+        again = model(**ended, use_cache=False).logits.float()
     targets = targets.to(logits.device)
     scored = targets != IGNORE
     if not bool(torch.isfinite(logits[scored].amax(-1)).all()):
         return None
-    own = logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    picked = targets.clamp(min=0).unsqueeze(-1)
+    own, other = (z.log_softmax(-1).gather(-1, picked).squeeze(-1) for z in (logits, again))
     dtype = heads[0].weight.dtype
     # own logits come rounded to the working dtype: eps * |z| each, in the target and in the lse
     slack = 0.0 if dtype in (torch.float32, torch.float64) else 2 * torch.finfo(dtype).eps
     largest = logits[scored]
     allowed = LIMIT + slack * largest[torch.isfinite(largest)].abs().max().item()
+    if not (seen := (own - other)[scored].abs().max().item()) <= allowed:
+        raise ValueError(
+            f"{type(hf.causal_lm(model)).__name__}: the log-probability of a token depends on the "
+            f"tokens behind it (by {seen:.3g} nats): it is no causal model; one of the masked kind "
+            "needs is_decoder in its config, and training for it."
+        )
     largest_difference = 0.0
     for values, is_packed in zip(fused, (False, True), strict=False):
         difference = (own - values.to(own.device))[scored].abs().max().item()
@@ -83,6 +94,10 @@ def verify_head(model: Any, *, backend: str = "auto", gathers: bool = False) -> 
             _refuse(model, heads[0], difference, allowed, is_packed)
         largest_difference = max(largest_difference, difference)
     return largest_difference
+
+
+def _last(ids: Tensor) -> Tensor:  # [B, T]: the last column
+    return torch.arange(ids.shape[1], device=ids.device) == ids.shape[1] - 1
 
 
 def _refuse(model: Any, head: Head, difference: float, allowed: float, packed: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -108,7 +109,7 @@ def load_whole(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     lacking = sorted(found["missing_keys"])
-    lacking += sorted(str(key) for key in found.get("mismatched_keys", ()))
+    lacking += sorted(_mismatch(key) for key in found.get("mismatched_keys", ()))
     lacking = [key for key in lacking if not may_lack(key)]
     if lacking or found.get("error_msgs"):
         what = ", ".join(lacking[:3]) + (" ..." if len(lacking) > 3 else "")
@@ -117,9 +118,28 @@ def load_whole(
             f"or have another shape there ({what}); they would be random. Fetch or save the model "
             "again, or correct its config.json (tie_word_embeddings, number of layers)."
         )
+    own = {_any_layer(key) for key in model.state_dict()}
+    if beyond := sorted(k for k in found.get("unexpected_keys", ()) if _any_layer(k) in own):
+        raise ValueError(
+            f"{name}: the checkpoint has {len(beyond)} weights of layers that config.json does not "
+            f"count ({', '.join(beyond[:3])}{' ...' * (len(beyond) > 3)}); correct its number of "
+            "layers."
+        )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"{name} is an adapter; fetch it into a folder and pass the folder.")
     return model
+
+
+def _mismatch(key: Any) -> str:
+    """A weight of another shape, as transformers reports it: a name, or name and two shapes."""
+    if isinstance(key, str):
+        return key
+    return f"{key[0]} {list(key[1])} where config.json says {list(key[2])}"
+
+
+def _any_layer(key: str) -> str:
+    """The name of a weight without the number of its layer."""
+    return re.sub(r"\.\d+(?=\.)", ".N", key)
 
 
 def loaded_whole() -> AbstractContextManager[None]:
@@ -168,21 +188,45 @@ def load_model(
     """A model folder or hub name; with adapter_config.json in it, base plus PEFT adapter."""
     if not is_adapter(name):
         return load_causal_lm(name, config, tensor_parallel)
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
-    base = load_causal_lm(adapter_base(name), config, tensor_parallel)
+    with _base_of(name):
+        base = load_causal_lm(adapter_base(name), config, tensor_parallel)
     with told(name, "adapter"):
         model = PeftModel.from_pretrained(base, name, is_trainable=trainable)
-        wanted = get_peft_model_state_dict(model).keys()
-        stored = Path(name) / "adapter_model.safetensors"
-        if stored.is_file():
-            with safe_open(stored, "pt") as file:
-                lacking = sorted(wanted - set(file.keys()))
-            if lacking:
-                raise ValueError(
-                    f"{len(lacking)} weights are not in {stored} ({', '.join(lacking[:3])})"
-                )
+        check_adapter(model, name)
     return model
+
+
+@contextmanager
+def _base_of(name: str) -> Iterator[None]:
+    """Says of a base that cannot be loaded where its name comes from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}/adapter_config.json names its base: {error}") from error
+
+
+def check_adapter(model: Any, name: str, adapter: str = "default") -> None:
+    """Refuses an adapter whose file lacks weights, which PEFT leaves as it drew them.
+
+    Raises:
+        ValueError: naming the file and the weights.
+    """
+    from peft import get_peft_model_state_dict
+
+    wanted = get_peft_model_state_dict(model, adapter_name=adapter).keys()
+    stored, pickled = (Path(name) / f"adapter_model.{end}" for end in ("safetensors", "bin"))
+    if stored.is_file():
+        with safe_open(stored, "pt") as file:
+            there = set(file.keys())
+    elif pickled.is_file():
+        stored = pickled
+        there = set(torch.load(pickled, map_location="cpu", weights_only=True))
+    else:
+        return  # of the hub
+    if lacking := sorted(wanted - there):
+        raise ValueError(f"{len(lacking)} weights are not in {stored} ({', '.join(lacking[:3])})")
 
 
 def load_policy(config: TrainConfig, checkpoint: Path | None, tensor_parallel: int = 1) -> hf.Model:
@@ -200,6 +244,14 @@ def load_policy(config: TrainConfig, checkpoint: Path | None, tensor_parallel: i
             "use FSDP, or train all weights."
         )
     model = load_model(source, config, trainable=True, tensor_parallel=tensor_parallel)
+    if checkpoint is None and config.lora_r and is_adapter(source):
+        given = model.peft_config[model.active_adapter].r
+        if given != config.lora_r:
+            raise ValueError(
+                f"{source} is an adapter of rank {given}, which is trained on, and lora_r is "
+                f"{config.lora_r}; drop --lora-r, or merge the adapter into its base first "
+                "(merge_and_unload)."
+            )
     if config.lora_r and not hasattr(model, "peft_config"):
         from peft import LoraConfig, get_peft_model
 

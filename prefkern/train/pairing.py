@@ -23,18 +23,21 @@ PACKING_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 @torch.no_grad()
-def check_own_logits(model: hf.Model, config: TrainConfig, root: Compute = called) -> float:
-    """Largest difference in nats between log-probabilities at the head and by the own logits.
+def check_own_logits(
+    model: hf.Model, config: TrainConfig, root: Compute = called, name: str | None = None
+) -> float:
+    """Largest difference in nats between log-probabilities at the head and by the own logits of
+    `name` (default: the run's model).
 
     Raises:
-        ValueError: a difference beyond rounding, logits that are not finite.
+        ValueError: a difference beyond rounding, logits that are not finite, no causal model.
     """
     verify = partial(verify_head, model, backend=config.backend, gathers=True)
     (difference,) = root(lambda: [verify()])  # in a list: ZeRO-3 looks for tensors in an output
     if difference is None:
         raise ValueError(
-            f"the logits of {type(hf.causal_lm(model)).__name__} are not finite on arbitrary "
-            "tokens; check its weights."
+            f"the logits of {name or config.model} ({type(hf.causal_lm(model)).__name__}) are not "
+            "finite on arbitrary tokens; check its weights."
         )
     return difference
 
@@ -136,7 +139,7 @@ def open_frozen(
     model = models.freeze(models.load_model(name, config, tensor_parallel=shares))
     at_head(model)
     model = place(model)
-    check_own_logits(model, config)
+    check_own_logits(model, config, name=name)
     check_pairing(name, model, policy)
     check_tokens(name, config, examples)
     if packed:

@@ -16,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import config, save_model, tiny_model, write_data
 from tiny_tokenizer import byte_tokenizer
 
+from prefkern.integrations.head import at_head
 from prefkern.train import models, train
+from prefkern.train.pairing import check_own_logits
+from prefkern.train.recipes.merge import merge_adapters
 from prefkern.train.run import prepare
 from prefkern.train.sources import contents
 
@@ -57,8 +60,36 @@ def test_missing_weights_are_refused(tmp_path, materials):
         models.load_causal_lm(deeper, plain())
     wider = changed(materials[0], tmp_path / "c", lambda w: None)
     settings_of(wider, intermediate_size=64)
-    with pytest.raises(ValueError, match=r"mlp"):
+    with pytest.raises(ValueError, match=r"mlp.*where config\.json says"):
         models.load_causal_lm(wider, plain())
+
+
+def test_layers_beyond_the_settings_are_refused(tmp_path, materials):
+    """A model of one layer out of a checkpoint of two would be another one."""
+    short = changed(materials[0], tmp_path / "a", lambda w: None)
+    settings_of(short, num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"weights of layers that config\.json.*layers\.1\."):
+        models.load_causal_lm(short, plain())
+    more = changed(materials[0], tmp_path / "b", lambda w: w.update(extra=torch.ones(2)))
+    assert models.load_causal_lm(more, plain()) is not None
+
+
+def test_a_model_that_sees_the_tokens_behind_is_refused():
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = dict(
+        vocab_size=260, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, initializer_range=0.5,
+    )  # fmt: skip
+    for is_decoder in (True, False):
+        torch.manual_seed(0)
+        model = BertLMHeadModel(BertConfig(**sizes, is_decoder=is_decoder)).eval()
+        at_head(model)
+        if is_decoder:
+            assert check_own_logits(model, plain()) < 1e-4
+            continue
+        with pytest.raises(ValueError, match=r"BertLMHeadModel.*depends on the tokens behind it"):
+            check_own_logits(model, plain())
 
 
 def test_a_reward_model_without_its_head_is_refused(materials, tmp_path):
@@ -160,6 +191,25 @@ def test_an_adapter_that_lacks_matrices_is_refused(tmp_path, materials):
     del weights[sorted(weights)[0]]
     save_file(weights, tmp_path / "one" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="1 weights are not in"):
+        models.load_model(first, plain())
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(ValueError, match="1 weights are not in"):
+        merge_adapters([tmp_path / "one", tmp_path / "two"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    (tmp_path / "one" / "adapter_model.safetensors").unlink()
+    torch.save(weights, tmp_path / "one" / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"1 weights are not in .*adapter_model\.bin"):
+        models.load_model(first, plain())
+
+
+def test_an_adapter_that_is_trained_on_keeps_its_rank(tmp_path, materials):
+    first = adapter(materials, tmp_path / "one")
+    with pytest.raises(ValueError, match=r"is an adapter of rank 2.* lora_r is 8"):
+        models.load_policy(config("o", first, materials[1], lora_r=8), None)
+    settings = tmp_path / "one" / "adapter_config.json"
+    named = json.loads(settings.read_text()) | {"base_model_name_or_path": "/none/base"}
+    settings.write_text(json.dumps(named))
+    with pytest.raises(ValueError, match=r"one/adapter_config\.json names its base: there is no"):
         models.load_model(first, plain())
 
 

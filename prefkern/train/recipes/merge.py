@@ -57,9 +57,11 @@ def merge_adapters(
     names = [f"part{i}" for i in range(len(paths))]
     with models.told(paths[0], "adapter"):
         model = PeftModel.from_pretrained(base, paths[0], adapter_name=names[0])
+        models.check_adapter(model, paths[0], names[0])
     for name, path in zip(names[1:], paths[1:], strict=True):
         with models.told(path, "adapter"):
             model.load_adapter(path, adapter_name=name)
+            models.check_adapter(model, path, name)
     model.add_weighted_adapter(names, factors, adapter_name=MERGED, combination_type="cat")
     tokenizer = models.load_tokenizer(paths[0])
     with writing(target):
