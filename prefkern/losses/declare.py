@@ -51,6 +51,7 @@ class Family:
         update: Callable[..., Any] | None = None,
         read_as: Mapping[str, str] | None = None,
         parts: tuple[Part, ...] = (),
+        labels: tuple[float, float] | Callable[..., tuple[float, float] | None] | None = None,
     ) -> Callable[[F], F]:
         """Declares the function below as a loss; the fields are those of `Loss`, None the usual.
 
@@ -80,7 +81,7 @@ class Family:
                 loss, self.name, source, status,
                 self.reads if reads is None else reads, reference, score or self.score,
                 rewards or self.rewards[reference is False], items or self.items,
-                weights, supervised, update, read_as or {}, parts,
+                weights, supervised, update, read_as or {}, parts, labels,
             )  # fmt: skip
             provisional = record.provisional
             loss.__doc__ = fn.__doc__ = docstrings.complete(record)

@@ -113,11 +113,23 @@ class Lists:
         return self.over_mates(ahead, self.relevance, place)
 
     def shares(self) -> Tensor:  # [S]
-        """Gains 2^y - 1 over the ideal DCG; 0 where that is 0 or all are equally relevant."""
+        """Gains 2^y - 1 over the ideal DCG; 0 where that is 0 or all are equally relevant. NaN in a
+        group with a negative relevance, whose negative gains would turn the order around.
+
+        Raises:
+            ValueError: a negative relevance on the CPU.
+        """
+        below = self.relevance < 0
+        if below.device.type == "cpu" and not torch.compiler.is_compiling() and bool(below.any()):
+            raise ValueError(
+                f"relevance must be >= 0, got {self.relevance.min().item()}: a gain 2^y - 1 below "
+                "0 turns the order around; shift the numbers, or give ranks."
+            )
         gain = torch.expm1(self.relevance * math.log(2.0))
         ideal = self.spread(self.sum(gain / torch.log2(1.0 + self.rank())))
         real = self.differ() & (ideal != 0)
-        return torch.where(real, gain / torch.where(real, ideal, 1.0), 0.0)
+        share = torch.where(real, gain / torch.where(real, ideal, 1.0), 0.0)
+        return torch.where(self.spread(self.sum(below.double())) > 0, torch.nan, share)
 
     def over_mates(
         self, fn: Callable[..., Tensor], *columns: Tensor, reduce: str = "sum"

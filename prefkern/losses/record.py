@@ -55,6 +55,10 @@ class Part(NamedTuple):
 
 
 _LARGEST = sys.float_info.max
+# Labels of gains 2^y - 1: negative gains turn the ideal DCG and with it the loss around; from 64 on
+# the gradient's norm overflows in fp32, and 30 leaves room for the sums.
+GRADES = (0.0, 30.0)
+SHARES = (0.0, float("inf"))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,6 +86,9 @@ class Loss:
     # "whole", over likelihood_targets where they are given.
     read_as: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()  # without which a trainer's run is not the method
+    # Lowest and highest relevance that the formula is made for, or a function of the
+    # hyper-parameters that gives them; None: any.
+    labels: tuple[float, float] | Callable[..., tuple[float, float] | None] | None = None
     inputs: Inputs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -130,6 +137,10 @@ class Loss:
     @property
     def name(self) -> str:
         return self.fn.__name__
+
+    def label_range(self, **hyper: Any) -> tuple[float, float] | None:
+        """Lowest and highest relevance that the formula is made for; None: any."""
+        return self.labels(**hyper) if callable(self.labels) else self.labels
 
     @property
     def constant(self) -> tuple[str, ...]:

@@ -138,6 +138,9 @@ def _stages(
     return torch.full((groups,), stages, dtype=torch.int64, device=cu_groups.device)
 
 
+_GAINED = ("normalize=1", "item_gain=exp2")  # options that divide by gains, or weigh with them
+
+
 @torch.library.custom_op("prefkern::list_rank_fwd", mutates_args=())
 def _fwd(
     scores: Tensor,
@@ -159,6 +162,12 @@ def _fwd(
             raise ValueError(
                 "relevance must be >= 0 with target='sum' (it becomes shares), got "
                 f"{relevance.nan_to_num(0.0).min().item()}; shift it or use target='softmax'."
+            )
+        gained = [name for name in _GAINED if name in options.split(";")]
+        if gained and bool((relevance < 0).any()):
+            raise ValueError(
+                f"relevance must be >= 0 with {gained[0]} (gains below 0 turn the order around), "
+                f"got {relevance.nan_to_num(0.0).min().item()}; shift the numbers, or give ranks."
             )
     return shared.run(backend, "list_rank_fwd", scores, relevance, cu_groups, topk, family, options)
 

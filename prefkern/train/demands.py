@@ -98,12 +98,12 @@ def stats_of(calls: Iterable[losses.Bound]) -> frozenset[str]:
 
 
 def label_range(config: TrainConfig) -> tuple[float, float] | None:
-    """The labels that the losses' gains 2^label - 1 were made for; None: no loss has such gains.
-
-    From 64 on the gradient's norm overflows in fp32; 30 leaves room for the sums.
-    """
-    gains = any("exp2" in call.hyper.values() for call in calls_of(config))
-    return (0.0, 30.0) if gains else None
+    """Lowest and highest label that all losses of the run are made for; None: any."""
+    calls = zip(losses_of(config), calls_of(config), strict=True)
+    ranges = [found for record, call in calls if (found := record.label_range(**call.hyper))]
+    if not ranges:
+        return None
+    return max(low for low, _ in ranges), min(high for _, high in ranges)
 
 
 @dataclass(frozen=True)

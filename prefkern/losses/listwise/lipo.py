@@ -9,12 +9,20 @@ from ...ops.list_rank import list_rank
 from .. import core
 from ..declare import listwise
 from ..lists import Lists
+from ..record import GRADES, SHARES
+
+
+def _labels(*, variant: str, gain: str, normalize: bool, **_: object) -> tuple[float, float] | None:
+    if variant != "lambda":
+        return None
+    return GRADES if gain == "exp2" else SHARES if normalize else None
 
 
 @listwise(
     source="arXiv 2402.01878 eq. 5, 6, 8",
     status="paper read; values and gradients checked against rax",
     reference=True,
+    labels=_labels,
 )
 def lipo(
     scores: Tensor,  # [S]

@@ -9,8 +9,9 @@ from torch import Tensor
 from ...ops.list_rank import list_rank
 from .. import core, links
 from ..declare import formula, listwise
+from ..record import SHARES
 from .lipo import lipo
-from .plackett_luce import plackett_luce
+from .plackett_luce import gained_labels, plackett_luce
 
 STATUS = "paper read; values and gradients checked against rax away from ties"
 
@@ -99,7 +100,7 @@ def point_mse(
     return core.group_sum(links.squared(target - beta * scores), relevance, cu_groups)
 
 
-@listwise(source="arXiv 2402.01878 eq. 10", status=STATUS, reference=True)
+@listwise(source="arXiv 2402.01878 eq. 10", status=STATUS, reference=True, labels=(0.0, 1.0))
 def point_sigmoid(
     scores: Tensor,  # [S]
     relevance: Tensor,  # [S]
@@ -126,7 +127,7 @@ def point_sigmoid(
     return core.group_sum(links.logistic(beta * scores, target, 1.0 - target), relevance, cu_groups)
 
 
-@listwise(source="arXiv 2402.01878 eq. 7", status=STATUS, reference=True)
+@listwise(source="arXiv 2402.01878 eq. 7", status=STATUS, reference=True, labels=gained_labels)
 def list_mle(
     scores: Tensor,  # [S]
     relevance: Tensor,  # [S]
@@ -153,7 +154,11 @@ def list_mle(
     )  # fmt: skip
 
 
-@listwise(source="arXiv 2402.01878 eq. 11", status=STATUS, reference=True)
+def _shared(*, target: str, **_: object) -> tuple[float, float] | None:
+    return SHARES if target == "sum" else None
+
+
+@listwise(source="arXiv 2402.01878 eq. 11", status=STATUS, reference=True, labels=_shared)
 def softmax(
     scores: Tensor,  # [S]
     relevance: Tensor,  # [S]

@@ -10,12 +10,14 @@ from torch import Tensor
 from .. import core
 from ..declare import listwise
 from ..lists import Lists
+from ..record import GRADES
 
 
 @listwise(
     source="arXiv 2410.04346 for its use in alignment",
     status="values and gradients checked against rax and allRank",
     reference=True,
+    labels=GRADES,
 )
 def approx_ndcg(
     scores: Tensor,  # [S]
@@ -35,7 +37,7 @@ def approx_ndcg(
     where scores differ by much more than T.
 
     Args:
-        relevance: `[S]` numbers, higher is better, below 128; NaN leaves an answer out.
+        relevance: `[S]` grades from 0, higher is better, below 128; NaN leaves an answer out.
         temperature: T > 0; 1 as in allRank and rax, 0.1 in TF-Ranking.
 
     Returns:
@@ -56,6 +58,7 @@ def approx_ndcg(
     source="arXiv 2102.07831",
     status="checked against allRank to 6e-7 (its early stop)",
     reference=True,
+    labels=GRADES,
 )
 def neural_ndcg(
     scores: Tensor,  # [S]
@@ -76,7 +79,7 @@ def neural_ndcg(
     over the whole batch; here every list takes the same number, so that its value is its own.
 
     Args:
-        relevance: `[S]` numbers, higher is better, below 128; NaN leaves an answer out.
+        relevance: `[S]` grades from 0, higher is better, below 128; NaN leaves an answer out.
         temperature: Of the soft permutation, > 0.
         sinkhorn_iters: Rounds of column and row scaling, 1 to 1000. A list of K keeps 2 K^2
             numbers per round for the backward.

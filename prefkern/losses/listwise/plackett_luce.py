@@ -7,12 +7,19 @@ from torch import Tensor
 from ...ops.list_rank import list_rank
 from .. import core
 from ..declare import listwise
+from ..record import GRADES
+
+
+def gained_labels(*, item_gain: str, **_: object) -> tuple[float, float] | None:
+    """Labels of the gains, where they weigh the ranks."""
+    return GRADES if item_gain == "exp2" else None
 
 
 @listwise(
     source="arXiv 2305.18290 appendix, arXiv 2402.01878 eq. 7",
     status="checked against rax, allRank and the softmax-DPO authors' code",
     reference=True,
+    labels=gained_labels,
 )
 def plackett_luce(
     scores: Tensor,  # [S]
