@@ -26,7 +26,7 @@ from .data import Example, plan_batches
 from .deal import deal
 from .evaluate import evaluate
 from .logs import History, Meter, Shares, performance, postfix, total_flos, trainer_state
-from .optimizer import clip, make_scheduler, rounded_away
+from .optimizer import clip, make_scheduler, rounded_away, take_step
 from .output import LOG, TRAINER_STATE, Output, owner, writing
 from .run import Run
 
@@ -185,7 +185,7 @@ class Loop:
         self.grad_norm = clip(run.accelerator, run.root, self.config.max_grad_norm)
         self._check_finite(shares, groups)
         self.learning_rate = self.scheduler.get_last_lr()[0]
-        run.optimizer.step()
+        take_step(run.optimizer, float(self.learning_rate), counts.step + 1)
         self.scheduler.step()
         run.optimizer.zero_grad(set_to_none=True)
 

@@ -45,7 +45,7 @@ def make_scheduler(
     """The schedule of the learning rate.
 
     Raises:
-        ValueError: a schedule that does not follow the step number.
+        ValueError: a schedule that does not follow the step number, or leaves every step at 0.
     """
     from transformers import get_scheduler
 
@@ -64,7 +64,32 @@ def make_scheduler(
             f"lr_scheduler_type {config.lr_scheduler_type} follows a metric, which no step has; "
             "choose one that follows the step number (linear, cosine, constant_with_warmup, ...)."
         )
+    rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    first = range(min(total_steps, 10))  # a warm-up begins at 0 and has left it by then
+    if not any(rate * factor(step) for rate, factor in rates for step in first):
+        raise ValueError(
+            f"the learning rate is 0 in every step (learning_rate {config.learning_rate:g}, "
+            f"{warmup} steps of warm-up of {total_steps}), so nothing would be trained; raise "
+            "learning_rate, or lower warmup_steps or warmup_ratio."
+        )
     return scheduler
+
+
+def take_step(optimizer: Any, rate: float, number: int) -> None:
+    """One step of the optimizer.
+
+    Raises:
+        ValueError: an update that its numbers cannot hold.
+    """
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise ValueError(
+            f"step {number} cannot be taken at a learning rate of {rate:g} ({error}); lower "
+            "learning_rate."
+        ) from error
 
 
 @torch.no_grad()

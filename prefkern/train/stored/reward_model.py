@@ -15,7 +15,8 @@ from ...integrations import hf
 from ...prep.cells import Text
 from .. import models
 from ..config import TrainConfig
-from ..data.rows import template_args
+from ..data.encode import begun
+from ..data.rows import BadRow, template_args
 
 # Names of the layers that make scores of hidden states, which no causal model has.
 SCORES = re.compile(r"(^|\.)(score|classifier|classification_head|pooler)\.")
@@ -104,6 +105,7 @@ def conversation_ids(
     prompt = row["prompt"]
     if isinstance(prompt, str):
         ids = list(tokenizer(f"{prompt}{answer}", verbose=False)["input_ids"])
+        ids = begun(tokenizer, ids, prompt)
         end = tokenizer.eos_token_id
         ended = getattr(hf.causal_lm(model).config, ENDS, False) and ids[-1:] != [end]
         return [*ids, end] if ended else ids
@@ -113,5 +115,11 @@ def conversation_ids(
             "set one, or pass plain-text prompts."
         )
     said = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    text = tokenizer.apply_chat_template([*prompt, *said], tokenize=False, **template_args(row))
+    try:
+        text = tokenizer.apply_chat_template([*prompt, *said], tokenize=False, **template_args(row))
+    except BadRow as why:
+        raise ValueError(f"column {why.column!r} {why.detail}.") from None
+    except Exception as error:  # whatever a template makes of what it does not know
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the reward model's chat template refuses a row: {reason}.") from error
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

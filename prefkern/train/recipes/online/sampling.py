@@ -16,7 +16,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from ....integrations import hf
 from ....integrations.output_layer import resolve
-from ...data.rows import Text, template_args
+from ....prep.cells import text
+from ...data.encode import Encoder
+from ...data.rows import BadRow, ParsedRow, template_args
 
 # A model folder's own generation settings would change the distribution that is sampled from.
 _NEUTRAL = {"top_k": 0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0}
@@ -70,6 +72,19 @@ class Mixture(LogitsProcessor):
         return mix_logits(scores, other, self.b)
 
 
+class Numbers(LogitsProcessor):
+    """Refuses logits that are no numbers, of which sampling would make any token."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # [B * k, T], [B * k, V]
+        # -inf forbids a token; a row of nothing else, or of nan and inf, has no distribution
+        if not bool(scores.amax(-1).isfinite().all()):
+            raise ValueError(f"the logits of {self.name} are not finite; check its weights.")
+        return scores
+
+
 def mix_logits(logits: Tensor, ref_logits: Tensor, b: float) -> Tensor:
     """(1 - b) z + b z_ref; an entry that either model forbids (-inf) stays forbidden at 0 < b < 1.
 
@@ -81,24 +96,20 @@ def mix_logits(logits: Tensor, ref_logits: Tensor, b: float) -> Tensor:
 
 
 def prompt_ids(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
-    """The tokens of a row's prompt: plain text, or messages up to where the answer begins."""
-    prompt: Text = row["prompt"]
-    if isinstance(prompt, str):
-        ids = list(tokenizer(prompt, verbose=False)["input_ids"])
-        # some tokenizers end every text with EOS, after which there is nothing to answer
-        ended = ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token)
-        return ids[:-1] if ended else ids
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            "the prompts are conversations and this tokenizer has no chat template; set "
-            "tokenizer.chat_template, or pass plain-text prompts."
-        )
-    ends_open = prompt[-1]["role"] == "assistant"
-    text = tokenizer.apply_chat_template(
-        prompt, tokenize=False, add_generation_prompt=not ends_open,
-        continue_final_message=ends_open, **template_args(row),
-    )  # fmt: skip
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    """The tokens of a row's prompt, as in training: plain text, or messages up to the answer.
+
+    Raises:
+        ValueError: the prompt, or what the row gives the chat template, cannot be used.
+    """
+    encoder = Encoder(
+        tokenizer, max_length=None, model_context=None, vocab_size=None, append_eos=False
+    )
+    try:
+        prompt = text(row["prompt"], "prompt")
+        given = ParsedRow(prompt, [], [], template_args=template_args(row))
+        return encoder.prompt_ids(given)
+    except BadRow as why:
+        raise ValueError(f"column {why.column!r} {why.detail}.") from None
 
 
 @torch.no_grad()
@@ -175,6 +186,11 @@ def _continued(
     """The tokens that `generate` adds to each prompt, all those of a prompt behind each other."""
     device = next(policy.parameters()).device
     rows = hf.causal_lm(policy).get_input_embeddings().weight.shape[0]
+    if (largest := max(map(max, ids))) >= rows:
+        raise ValueError(
+            f"the tokenizer gives id {largest} and the model's embedding has {rows} rows; pass the "
+            "tokenizer that belongs to the model."
+        )
     pad = tokenizer.pad_token_id
     if pad is None or pad >= rows:  # a pad token that the embedding has no row for
         pad = eos[0]
@@ -218,11 +234,12 @@ def _processors(
     policy: hf.Model, reference: hf.Model | None, mask: Tensor, mixture: float
 ) -> LogitsProcessorList:
     """The mixture of two models, where there is one; without reference that of the adapter."""
-    if not mixture:
-        return LogitsProcessorList()
-    if reference is None:
-        return LogitsProcessorList([Mixture(policy, mask, mixture, policy.disable_adapter)])
-    return LogitsProcessorList([Mixture(reference, mask, mixture)])
+    found: list[LogitsProcessor] = []
+    if mixture and reference is None:
+        found = [Mixture(policy, mask, mixture, policy.disable_adapter)]
+    elif mixture:
+        found = [Mixture(reference, mask, mixture)]
+    return LogitsProcessorList([*found, Numbers(type(hf.causal_lm(policy)).__name__)])
 
 
 def _answer(tokenizer: Any, prompt: list[int], ids: list[int], eos: list[int]) -> Answer:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from tiny_models import STORIES, config, tiny_model
 from tiny_tokenizer import byte_tokenizer
+from tokenizers import processors
 
 from prefkern.train import models
 from prefkern.train.data import Loader
 from prefkern.train.recipes.online import judges
 from prefkern.train.recipes.online.sampling import mix_logits, prompt_ids, sample_answers
+from prefkern.train.stored.reward_model import conversation_ids
 
 ROWS = [{"prompt": "ab"}, {"prompt": "hello there"}]  # padded on the left to one length
 
@@ -188,3 +190,38 @@ def test_reward_model_reads_prompt_and_answer(tmp_path):
             for t in ("ab x", "ab yz")
         ]
     assert scores == pytest.approx(own) and scores[0] != scores[1]
+
+
+def test_a_prompt_is_sampled_from_with_one_bos():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    for prompt in ("<s>ab", "\n<s>ab", "ab"):
+        row = {"prompt": prompt, "completion": "c"}
+        (example,) = Loader(tokenizer=tokenizer, labelled=False).load([row]).examples
+        ids = prompt_ids(tokenizer, row)
+        assert ids.count(tokenizer.bos_token_id) == 1
+        assert ids == example.sequences[0].input_ids[: len(ids)].tolist()
+        whole = conversation_ids(tokenizer, tiny_model(), row, "c")
+        assert whole == [*ids, *tokenizer("c")["input_ids"][1:]]
+
+
+def test_prompts_and_models_that_cannot_be_sampled_from():
+    options = dict(num_generations=1, max_new_tokens=3, seed=0)
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<{i}>" for i in range(9)]})
+    policy = tiny_model()
+    with pytest.raises(ValueError, match="gives id 265 and the model's embedding has 260 rows"):
+        sample_answers(policy, tokenizer, [{"prompt": "a<8>"}], **options)
+    robot = [{"role": "robot", "content": "beep"}]
+    with pytest.raises(ValueError, match="column 'prompt' no such role: robot"):
+        sample_answers(policy, tokenizer, [{"prompt": robot}], **options)
+    with pytest.raises(ValueError, match="reward model's chat template refuses a row: no such"):
+        conversation_ids(tokenizer, policy, {"prompt": robot}, "yes")
+    with torch.no_grad():
+        policy.lm_head.weight[7, 0] = torch.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="logits of LlamaForCausalLM are not finite"):
+            sample_answers(policy, tokenizer, ROWS, temperature=temperature, **options)
