@@ -17,6 +17,20 @@ def seq(**fields):
     return SeqStats(**{k: torch.tensor(v, dtype=torch.float64) for k, v in fields.items()})
 
 
+def test_ndcg_of_negative_labels_counts_from_the_lowest():
+    scores = torch.tensor([0.3, 0.2, 0.1, 0.1, 0.2, 0.3], dtype=torch.float64)
+    labels = torch.tensor([2.0, 1.0, 0.0, 2.0, 1.0, 0.0], dtype=torch.float64)
+    cu = torch.tensor([0, 3, 6], dtype=torch.int32)
+    best, worst = metrics.rank_stats(scores, labels, cu).ndcg.tolist()
+    assert best == 1.0 and worst == pytest.approx(
+        (1 / math.log2(3) + 3 / 2) / (3 + 1 / math.log2(3))
+    )
+    for shift in (1.0, 2.0, 7.5):
+        found = metrics.rank_stats(scores, labels - shift, cu).ndcg.tolist()
+        assert found == pytest.approx([best, worst if shift >= 2.0 else found[1]])
+        assert 0.0 <= found[1] < 1.0
+
+
 @pytest.mark.parametrize("case", GOLDEN["metrics"], ids=lambda c: c["dataset"])
 def test_rank_stats_golden(case):
     data = GOLDEN["datasets"][case["dataset"]]

@@ -278,8 +278,10 @@ def _plot(args: list[str]) -> int:
     files = [p / "log_history.jsonl" if p.is_dir() else p for p in map(Path, options.runs)]
     out = Path(options.output_dir or files[0].parent)
     plotted = plot_history({run: file for run, file in zip(options.runs, files, strict=True)}, out)
+    if not plotted.files:
+        raise ValueError(f"nothing to draw: {'; '.join(plotted.notes)}")
     print(plotted)
-    return 0 if plotted.files else 1
+    return 0
 
 
 def _view(args: list[str]) -> int:

@@ -83,6 +83,11 @@ def _from_yaml(kind: type[Any], args: list[str]) -> tuple[list[str], Any, dict[s
     """The flags, what a YAML file says, and what flags must give (with tyro's mark)."""
     if args and args[0].endswith((".yaml", ".yml")):
         args = ["--config", *args]
+    elif args and not args[0].startswith("-"):
+        raise ValueError(
+            f"{args[0]!r} is neither an option nor a .yaml file; options are written --name value, "
+            "such as --model and --dataset."
+        )
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     found, args = first.parse_known_args(args)

@@ -109,7 +109,9 @@ def _token_means(seq: SeqStats) -> dict[str, Tensor]:
 class RankStats(NamedTuple):
     """Agreement of scores with relevance inside each group; NaN where nothing can be compared."""
 
-    ndcg: Tensor  # [G] gain 2^y - 1, discount 1 / log2(1 + rank); 1 where the ideal is 0
+    # [G] gain 2^y - 1, discount 1 / log2(1 + rank); 1 where the ideal is 0; in a group with
+    # negative relevance y counts from its lowest
+    ndcg: Tensor
     best_first: Tensor  # [G] 1 where the best answer outscores every other
     margin: Tensor  # [G] score of the best answer minus the mean of the others
     # [G] over strict pairs of relevance, score ties count 1/2; None off the host
@@ -196,7 +198,10 @@ def _sum(x: Tensor, group: Tensor, g: int) -> Tensor:
 
 def _gains(relevance: Tensor, valid: Tensor, group: Tensor, g: int) -> Tensor:  # [S]
     """2^y - 1 over 2^m, m the group's largest relevance: the ratio of two DCGs stays, and no gain
-    overflows. m is an integer, so that the division is exact."""
+    overflows. m is an integer, so that the division is exact. Where a relevance is negative, the
+    group's lowest counts as 0: of negative gains no ratio would be a quality."""
+    known = torch.where(valid, relevance, 0.0)
+    relevance = relevance - relevance.new_zeros(g).scatter_reduce(0, group, known, "amin")[group]
     best = relevance.new_zeros(g).scatter_reduce(
         0, group, torch.where(valid, relevance, 0.0), "amax"
     )

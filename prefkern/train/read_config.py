@@ -84,11 +84,21 @@ def options_from(kind: type[C], values: dict[str, Any], *, origin: str) -> C:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises ValueError naming the file when it is none."""
+    """The mapping in a YAML file; raises ValueError naming the file when it is none, or says a key
+    twice."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := sorted({key for key in keys if key != "<<" and keys.count(key) > 1}):
+                raise yaml.YAMLError(f"{', '.join(twice)} is given twice")
+            return super().construct_mapping(node, deep)
+
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {str(path)!r} (here: {Path.cwd()}).")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not a readable YAML file: {reason}") from None

@@ -343,7 +343,8 @@ def open_data(
     data = load(config.dataset, config.dataset_split, config.limit)
     if config.eval_dataset is None:
         return data, None
-    eval_data = load(config.eval_dataset, config.eval_split, config.eval_limit)
+    with _of_option("eval_dataset"):
+        eval_data = load(config.eval_dataset, config.eval_split, config.eval_limit)
     if eval_data.layout != data.layout:
         raise ValueError(
             f"dataset holds {data.layout}, eval_dataset holds {eval_data.layout}: they must match."

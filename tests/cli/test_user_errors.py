@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 from tiny_models import save_model, write_data
 
@@ -78,12 +79,40 @@ def test_options(capsys, tmp_path, materials, given, words):
         ("max_steps: 1.5", "max_steps must be int, got 1.5"),
         ("loss_args: 3", "loss_args must be dict"),
         ("a: b: c", "not a readable YAML file"),
+        ("seed: 1\nseed: 2", "not a readable YAML file: seed is given twice"),
+        ("loss_args: {beta: 1, beta: 2}", "not a readable YAML file: beta is given twice"),
     ],
 )
 def test_yaml(capsys, tmp_path, materials, line, words):
     path = tmp_path / "run.yaml"
     path.write_text(f"model: {materials[0]}\ndataset: {materials[1]}\n{line}\n")
     assert words in told(capsys, "train", path)
+
+
+def test_what_stands_in_the_place_of_a_yaml_file(capsys, tmp_path, materials):
+    for verb in ("train", "eval", "precompute", "score", "sample"):
+        line = told(capsys, verb, materials[0])
+        assert "is neither an option nor a .yaml file" in line
+    assert "there is no file 'none.yaml'" in told(capsys, "train", "none.yaml")
+
+
+def test_files_that_hold_no_row_to_read(capsys, tmp_path, materials):
+    for name, data, words in (
+        ("u.jsonl", "{}".encode("utf-16"), "none of 1 rows can be read: u.jsonl:1: byte 1"),
+        ("p.json", b'{\n "prompt": 1\n}\n', "whole object on every line"),
+        ("e.jsonl", b"\n", "e.jsonl holds no rows"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        assert words in told(
+            capsys, *options(materials, tmp_path / "o", "--dataset", tmp_path / name)
+        )
+    (tmp_path / "log_history.jsonl").write_text('{"step": 1, "loss": "abc"}\nxx\n')
+    assert "nothing to draw: " in told(capsys, "plot", tmp_path)
+    folder = tmp_path / "of datasets"
+    rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    datasets.DatasetDict(train=rows).save_to_disk(str(folder))
+    line = told(capsys, *options(materials, tmp_path / "o", "--eval-dataset", folder))
+    assert "eval_dataset: there is no split 'test'" in line and "--eval-split" in line
 
 
 def test_merge(capsys, tmp_path, materials):

@@ -97,7 +97,7 @@ class Loader:
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}.")
         raw = self._renamed(raw_rows(source, split), source)
-        form, raw = _find_form(raw, self.layout, limit, self.labelled)
+        form, raw = _find_form(raw, self.layout, limit, self.labelled, _name(source))
         layout, implicit = form.layout, form.implicit and form.layout == "pairs"
         encoder, report = self._encoder(), SkipReport()
         beside = unread.Beside(layout, self.columns, self.roles, self.renamed)
@@ -244,7 +244,7 @@ class Form(NamedTuple):
 
 
 def _find_form(
-    raw: Iterator[RawRow], layout: str, limit: int | None, labelled: bool
+    raw: Iterator[RawRow], layout: str, limit: int | None, labelled: bool, name: str
 ) -> tuple[Form, Iterator[RawRow]]:
     """The form of a data set, read off the first row that fits a layout (or the one asked for), and
     the rows from the start again."""
@@ -258,14 +258,19 @@ def _find_form(
         if len(seen) == limit:
             break
     if not seen:
-        raise ValueError("the data set holds no rows.")
+        raise ValueError(f"{name} holds no rows.")
     if layout != "auto":
         return Form(layout, False, False), iter(seen)  # every row is going to be reported
+    if all(row.data is None for row in seen):
+        raise ValueError(
+            f"{name}: none of {len(seen)} rows can be read: {seen[0].where}: {seen[0].detail}. A "
+            "file of JSON lines is UTF-8 with a whole object on every line."
+        )
     columns = next((", ".join(map(repr, row.data)) for row in seen if row.data), "none")
     first = next((f"; {row.where}: {row.detail}" for row in seen if row.kind), "")
     raise ValueError(
-        f"no row of {len(seen)} fits a layout: pairs need chosen and rejected, unpaired rows "
-        "completion and label, lists completions or responses; "
+        f"{name}: no row of {len(seen)} fits a layout: pairs need chosen and rejected, unpaired "
+        "rows completion and label, lists completions or responses; "
         f"the columns found: {columns}{first}."
     )
 

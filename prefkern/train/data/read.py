@@ -77,7 +77,8 @@ def _stored_rows(source: Any, split: str | None) -> Iterator[RawRow]:
                 return _json_lines(path)
             raise ValueError(
                 f"cannot tell the format of {path}: the name must end in .parquet or one of "
-                f"{', '.join(JSON_SUFFIXES)}; rename the file or pass a `datasets` object."
+                f"{', '.join(JSON_SUFFIXES)}. Other formats (csv, text) are read by `datasets` "
+                "from a folder that holds nothing else."
             )
         return _hub_or_folder(source, split)
     if isinstance(source, Mapping):
@@ -93,7 +94,10 @@ def _stored_rows(source: Any, split: str | None) -> Iterator[RawRow]:
 def _pick_split(splits: Mapping[str, Any], split: str | None) -> Any:
     name = split or "train"
     if name not in splits:
-        raise ValueError(f"there is no split {name!r}; the data set has {sorted(splits)}.")
+        raise ValueError(
+            f"there is no split {name!r}; the data set has {sorted(splits)} (--dataset-split, and "
+            "--eval-split of --eval-dataset)."
+        )
     return splits[name]
 
 
@@ -137,8 +141,10 @@ def _hub_or_folder(source: str | Path, split: str | None) -> Iterator[RawRow]:
         raise
     except Exception as error:  # of datasets, of the hub's client, of a reader of files
         reason = " ".join(str(error).split()) or type(error).__name__
+        if error.__cause__ is not None:
+            reason = f"{reason.rstrip('.')}: {' '.join(str(error.__cause__).split())}"
         raise ValueError(
-            f"datasets could not load {text!r}, split {split or 'train'!r}: {reason} "
+            f"datasets could not load {text!r}, split {split or 'train'!r}: {reason}. "
             "Pass a path to a JSON-lines or Parquet file if one was meant."
         ) from error
     return _mapping_rows(data, text)

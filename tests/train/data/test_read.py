@@ -118,7 +118,7 @@ def test_gzip_members_behind_each_other(tmp_path):
 def test_empty_file(tmp_path, content):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="the data set holds no rows"):
+    with pytest.raises(ValueError, match="holds no rows"):
         load(path)
 
 
