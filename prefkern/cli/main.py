@@ -287,7 +287,7 @@ def _plot(args: list[str]) -> int:
 def _view(args: list[str]) -> int:
     config, command = _configure("view", args)
     from ..integrations.token_pictures import write_html, write_png
-    from ..train.output import check_writable
+    from ..train.output import check_writable, writing
     from ..train.run import prepare
     from ..train.token_view import view_example
 
@@ -300,12 +300,10 @@ def _view(args: list[str]) -> int:
             f"{command.row}."
         )
     view = view_example(run, run.examples[command.row])
-    if run.is_main:
-        for written in (
-            write_png(view, folder / "tokens.png"),
-            write_html(view, folder / "tokens.html"),
-        ):
-            print(written)
+    for write, name in ((write_png, "tokens.png"), (write_html, "tokens.html")):
+        if run.is_main:
+            with writing(folder / name):
+                print(write(view, folder / name))
     return 0
 
 

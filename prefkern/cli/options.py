@@ -121,7 +121,7 @@ def _one_line() -> Iterator[None]:
         with contextlib.redirect_stderr(said):
             yield
     except SystemExit as left:
-        text = re.sub(r"\x1b\[[0-9;]*m|[\u2500-\u257f]+", " ", said.getvalue())
+        text = re.sub(r"\x1b\[[0-9;]*m|[\u2500-\u257f]+|-{4,}", " ", said.getvalue())
         if not left.code or not text.strip():
             raise
         raise ValueError(" ".join(text.split())) from None

@@ -149,6 +149,10 @@ class AdapterOptions:
     lora_target_modules: tuple[str, ...] = ()
     """Layers to adapt; empty: all linear layers except the head."""
 
+    def check(self) -> None:
+        if self.lora_dropout >= 1.0:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:
@@ -255,6 +259,10 @@ class ComputeOptions:
     """Backend of the fused ops: auto, eager, cpu, triton, cuda."""
     device: Literal["auto", "cpu"] = "auto"
     """auto takes an accelerator when there is one."""
+
+    def check(self) -> None:
+        if self.tail_mass > 1.0:
+            raise ValueError(f"tail_mass must be in [0, 1], got {self.tail_mass}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from ..integrations.verify import verify_head
 from . import models
 from .config import TrainConfig
 from .data import Example, collate
+from .demands import ReferenceNeeds
 from .forward import target_logps
 from .sharded import Compute, called
 
@@ -33,7 +34,17 @@ def check_own_logits(
         ValueError: a difference beyond rounding, logits that are not finite, no causal model.
     """
     verify = partial(verify_head, model, backend=config.backend, gathers=True)
-    (difference,) = root(lambda: [verify()])  # in a list: ZeRO-3 looks for tensors in an output
+    try:
+        (difference,) = root(lambda: [verify()])  # in a list: ZeRO-3 looks for tensors in an output
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of the model's own code, of a compiler that it calls
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ValueError(
+            f"{name or config.model} ({type(hf.causal_lm(model)).__name__}) cannot read eight "
+            f"tokens here: {type(error).__name__}: {reason}; another --attn-implementation, "
+            "--backend or --device may (--debug shows where)."
+        ) from error
     if difference is None:
         raise ValueError(
             f"the logits of {name or config.model} ({type(hf.causal_lm(model)).__name__}) are not "
@@ -155,7 +166,9 @@ def open_frozen(
 
 
 def check_tokens(name: str, config: TrainConfig, examples: list[Example]) -> None:
-    """Refuses a model whose tokenizer has other tokens at the ids that the data hold."""
+    """Refuses a model whose tokenizer has other tokens at the ids that the data hold; where whole
+    distributions are compared or mixed, at any id but those of added tokens, of which a base model
+    and its chat model have their own."""
     if name == config.model:
         return
     own = models.load_tokenizer(config.model)
@@ -163,9 +176,13 @@ def check_tokens(name: str, config: TrainConfig, examples: list[Example]) -> Non
         other = models.load_tokenizer(name)
     except ValueError:
         return  # a folder of weights alone: there is nothing to compare
-    used = sorted({int(i) for e in examples for s in e.sequences for i in s.input_ids})
-    mine, theirs = (t.convert_ids_to_tokens(used) for t in (own, other))
-    for number, a, b in zip(used, mine, theirs, strict=True):
+    used = {int(i) for e in examples for s in e.sequences for i in s.input_ids}
+    if ReferenceNeeds.of(config).distribution or config.generation_mixture:
+        added = {int(i) for t in (own, other) for i in getattr(t, "added_tokens_decoder", ())}
+        used |= set(range(min(len(own), len(other)))) - added
+    every = sorted(used)
+    mine, theirs = (t.convert_ids_to_tokens(every) for t in (own, other))
+    for number, a, b in zip(every, mine, theirs, strict=True):
         if a != b:
             raise ValueError(
                 f"the tokenizers of {config.model} and {name} differ: id {number} is {a!r} in the "

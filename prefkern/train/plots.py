@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .output import check_writable
+from .output import check_writable, writing
 
 _SOURCE = "prefkern plot"  # in the text of a picture: such a one may be drawn again
 
@@ -165,7 +165,8 @@ def plot_history(
         return Plotted([], notes)
     out_dir = Path(out_dir)
     check_writable(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    with writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
     files = [_write([item], out_dir / f"{item[0].stem}.png", columns=1) for item in drawn]
     if len(drawn) > 1:
         files.append(_write(drawn, out_dir / "curves.png", columns=min(3, len(drawn))))
@@ -225,7 +226,8 @@ def _write(items: list[tuple[Panel, list[Curve]]], path: Path, columns: int) -> 
             f"{path} is no picture of prefkern plot and is not replaced; move it away."
         )
     # Without the software entry the same rows give the same bytes under every version.
-    figure.savefig(path, metadata={"Software": None, "Source": _SOURCE})
+    with writing(path):
+        figure.savefig(path, metadata={"Software": None, "Source": _SOURCE})
     return path
 
 

@@ -55,6 +55,7 @@ def _precompute(config: TrainConfig) -> list[Path]:
     for source, split, limit in sources:
         loaded = loader.load(source, split, limit)
         tell(f"{source}: {loaded.report}")
+        pairing.check_tokens(config.ref_model or config.model, config, loaded.examples)
         data.append(loaded.examples)
     processes.check_same(config, data=[data_hash(examples) for examples in data])
     # of the whole model, which the main process has at this point

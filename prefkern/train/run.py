@@ -27,6 +27,7 @@ from .models import autocast
 from .optimizer import make_optimizer
 from .processes import Processes, make_accelerator
 from .providers import Micro, Opened, Provider, lacking_parts
+from .recipes.idle import idle_options
 from .recipes.table import providers_of
 from .reference import CACHED, Reference, ReferenceRows, choose_mode
 from .root import Root
@@ -151,7 +152,8 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
     processes = Processes.of(accelerator)
     resume, notes = processes.from_main(partial(resume_point, config)) if training else (None, [])
     tell = partial(say, accelerator)
-    for note in (*notes, *lacking_parts(records, config, providers)):
+    unused = idle_options(config, providers) if training else []
+    for note in (*notes, *lacking_parts(records, config, providers), *unused):
         tell(note)
     tokenizer, policy = open_policy(config, providers, resume, processes)
     mode = mode_of(config, providers, policy, training, tell)

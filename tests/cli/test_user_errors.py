@@ -51,6 +51,8 @@ def options(materials, folder, *more: object) -> list[object]:
         (["--adam-beta1", "1.0"], "adam_beta1 must be in [0, 1)"),
         (["--weight-decay", "-1"], "weight_decay must be >= 0"),
         (["--seed", "-1"], "seed must be >= 0"),
+        (["--tail-mass", "2"], "tail_mass must be in [0, 1], got 2.0"),
+        (["--lora-r", "2", "--lora-dropout", "1.5"], "lora_dropout must be in [0, 1), got 1.5"),
         (["--lr-scheduler-type", "quadratic"], "lr_scheduler_type quadratic"),
         (["--lr-scheduler-type", "warmup_stable_decay"], "lr_scheduler_type warmup_stable_decay"),
         (["--lr-scheduler-type", "reduce_lr_on_plateau"], "follows a metric"),

@@ -19,6 +19,7 @@ from tiny_tokenizer import byte_tokenizer
 from prefkern.integrations.head import at_head
 from prefkern.train import models, train
 from prefkern.train.pairing import check_own_logits
+from prefkern.train.precompute import precompute
 from prefkern.train.recipes.merge import merge_adapters
 from prefkern.train.run import prepare
 from prefkern.train.sources import contents
@@ -90,6 +91,23 @@ def test_a_model_that_sees_the_tokens_behind_is_refused():
             continue
         with pytest.raises(ValueError, match=r"BertLMHeadModel.*depends on the tokens behind it"):
             check_own_logits(model, plain())
+
+
+def test_a_forward_that_fails_is_one_line(monkeypatch):
+    """A compiler that is not there, a kernel that the device has not."""
+    model = tiny_model()
+    at_head(model)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("\nno kernel for this device\nin line 3\nin line 4")
+
+    monkeypatch.setattr(model.model.layers[0], "forward", broken)
+    with pytest.raises(ValueError) as told:
+        check_own_logits(model, plain("m"), name="some/model")
+    assert str(told.value).startswith(
+        "some/model (LlamaForCausalLM) cannot read eight tokens here: RuntimeError: no kernel for "
+        "this device; another --attn-implementation"
+    )
 
 
 def test_a_reward_model_without_its_head_is_refused(materials, tmp_path):
@@ -225,11 +243,18 @@ def test_two_tokenizers_that_differ(tmp_path, materials):
     common = dict(max_steps=1, ref_model=str(other))
     with pytest.raises(ValueError, match=r"tokenizers of .* differ: id \d+ is '[ab]' in the one"):
         prepare(config(tmp_path / "out", *materials, **common))
-    # another token at an id that no row holds is no difference
+    # another token at an id that no row holds is no difference to its log-probabilities
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     vocab["Q"], vocab["Z"] = vocab["Z"], vocab["Q"]
     path.write_text(json.dumps(inner))
     prepare(config(tmp_path / "out", *materials, **common))
+    with pytest.raises(ValueError, match=r"tokenizers of .* differ: id \d+ is '[QZ]' in the one"):
+        prepare(config(tmp_path / "out", *materials, **common, loss=("gkd",)))
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(inner))
+    with pytest.raises(ValueError, match=r"tokenizers of .* differ: id \d+ is '[ab]' in the one"):
+        precompute(config(tmp_path / "out", *materials, **common))
+    assert not list((tmp_path / "out").glob("*"))
 
 
 @pytest.mark.parametrize("option", ["model", "ref_model", "judge", "precomputed_ref", "adapter"])

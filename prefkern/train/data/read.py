@@ -144,7 +144,7 @@ def _hub_or_folder(source: str | Path, split: str | None) -> Iterator[RawRow]:
         if error.__cause__ is not None:
             reason = f"{reason.rstrip('.')}: {' '.join(str(error.__cause__).split())}"
         raise ValueError(
-            f"datasets could not load {text!r}, split {split or 'train'!r}: {reason}. "
+            f"datasets could not load {text!r}, split {split or 'train'!r}: {reason.rstrip('.')}. "
             "Pass a path to a JSON-lines or Parquet file if one was meant."
         ) from error
     return _mapping_rows(data, text)

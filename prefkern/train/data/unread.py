@@ -24,7 +24,10 @@ _READ = {
     "unpaired": ("prompt", "completion", "label", "completion_weights"),
     "lists": ("prompt", "prompts", "context", "completions", "responses", "scores", "ranks"),
 }  # fmt: skip
-_EVERYWHERE = ("weight", "tools", "chat_template_kwargs", "stage")
+_EVERYWHERE = (
+    "weight", "tools", "chat_template_kwargs", "stage",
+    "chosen_score", "rejected_score", "finished",  # written by prefkern.prep, for people
+)  # fmt: skip
 # Columns that act by their name alone, and how.
 _ACTS = {
     "weight": "multiplies the loss of its row",

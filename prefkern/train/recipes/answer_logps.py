@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -28,10 +29,11 @@ def answer_logps(
     *,
     off: Callable[[], AbstractContextManager] = nullcontext,
     read: Callable[[Any, PreferenceBatch, TrainConfig], Tensor] = token_logps,
+    told: Counter[str] | None = None,
 ) -> list[Tensor | None]:  # of [t]
     """Log-probabilities of every token of one answer per row, tokenised as training does it; None
     where the row cannot be used. `off` is the context of the forwards (an adapter switched off);
-    `read` may give other numbers [B, T] of a batch under the model."""
+    `read` may give other numbers [B, T] of a batch under the model; `told` counts the reasons."""
     table = [
         training_row(row) | {"completion": as_completion(row, text)}
         for row, text in zip(rows, answers, strict=True)
@@ -41,7 +43,9 @@ def answer_logps(
         model_context=models.context_length(model), append_eos=config.append_eos,
         may_be_empty=True,
     )  # fmt: skip
-    examples = loader.load(table).examples
+    examples, _, report = loader.load(table)
+    if told is not None:
+        told.update(report.counts)
     found: list[Tensor | None] = [None] * len(table)
     if not examples:
         return found

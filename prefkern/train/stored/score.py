@@ -52,6 +52,11 @@ def score(config: ScoreConfig) -> Path:
             _score_rows(config, work, source, rows, answers, function)
             table = [row_columns(config, layout, found, names) for found in work.rows]
             nothing = sum(found is None or None in found for found in work.rows)
+            if nothing == len(table):
+                raise ValueError(
+                    "no row has a score for every answer, so nothing is written: the prompts or "
+                    "answers cannot be read, or are longer than max_length."
+                )
             if nothing:
                 announce(f"{nothing} of {len(table)} rows have no score for some answer (null).")
             write = writer(source, table, steps=steps, renamed=renamed)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,6 +86,7 @@ def by_logps(config: ScoreConfig, device: torch.device) -> Scores:
         reference, _, _ = _open(config, config.ref_model, device)
         pairing.check_pairing(config.ref_model, reference, opened[0][0])
         _check_same_tokens(opened[0][1], config.model[0], config.ref_model)
+    said: set[str] = set()
 
     def scores(rows: Sequence[dict[str, Any]], answers: Sequence[Answers]) -> list[list[Score]]:
         prompts = [
@@ -92,7 +95,11 @@ def by_logps(config: ScoreConfig, device: torch.device) -> Scores:
             for prompt in own.prompts
         ]
         texts = [text for own in answers for text in own.texts]
-        found = [answer_logps(*model[:2], prompts, texts, model[2]) for model in opened]
+        why: Counter[str] = Counter()
+        found = [answer_logps(*model[:2], prompts, texts, model[2], told=why) for model in opened]
+        for kind in why.keys() - said:
+            said.add(kind)
+            print(f"answers without a score: {kind}", file=sys.stderr)
         if reference is not None:
             _, tokenizer, settings = opened[0]
             other = answer_logps(reference, tokenizer, prompts, texts, settings)

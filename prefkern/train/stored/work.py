@@ -8,6 +8,7 @@ to its own name, which replaces nothing.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -166,8 +167,9 @@ class Work:
         _whole(self.output).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Gives up the lock."""
-        self._file.close()
+        """Gives up the lock; a full disk was told where it was met."""
+        with contextlib.suppress(OSError):  # of what is still in the buffer
+            self._file.close()
 
 
 def _link(whole: Path, output: Path) -> None:

@@ -370,3 +370,38 @@ def test_conversations(given, tmp_path):
     assert judged(given, tmp_path / "o.jsonl", "length", data=data) == 0
     row = rows_of(tmp_path / "o.jsonl")[0]
     assert (row["chosen_score"], row["rejected_score"]) == (3.0, 2.0)  # text; two messages
+
+
+def test_answers_without_a_score_say_why(given, tmp_path, capsys):
+    rows = [
+        {"prompt": [{"role": role, "content": "Hi"}], "completion": [
+            {"role": "assistant", "content": "yes"}]}
+        for role in ("robot", "user", "robot")
+    ]  # fmt: skip
+    write_lines(given / "roles.jsonl", rows)
+    model = save_model(tmp_path / "chat")
+    byte_tokenizer(chat=True).save_pretrained(model)
+    words = call(given, tmp_path / "o.jsonl", "--model", model, data="roles.jsonl")
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    assert said.count("answers without a score: column 'prompt': refused by the chat template") == 1
+    assert "2 of 3 rows have no score" in said
+    scores = [row["score"] for row in rows_of(tmp_path / "o.jsonl")]
+    assert scores[0] is None is scores[2] and scores[1] < 0
+    write_lines(given / "roles.jsonl", rows[::2])
+    assert main(call(given, tmp_path / "p.jsonl", "--model", model, data="roles.jsonl")) == 2
+    assert "no row has a score for every answer, so nothing is written" in told(capsys)
+    assert not (tmp_path / "p.jsonl").exists()
+
+
+def test_a_full_disk_is_told_with_its_file(tmp_path, monkeypatch):
+    """What is left in the buffer is written again when the file is closed."""
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        held = Work(tmp_path / "o.jsonl", {"a": 1}, overwrite=False)
+        held._file.close()
+        monkeypatch.setattr(held, "_file", full)
+        try:
+            with pytest.raises(OSError, match=r"\.work could not be written: No space left"):
+                held.add([[1.0]])
+        finally:
+            held.close()
