@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def isa() -> str:
     if error := load_error():
         raise RuntimeError(error)
     try:
-        return torch.ops.prefkern_native.cpu_isa()
+        # in a thread of its own, where no tracer of this one (torch.export's) makes a node of it
+        with ThreadPoolExecutor(1) as pool:
+            return str(pool.submit(torch.ops.prefkern_native.cpu_isa).result())
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[0]) from None
 
