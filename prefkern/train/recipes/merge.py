@@ -42,6 +42,8 @@ def merge_adapters(
     factors = [1.0 / len(paths)] * len(paths) if weights is None else [float(w) for w in weights]
     if not all(math.isfinite(factor) for factor in factors):
         raise ValueError(f"weights must be finite numbers, got {factors}.")
+    if not any(factors):
+        raise ValueError(f"weights must not all be 0, which merges nothing, got {factors}.")
     if len(factors) != len(paths):
         raise ValueError(f"weights must have one number per adapter ({len(paths)}), got {factors}.")
     for path in paths:

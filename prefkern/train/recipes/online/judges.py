@@ -8,7 +8,8 @@ import importlib.util
 import math
 import numbers
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def load_scorer(path: str) -> Scorer:
     """The function named by module:function or file.py:function.
 
     Raises:
-        ValueError: not of that form, no such module, file or function.
+        ValueError: not of that form, no such module, file or function, a module that fails.
     """
     where, sign, name = path.rpartition(":")
     if not sign or not name or not where:
@@ -44,10 +45,12 @@ def load_scorer(path: str) -> Scorer:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # where dataclasses look their annotations up
-        spec.loader.exec_module(module)
+        with _told(where):
+            spec.loader.exec_module(module)
     else:
         try:
-            module = importlib.import_module(where)
+            with _told(where):
+                module = importlib.import_module(where)
         except ModuleNotFoundError as error:
             raise ValueError(
                 f"judge: no module {error.name!r} on the import path; add its folder to PYTHONPATH "
@@ -59,12 +62,37 @@ def load_scorer(path: str) -> Scorer:
     return found
 
 
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Whatever a module of the user's raises or leaves with, in one line; that it is not there
+    itself is told by the caller."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and where.startswith(str(error.name)):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"judge: {where} cannot be loaded: {reason}.") from error
+
+
+def _asked(scorer: Scorer, name: str, row: Prompt, answers: list[str]) -> Any:
+    try:
+        return scorer(row, answers)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        prompt = repr(row.get("prompt"))[:80]
+        raise ValueError(f"judge {name} failed on the prompt {prompt}: {reason}.") from error
+
+
 def scorer_judge(scorer: Scorer, name: str = "judge") -> Judge:
     """A judge that asks `scorer` row by row and checks what it returns."""
 
     def judge(rows: Sequence[Prompt], answers: list[list[str]]) -> list[Scores]:
         found = [
-            _checked(name, scorer(r, list(a)), len(a)) for r, a in zip(rows, answers, strict=True)
+            _checked(name, _asked(scorer, name, r, list(a)), len(a))
+            for r, a in zip(rows, answers, strict=True)
         ]
         widths = {len(x) if isinstance(x, list) else 0 for values in found for x in values}
         if len(widths) > 1:

@@ -166,6 +166,25 @@ def test_judges(tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             judges.load_scorer(path)
+    for number, (source, match) in enumerate(
+        (
+            ("def score(:", "cannot be loaded: SyntaxError: "),
+            ("raise KeyError('x')", "cannot be loaded: KeyError: 'x'"),
+            ("raise SystemExit(3)", "cannot be loaded: SystemExit: 3"),
+            ("import no_such_module", "cannot be loaded: ModuleNotFoundError: No module named"),
+        )
+    ):
+        (tmp_path / f"bad{number}.py").write_text(source)
+        with pytest.raises(ValueError, match=rf"judge: .*bad{number}\.py {match}"):
+            judges.load_scorer(f"{tmp_path}/bad{number}.py:score")
+
+    def fails(row, answers):
+        return row["no such column"]
+
+    with pytest.raises(
+        ValueError, match="judge mine failed on the prompt 'ab': KeyError: 'no such"
+    ):
+        judges.scorer_judge(fails, "mine")(ROWS[:1], [["a", "b"]])
     for bad in ([1.0], "x", [float("nan"), 1.0]):
         with pytest.raises(ValueError, match=r"mine must return"):
             judges.scorer_judge(lambda row, answers, bad=bad: bad, "mine")(ROWS[:1], [["a", "b"]])
