@@ -218,7 +218,7 @@ class Encoder:
                 row.template_args["documents"], texts[0],
                 lambda: self._template(prompt, _with(row, (), "documents"), **open_end),
             )  # fmt: skip
-        self.notes.update(unread_names(self.tokenizer, row))
+        self.notes.update(unread_names(self.tokenizer, row, texts))
         # The template writes its own special tokens.
         return [
             list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

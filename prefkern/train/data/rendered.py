@@ -86,10 +86,11 @@ def check_documents(documents: Any, text: str, render: Callable[[], str]) -> Non
         )
 
 
-def unread_names(tokenizer: Any, row: ParsedRow) -> Counter[str]:
+def unread_names(tokenizer: Any, row: ParsedRow, texts: Sequence[str]) -> Counter[str]:
     """What a conversation gives its template under names that do not occur in it, as notes: 1 each.
 
-    A template cannot read a name that it does not spell; one that it spells may be read or not.
+    A template cannot read a name that it does not spell, but write a whole message as JSON, which
+    then is in `texts`, what was rendered; a name that it spells may be read or not.
     """
     template = getattr(tokenizer, "chat_template", None) or ""
     source = " ".join(template.values()) if isinstance(template, dict) else str(template)
@@ -100,12 +101,11 @@ def unread_names(tokenizer: Any, row: ParsedRow) -> Counter[str]:
                 f"rows' chat_template_kwargs hold {name!r}, which the chat template does not read"
             )
             found[note] = 1
-    conversation = [row.prompt, *row.responses]
-    keys = {
-        k for part in conversation for m in part if isinstance(m, dict) for k, v in m.items() if v
-    }
+    parts = [row.prompt, *row.responses]
+    messages = [m for part in parts for m in part if isinstance(m, dict)]
+    keys = {key for message in messages for key, value in message.items() if value}
     for key in sorted(keys - _KNOWN):
-        if not _spells(source, key):
+        if not _spells(source, key) and not any(key in text for text in texts):
             found[f"rows' messages hold {key!r}, which the chat template does not read"] = 1
     return found
 

@@ -80,6 +80,10 @@ def test_what_the_template_does_not_read_is_named():
     assert "3 rows' chat_template_kwargs hold 'enable_thinking'" in told
     assert "3 rows' messages hold 'reasoning_content', which the chat template does not" in told
     assert "'budget'" not in told and "'tool_calls'" not in told
+    whole = tokenizer()
+    whole.chat_template = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    rows = [row(1, 1, 1, chosen=chosen, chat_template_kwargs=None, tools=None)]
+    assert not any("hold" in note for note in load_examples(rows, tokenizer=whole).report.notes)
 
 
 def test_messages_as_text_are_no_prompt():
