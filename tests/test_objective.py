@@ -276,6 +276,8 @@ def test_loss_dtype():
             {"loss": "dpo", "ref_logp": torch.zeros(B, T, requires_grad=True)},
             "must not require grad",
         ),
+        ({"loss": "dpo", "ref_hidden": torch.zeros(B, T, D + 1)}, "ref_hidden must be .* width of"),
+        ({"loss": "dpo", "ref_hidden": torch.zeros(B, T, D).int()}, "ref_hidden must be float32"),
         ({"loss": "simpo", "layout": "columns"}, "layout"),
         ({"loss": "simpo", "loss_weights": [1.0, 2.0]}, "one number per loss"),
         ({"loss": []}, "loss must be a name"),

@@ -140,6 +140,8 @@ def token_statistics(
         ref_head = models.head if models.ref_head is None else models.ref_head
         if models.ref_head is not None:
             checks.check_constant("ref_head", ref_head.weight)
+        if not torch.compiler.is_compiling():
+            _check_reference(models.ref_hidden, ref_head.weight, targets)
         with torch.no_grad():
             ref_logp = linear_logps(models.ref_hidden, ref_head, targets, **options).logp
     assert ref_logp is not None
@@ -151,6 +153,17 @@ def token_statistics(
     ref_logp = ref_logp.reshape(targets.shape)
     scored = targets != ignore_index
     return tokens._replace(ref_logp=torch.where(scored, ref_logp, torch.zeros_like(ref_logp)))
+
+
+def _check_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """Names the reference's tensors where the op, which has one model, would call them hidden."""
+    checks.check_float("ref_hidden", hidden)
+    rows, width = hidden.shape[:-1], weight.shape[-1]
+    if hidden.shape[-1] != width or rows.numel() != targets.numel():
+        raise ValueError(
+            f"ref_hidden must be [..., D] with D = {width}, the width of its head, and a row for "
+            f"each of the targets {list(targets.shape)}, got {checks.shape_text(hidden)}."
+        )
 
 
 def _loss_statistics(terms: list[Term]) -> dict[str, None]:

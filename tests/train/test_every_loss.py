@@ -65,7 +65,7 @@ def row(layout: str, i: int) -> dict:
     }  # fmt: skip
     answers["cosine"] = [[x / 3.0 for x in many] for many in answers["cosine"]]
     if layout == "lists":
-        found |= {"responses": texts, "scores": [2.0, 0.0, 1.0], **answers}
+        found |= {"responses": texts, "scores": [1.0, 0.0, 0.5], **answers}
         return found | {"pairs": [[0, 2], [2, 1]], "pref_prob": [0.9, 0.6]}
     if layout == "unpaired":
         found |= {"completion": texts[0], "label": i % 2 == 0}
