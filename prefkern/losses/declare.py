@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import core, docstrings
 from .diffusion import core as diffusion_core
-from .record import LOSSES, Loss, Part, Supervised, TokenWeights
+from .record import LOSSES, Labels, Loss, Part, Supervised, TokenWeights
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,6 +35,12 @@ class Family:
     score: str
     items: str
     rewards: tuple[Callable[..., Tensor], Callable[..., Tensor]]  # with a reference, and without
+    labels: Labels = None
+
+    def made_for(self, labels: Labels) -> Family:
+        """The same decorator for a loss that takes labels from the lowest to the highest of two
+        numbers alone, or of what its hyper-parameters give; see `Loss.labels`."""
+        return replace(self, labels=labels)
 
     def __call__(
         self,
@@ -51,7 +57,6 @@ class Family:
         update: Callable[..., Any] | None = None,
         read_as: Mapping[str, str] | None = None,
         parts: tuple[Part, ...] = (),
-        labels: tuple[float, float] | Callable[..., tuple[float, float] | None] | None = None,
     ) -> Callable[[F], F]:
         """Declares the function below as a loss; the fields are those of `Loss`, None the usual.
 
@@ -81,7 +86,8 @@ class Family:
                 loss, self.name, source, status,
                 self.reads if reads is None else reads, reference, score or self.score,
                 rewards or self.rewards[reference is False], items or self.items,
-                weights, supervised, update, read_as or {}, parts, labels,
+                weights, supervised, update, read_as or {}, parts,
+                self.labels,
             )  # fmt: skip
             provisional = record.provisional
             loss.__doc__ = fn.__doc__ = docstrings.complete(record)

@@ -59,6 +59,7 @@ _LARGEST = sys.float_info.max
 # the gradient's norm overflows in fp32, and 30 leaves room for the sums.
 GRADES = (0.0, 30.0)
 SHARES = (0.0, float("inf"))
+Labels = tuple[float, float] | Callable[..., tuple[float, float] | None] | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,7 +89,7 @@ class Loss:
     parts: tuple[Part, ...] = ()  # without which a trainer's run is not the method
     # Lowest and highest relevance that the formula is made for, or a function of the
     # hyper-parameters that gives them; None: any.
-    labels: tuple[float, float] | Callable[..., tuple[float, float] | None] | None = None
+    labels: Labels = None
     inputs: Inputs = field(init=False)
 
     def __post_init__(self) -> None:

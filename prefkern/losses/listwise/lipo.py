@@ -18,11 +18,10 @@ def _labels(*, variant: str, gain: str, normalize: bool, **_: object) -> tuple[f
     return GRADES if gain == "exp2" else SHARES if normalize else None
 
 
-@listwise(
+@listwise.made_for(_labels)(
     source="arXiv 2402.01878 eq. 5, 6, 8",
     status="paper read; values and gradients checked against rax",
     reference=True,
-    labels=_labels,
 )
 def lipo(
     scores: Tensor,  # [S]

@@ -100,7 +100,7 @@ def point_mse(
     return core.group_sum(links.squared(target - beta * scores), relevance, cu_groups)
 
 
-@listwise(source="arXiv 2402.01878 eq. 10", status=STATUS, reference=True, labels=(0.0, 1.0))
+@listwise.made_for((0.0, 1.0))(source="arXiv 2402.01878 eq. 10", status=STATUS, reference=True)
 def point_sigmoid(
     scores: Tensor,  # [S]
     relevance: Tensor,  # [S]
@@ -127,7 +127,7 @@ def point_sigmoid(
     return core.group_sum(links.logistic(beta * scores, target, 1.0 - target), relevance, cu_groups)
 
 
-@listwise(source="arXiv 2402.01878 eq. 7", status=STATUS, reference=True, labels=gained_labels)
+@listwise.made_for(gained_labels)(source="arXiv 2402.01878 eq. 7", status=STATUS, reference=True)
 def list_mle(
     scores: Tensor,  # [S]
     relevance: Tensor,  # [S]
@@ -158,7 +158,7 @@ def _shared(*, target: str, **_: object) -> tuple[float, float] | None:
     return SHARES if target == "sum" else None
 
 
-@listwise(source="arXiv 2402.01878 eq. 11", status=STATUS, reference=True, labels=_shared)
+@listwise.made_for(_shared)(source="arXiv 2402.01878 eq. 11", status=STATUS, reference=True)
 def softmax(
     scores: Tensor,  # [S]
     relevance: Tensor,  # [S]

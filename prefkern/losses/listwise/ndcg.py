@@ -13,11 +13,10 @@ from ..lists import Lists
 from ..record import GRADES
 
 
-@listwise(
+@listwise.made_for(GRADES)(
     source="arXiv 2410.04346 for its use in alignment",
     status="values and gradients checked against rax and allRank",
     reference=True,
-    labels=GRADES,
 )
 def approx_ndcg(
     scores: Tensor,  # [S]
@@ -54,11 +53,10 @@ def approx_ndcg(
     return lists.loss(-lists.sum(lists.shares() * math.log(2.0) / torch.log1p(soft)))
 
 
-@listwise(
+@listwise.made_for(GRADES)(
     source="arXiv 2102.07831",
     status="checked against allRank to 6e-7 (its early stop)",
     reference=True,
-    labels=GRADES,
 )
 def neural_ndcg(
     scores: Tensor,  # [S]

@@ -15,11 +15,10 @@ def gained_labels(*, item_gain: str, **_: object) -> tuple[float, float] | None:
     return GRADES if item_gain == "exp2" else None
 
 
-@listwise(
+@listwise.made_for(gained_labels)(
     source="arXiv 2305.18290 appendix, arXiv 2402.01878 eq. 7",
     status="checked against rax, allRank and the softmax-DPO authors' code",
     reference=True,
-    labels=gained_labels,
 )
 def plackett_luce(
     scores: Tensor,  # [S]

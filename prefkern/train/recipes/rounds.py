@@ -301,7 +301,14 @@ def _rows(config: TrainConfig) -> Rows:
 def _stages(config: TrainConfig) -> list[Rows]:
     """Rows by their column `stage`, or the stages that Curry-DPO makes of ranked lists."""
     rows = _rows(config)
-    return split_stages(rows if "stage" in rows[0] else curriculum(rows, ties="skip"))
+    if "stage" in rows[0]:
+        return split_stages(rows)
+    if not {"responses", "completions"} & rows[0].keys():
+        raise ValueError(
+            "round_data=stages needs a column stage (a whole number per row), or ranked lists of "
+            f"which stages are made; the columns found: {', '.join(map(repr, rows[0]))}."
+        )
+    return split_stages(curriculum(rows, ties="skip"))
 
 
 def _extrapolate(config: TrainConfig, ended: str, previous: str, target: Path) -> None:

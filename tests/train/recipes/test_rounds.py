@@ -121,6 +121,8 @@ def test_stages_of_the_data_themselves(tmp_path, materials):
     first = [json.loads(line) for line in open_lines(tmp_path / "one" / "round-0" / "data.jsonl")]
     assert [row["prompt"] for row in first] == [row["prompt"] for row in rows[1::2]]
     assert not (tmp_path / "one" / "round-1").exists()
+    with pytest.raises(ValueError, match=r"needs a column stage .*, or ranked lists"):
+        train(config(tmp_path / "none", model, data, num_rounds=0, **common))
     with pytest.raises(ValueError, match="num_rounds=3, but the data have 2 stages"):
         train(config(tmp_path / "three", model, str(staged), num_rounds=3, **common))
     shown = json.loads(
