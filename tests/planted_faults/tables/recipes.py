@@ -291,7 +291,7 @@ RECIPES: list[Row] = [
         ("return ref_logits if b else logits", "return logits if b else ref_logits"),
         ("self.mask.cumsum(1) - 1", "self.mask.cumsum(1)"),
         ("[pad] * (width - len(x)) + x for", "x + [pad] * (width - len(x)) for"),
-        ("ids[:-1] if ended else ids", "ids"),
+        ("if not bool(scores.amax(-1).isfinite().all()):", "if False:"),
         ("return Answer(whole[len(before) :], end", "return Answer(whole, end"),
         ("        torch.manual_seed(seed)\n", ""),
         ('{"top_k": 0, ', "{"),

@@ -51,7 +51,8 @@ KINDS: list[Row] = [
             '{"dtype": getattr(torch, config.dtype)}',
         ),
         ('if getattr(settings, "is_encoder_decoder", False):', "if False:"),
-        ("            if lacking:\n", "            if False:\n"),
+        ("if lacking := sorted(wanted - there):", "if lacking := []:"),
+        ("if _any_layer(k) in own)", "if False)"),
     ),
     *of(
         f"{TRAIN}noise.py",
@@ -65,7 +66,7 @@ KINDS: list[Row] = [
         f"{TRAIN}data/unread.py",
         f"{TESTS}data/test_unread.py",
         ("if name in self.read:", "if True:"),
-        ("and not _DIALOGUE.match(chosen)", "and False"),
+        ('and not _asks(data.get("chosen"))', "and False"),
         ("any(isinstance(item, bytes | bytearray) for item in value.values())", "False"),
     ),
     *of(
@@ -78,9 +79,32 @@ KINDS: list[Row] = [
     *of(
         "prefkern/prep/messages.py",
         f"{TESTS}data/test_unread.py",
-        ("for k, v in value.items() if v is not None}", "for k, v in value.items()}"),
+        (
+            "as_json(v) for k, v in value.items() if v is not None}",
+            "as_json(v) for k, v in value.items()}",
+        ),
         ("if isinstance(arguments, str) and", "if False and"),
         ('message["content"] = ""', 'message["content"] = "None"'),
+    ),
+    *of(
+        "prefkern/prep/messages.py",
+        f"{TESTS}data/test_formats.py",
+        ("return int(value)", "return value"),
+    ),
+    *of(
+        f"{TRAIN}data/encode.py",
+        f"{TESTS}recipes/online/test_sampling.py",
+        ("return self._begun([ids], row)[0]", "return ids"),
+    ),
+    *of(
+        "prefkern/integrations/verify.py",
+        f"{TESTS}test_loading.py",
+        ("torch.where(_last(ids), (ids + 1) % vocabulary, ids)", "ids"),
+    ),
+    *of(
+        "prefkern/losses/lists.py",
+        "tests/losses/test_label_ranges.py",
+        ("below = self.relevance < 0", "below = self.relevance < -1e9"),
     ),
 ]
 
