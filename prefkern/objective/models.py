@@ -140,7 +140,7 @@ def token_statistics(
         ref_head = models.head if models.ref_head is None else models.ref_head
         if models.ref_head is not None:
             checks.check_constant("ref_head", ref_head.weight)
-        if not torch.compiler.is_compiling():
+        if ref_head.weight.dim() == 2 and not torch.compiler.is_compiling():
             _check_reference(models.ref_hidden, ref_head.weight, targets)
         with torch.no_grad():
             ref_logp = linear_logps(models.ref_hidden, ref_head, targets, **options).logp
