@@ -22,9 +22,12 @@ def inputs_of(model: hf.Model, batch: PreferenceBatch) -> Iterator[dict[str, Any
     """The arguments of `model`'s forward for a batch; the forward runs inside the context."""
     given: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     positions = batch.position_ids
-    if positions is not None and hf.takes_position_ids(model):
-        given["position_ids"] = positions
     inner = hf.causal_lm(model)
+    # models that read more than text count positions themselves, some along three axes
+    own = hf.text_config(model) is not inner.config
+    if positions is not None and not own and hf.takes_position_ids(model):
+        given["position_ids"] = positions
+    given |= batch.inputs
     with packed_attention.arguments(inner, positions, batch.attention_mask) as extra:
         yield given | extra
 

@@ -52,6 +52,56 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
+def load_processor(name: str) -> Any:
+    """Tokenizer and image processor of a vision-language model, by folder or hub name.
+
+    Raises:
+        ValueError: it has no image processor, or none that marks the places of pictures in texts.
+    """
+    from transformers import AutoProcessor
+
+    check_name(name)
+    base = adapter_base(name) if is_adapter(name) else name
+    with told(name, "processor"):
+        processor = AutoProcessor.from_pretrained(base, trust_remote_code=False)
+    if getattr(processor, "image_processor", None) is None:
+        raise ValueError(
+            f"{name} has no image processor (preprocessor_config.json, processor_config.json): "
+            "image_column needs a vision-language model with its whole processor."
+        )
+    if not isinstance(getattr(processor, "image_token", None), str):
+        raise ValueError(
+            f"the processor of {name} ({type(processor).__name__}) names no image_token, by which "
+            "a picture's place in a text is known; such models are not read here."
+        )
+    return processor
+
+
+def auto_class(name: str, settings: Any, *, pictures: bool) -> Any:
+    """The class of transformers that loads a model with this configuration.
+
+    Raises:
+        ValueError: the model reads texts alone where there are pictures, or the reverse.
+    """
+    import transformers
+
+    readers = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    reads = type(settings) in readers
+    if pictures and not reads:
+        raise ValueError(
+            f"{name} ({settings.model_type}) reads no pictures; drop image_column, or pass a "
+            "vision-language model."
+        )
+    if not pictures and reads and type(settings) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{name} ({settings.model_type}) is a vision-language model, which `prefkern train` "
+            "loads with --image-column, the name of the column of pictures."
+        )
+    return (
+        transformers.AutoModelForImageTextToText if pictures else transformers.AutoModelForCausalLM
+    )
+
+
 @contextmanager
 def told(name: str, what: str = "model") -> Iterator[None]:
     """Whatever a library raises while it reads a folder comes out as one line that names it."""
@@ -71,7 +121,7 @@ def told(name: str, what: str = "model") -> Iterator[None]:
 
 
 def load_whole(
-    kind: Any,
+    kind: Any | None,
     name: str,
     config: TrainConfig,
     tensor_parallel: int = 1,
@@ -81,7 +131,8 @@ def load_whole(
 ) -> hf.Model:
     """A transformers model of the auto class `kind`, every weight of it out of the checkpoint but
     those that it may lack; of its matrices a part where `tensor_parallel` processes share them;
-    `more` goes to from_pretrained.
+    `more` goes to from_pretrained. None is the class of a language model, with pictures where
+    `config` names their column.
 
     Raises:
         ValueError: weights are missing or of another shape (transformers would draw them at
@@ -104,6 +155,8 @@ def load_whole(
         raise ValueError(
             f"{name} ({settings.model_type}) is an encoder-decoder model; prefkern needs a decoder."
         )
+    if kind is None:
+        kind = auto_class(name, settings, pictures=config.image_column is not None)
     with told(name):
         model, found = kind.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -151,10 +204,9 @@ def loaded_whole() -> AbstractContextManager[None]:
 
 
 def load_causal_lm(name: str, config: TrainConfig, tensor_parallel: int = 1) -> hf.Model:
-    """A transformers causal model with its weights in `config.dtype`; raises as `load_whole`."""
-    from transformers import AutoModelForCausalLM
-
-    return load_whole(AutoModelForCausalLM, name, config, tensor_parallel)
+    """A transformers causal model with its weights in `config.dtype`, one that reads pictures
+    where there is a column of them; raises as `load_whole`."""
+    return load_whole(None, name, config, tensor_parallel)
 
 
 def is_adapter(name: str | Path) -> bool:

@@ -34,8 +34,10 @@ NAMES = frozenset(
         "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-        "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model", "curves.png",
-        "loss.png", "margins.png", "accuracies.png", "kl.png", "logps.png", "ranking.png",
+        "chat_template.jinja", "processor_config.json", "preprocessor_config.json",
+        "video_preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer.model",
+        "curves.png", "loss.png", "margins.png", "accuracies.png", "kl.png", "logps.png",
+        "ranking.png",
     }
 )  # fmt: skip
 # A folder is a model from the moment it has one of these: they are written last.

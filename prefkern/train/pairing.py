@@ -115,7 +115,9 @@ def choose_packing(
     attention = str(hf.text_config(model)._attn_implementation)
     limit = PACKING_LIMIT[next(model.parameters()).dtype]
     must = config.packing == "on" or config.token_budget is not None
-    if not hf.takes_position_ids(model):
+    if hf.text_config(model) is not inner.config:
+        reason = f"{type(inner).__name__} reads more than text"
+    elif not hf.takes_position_ids(model):
         reason = f"{type(hf.backbone(model)).__name__} takes no position_ids"
     elif not (varlen or must or attention.startswith("flash") or attention == "flex_attention"):
         reason = (
@@ -153,6 +155,7 @@ def open_frozen(
     check_own_logits(model, config, name=name)
     check_pairing(name, model, policy)
     check_tokens(name, config, examples)
+    check_pictures(name, config)
     if packed:
         inner = hf.causal_lm(model)
         if hf.text_config(policy)._attn_implementation == packed_attention.NAME:
@@ -188,6 +191,23 @@ def check_tokens(name: str, config: TrainConfig, examples: list[Example]) -> Non
                 f"the tokenizers of {config.model} and {name} differ: id {number} is {a!r} in the "
                 f"one and {b!r} in the other; both models must read the same tokens."
             )
+
+
+def check_pictures(name: str, config: TrainConfig) -> None:
+    """Refuses a model whose processor makes other pixels of a picture than the policy's."""
+    if config.image_column is None or name == config.model:
+        return
+    try:
+        other = models.load_processor(name).image_processor.to_dict()
+    except ValueError:
+        return  # a folder of weights alone: there is nothing to compare
+    own = models.load_processor(config.model).image_processor.to_dict()
+    changed = sorted(k for k in {*own, *other} if own.get(k) != other.get(k))
+    if changed:
+        raise ValueError(
+            f"the image processors of {config.model} and {name} differ in {', '.join(changed)}; "
+            "both models must read the same pixels."
+        )
 
 
 def check_pairing(name: str, model: hf.Model, policy: hf.Model) -> None:

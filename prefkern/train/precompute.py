@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from ..integrations.head import at_head
 from . import models, output, pairing, reference_cache, sharded
 from .config import TrainConfig
 from .data import data_hash
+from .data_providers import roles_of
+from .demands import losses_of
 from .processes import Processes, make_accelerator
 from .run import make_loader, pad_id, say
 from .together import ended_together
@@ -47,10 +50,12 @@ def _precompute(config: TrainConfig) -> list[Path]:
     processes.from_main(check)
     tokenizer = models.load_tokenizer(config.model)
     model = models.freeze(models.load_model(config.ref_model or config.model, config))
-    loader = make_loader(config, tokenizer, model)
     sources = [(config.dataset, config.dataset_split, config.limit)]
     if config.eval_dataset is not None:
         sources.append((config.eval_dataset, config.eval_split, config.eval_limit))
+    # answers beside chosen and rejected are scored too, where the loss reads them
+    roles = roles_of(losses_of(config), config)
+    loader = dataclasses.replace(make_loader(config, tokenizer, model), roles=roles)
     data = []
     for source, split, limit in sources:
         loaded = loader.load(source, split, limit)

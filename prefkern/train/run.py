@@ -28,6 +28,7 @@ from .optimizer import make_optimizer
 from .processes import Processes, make_accelerator
 from .providers import Micro, Opened, Provider, lacking_parts
 from .recipes.idle import idle_options
+from .recipes.images import vision_of
 from .recipes.table import providers_of
 from .reference import CACHED, Reference, ReferenceRows, choose_mode
 from .root import Root
@@ -326,6 +327,7 @@ def make_loader(
         columns=[] if columns is None else list(columns.columns.values()),
         roles={} if columns is None else columns.roles,
         labelled=columns is not None and columns.labelled,
+        vision=vision_of(config, tokenizer),
         shuffle_lists=not any(provider.keeps_list_order for provider in providers),
     )
 

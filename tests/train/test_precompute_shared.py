@@ -16,7 +16,7 @@ WORKER = str(Path(__file__).with_name("sharded_ranks.py"))
 
 
 @pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-def test_two_ranks_write_what_one_process_does(tmp_path, kind):
+def test_two_ranks_write_what_one_process_does(tmp_path, kind, one_thread):
     """5 held-out rows in batches of 2: a rank has one batch too few, the last one has one row."""
     model, data = save_model(tmp_path / "model"), write_data(tmp_path / "pairs.jsonl", rows=12)
     held_out = write_data(tmp_path / "held.jsonl", rows=5)

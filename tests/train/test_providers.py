@@ -56,6 +56,7 @@ def test_every_provider_serves_a_loss_or_an_option():
         ("dpo", {"sync_ref_model": True}),
         ("tree_tpo", {"step_pattern": "#"}),
         ("d2o", {"rejected_ref_model": "m"}),
+        ("mm_dpo", {"image_column": "image"}),
     ):
         kinds |= {type(p) for p in plan(settings(name, **changes))[1]}
     assert kinds == {*PROVIDERS, Columns}

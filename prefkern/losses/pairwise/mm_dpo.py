@@ -14,7 +14,7 @@ from ..record import Part
     source="arXiv 2406.11839, arXiv 2502.13146",
     status="checked against the authors' code",
     reference=True,
-    parts=(Part("images", "a text stands in the place of the image", "a model that reads images"),),
+    parts=(Part("images", "a text stands in the place of the image", "--image-column"),),
 )
 def mm_dpo(
     chosen: SeqStats,

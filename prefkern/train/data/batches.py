@@ -166,6 +166,7 @@ def collate(
         ref_seq_logp=_per_answer([example.ref_seq_logp for example in examples], torch.float64),
         numbers=_numbers(grid, sequences),
         columns=batch_columns([e.columns for e in examples], _boundaries(sizes)[:-1].tolist()),
+        inputs=_inputs(grid, sequences, packed),
         rows=[example.row for example in examples],
         num_scored=sum(seq.length for seq in sequences),
         num_tokens=int(grid.lengths.sum()),
@@ -235,3 +236,16 @@ def _numbers(grid: _Grid, sequences: list[Encoded]) -> dict[str, torch.Tensor]:
         dtype = np.int64 if name in INTEGERS else np.float32
         found[name] = grid.fill(grid.scored, [s.numbers[name] for s in sequences], 0, dtype)
     return found
+
+
+def _inputs(grid: _Grid, sequences: list[Encoded], packed: bool) -> dict[str, torch.Tensor]:
+    """Tensors of the pictures, and what goes with every token."""
+    if not any(seq.pictures for seq in sequences):
+        return {}
+    if packed:
+        raise ValueError("batches with pictures are padded; use packed=False.")
+    along = {
+        name: grid.fill(grid.whole, [seq.inputs[name] for seq in sequences], 0, np.int64)
+        for name in sequences[0].inputs
+    }
+    return along | sequences[0].vision.tensors([seq.pictures for seq in sequences])

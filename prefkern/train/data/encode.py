@@ -20,9 +20,11 @@ import numpy as np
 
 from ...prep.messages import with_text_arguments
 from .columns import fit_tokens, is_per_token
+from .marks import begun, end_marks, holds_bos
 from .records import Encoded, Example
 from .rendered import check_documents, check_rendered, check_tools, unread_names
 from .rows import BadRow, Messages, ParsedRow
+from .vision import Vision, cut
 
 _MESSAGES = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')  # as JSON text
 # The answers of a row that share a prompt, and whether max_length cut one of them.
@@ -40,6 +42,7 @@ class Encoder:
         vocab_size: Rows of the model's embedding, to catch a tokenizer of another model.
         append_eos: Append EOS to plain-text responses.
         score_prompt: Score the prompt's tokens too, all but the very first.
+        vision: Reads the pictures of rows that have some.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Encoder:
         vocab_size: int | None,
         append_eos: bool,
         score_prompt: bool = False,
+        vision: Vision | None = None,
     ) -> None:
         if max_length is not None and max_length < 2:
             raise ValueError(
@@ -67,8 +71,9 @@ class Encoder:
         self.limit = max_length if max_length is not None else model_context
         self.vocab_size = vocab_size
         self.append_eos, self.score_prompt = append_eos, score_prompt
+        self.vision = vision
         self.roles: set[str] = set()  # those that the chat template was seen to write
-        self.ends = _end_marks(tokenizer)
+        self.ends = end_marks(tokenizer)
         self.notes: Counter[str] = Counter()  # what was done to texts that hold marks already
 
     def encode(self, rows: list[tuple[int, ParsedRow]]) -> list[Example | BadRow]:
@@ -82,15 +87,18 @@ class Encoder:
         ]
 
     def _encode_parts(self, rows: list[ParsedRow]) -> list[Part | BadRow]:
-        plain = [i for i, row in enumerate(rows) if isinstance(row.prompt, str)]
+        plain = [i for i, r in enumerate(rows) if isinstance(r.prompt, str) and not r.pictures]
         ids: dict[int, list[list[int]] | BadRow] = dict(
             zip(plain, self._plain_ids([rows[i] for i in plain]), strict=True)
         )
         out: list[Part | BadRow] = []
         for i, row in enumerate(rows):
             try:
-                if i in ids:
+                if isinstance(row.prompt, str):
                     self._check_plain(row)
+                if row.pictures:
+                    out.append(self._pictured(row))
+                    continue
                 row_ids = ids[i] if i in ids else self._chat_ids(row)
                 if isinstance(row_ids, BadRow):
                     raise row_ids
@@ -121,12 +129,7 @@ class Encoder:
         """Token ids of [prompt, prompt + response, ...] for every row, in one tokenizer call."""
         if not rows:
             return []
-        eos = self.tokenizer.eos_token_id
-        if eos is None and self.append_eos:
-            raise ValueError(
-                "a plain-text response ends with EOS, and this tokenizer has no eos_token; set "
-                "tokenizer.eos_token, or pass append_eos=False to train without an end."
-            )
+        self._check_eos()
         texts = []
         for row in rows:
             texts.append(row.prompt)
@@ -161,14 +164,47 @@ class Encoder:
             ids = ids[:-1]
         return self._begun([ids], row)[0]
 
+    def _pictured(self, row: ParsedRow) -> Part:
+        """The sequences of a row with pictures, whose processor expands their placeholders."""
+        assert self.vision is not None
+        pictures, plain = row.pictures[0], isinstance(row.prompt, str)
+        if plain:
+            self._check_eos()
+            texts = [str(row.prompt)]
+            for response in row.responses:
+                end = "" if self._is_ended(str(response)) else self.tokenizer.eos_token
+                texts.append(f"{row.prompt}{response}{end if self.append_eos else ''}")
+        else:
+            texts = self._chat_texts(row)
+        found = self.vision.tokens(texts, pictures, special=plain)
+        ids = [x for x, _ in found]
+        starts = self._begun(ids, row) if plain else ids
+        dropped = len(ids[0]) - len(starts[0])
+        sequences, was_cut = self._sequences(row, starts)
+        made = []
+        for seq, (_, along) in zip(sequences, found[1:], strict=True):
+            inputs = cut({k: v[dropped:] for k, v in along.items()}, len(seq.input_ids))
+            made.append(replace(seq, pictures=pictures, vision=self.vision, inputs=inputs))
+        return made, was_cut
+
+    def _check_eos(self) -> None:
+        if self.tokenizer.eos_token_id is None and self.append_eos:
+            raise ValueError(
+                "a plain-text response ends with EOS, and this tokenizer has no eos_token; set "
+                "tokenizer.eos_token, or pass append_eos=False to train without an end."
+            )
+
     def _ended(self, ids: list[int], response: str) -> list[int]:
         """The ids with EOS, unless the answer ends with a mark of its end already."""
         if ids and ids[-1] == self.tokenizer.eos_token_id:
             return ids
-        if self.ends and response.rstrip().endswith(self.ends):
+        return ids if self._is_ended(response) else [*ids, self.tokenizer.eos_token_id]
+
+    def _is_ended(self, response: str) -> bool:
+        found = bool(self.ends) and response.rstrip().endswith(self.ends)
+        if found:
             self.notes["answers end with a special token of their own, so no EOS was added"] += 1
-            return ids
-        return [*ids, self.tokenizer.eos_token_id]
+        return found
 
     def _begun(self, ids: list[list[int]], row: ParsedRow) -> list[list[int]]:
         """The ids without the BOS that the tokenizer puts before one that the text holds."""
@@ -180,6 +216,14 @@ class Encoder:
         return found
 
     def _chat_ids(self, row: ParsedRow) -> list[list[int]]:
+        # The template writes its own special tokens.
+        return [
+            list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            for text in self._chat_texts(row)
+        ]
+
+    def _chat_texts(self, row: ParsedRow) -> list[str]:
+        """Prompt, and prompt with each response, as the chat template writes them."""
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError(
                 "the data are conversations and this tokenizer has no chat template; set "
@@ -195,7 +239,7 @@ class Encoder:
         except TypeError as error:
             raise BadRow("prompt", "refused by the chat template", str(error)) from error
 
-    def _rendered(self, row: ParsedRow) -> list[list[int]]:
+    def _rendered(self, row: ParsedRow) -> list[str]:
         prompt = cast(Messages, row.prompt)
         ends_open = bool(prompt) and prompt[-1]["role"] == "assistant"
         open_end = dict(add_generation_prompt=not ends_open, continue_final_message=ends_open)
@@ -219,14 +263,12 @@ class Encoder:
                 lambda: self._template(prompt, _with(row, (), "documents"), **open_end),
             )  # fmt: skip
         self.notes.update(unread_names(self.tokenizer, row, texts))
-        # The template writes its own special tokens.
-        return [
-            list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-            for text in texts
-        ]
+        return texts
 
     def _template(self, messages: Messages, row: ParsedRow, **options: Any) -> str:
         try:
+            if self.vision is not None:
+                messages = self.vision.parts(messages)
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, **options, **row.template_args
             )
@@ -252,7 +294,8 @@ class Encoder:
             raise BadRow(
                 "prompt",
                 "prompt fills max_length",
-                f"has {start} tokens, which leaves no room in max_length {self.max_length}",
+                f"has {start} tokens{', pictures included' if row.pictures else ''}, which leaves "
+                f"no room in max_length {self.max_length}",
             )
         found = [self._sequence(row, k, start, response) for k, response in enumerate(ids[1:])]
         if len(found) > 1 and all(
@@ -308,9 +351,16 @@ def _example(number: int, row: ParsedRow, parts: list[Part | BadRow]) -> Example
             return part
         sequences += part[0]
         truncated |= part[1]
-    if len(parts) > 1 and np.array_equal(sequences[0].input_ids, sequences[1].input_ids):
+    alike = len(parts) > 1 and not row.pictures
+    if alike and np.array_equal(sequences[0].input_ids, sequences[1].input_ids):
         return BadRow(row.places[1], "same tokens", "and its prompt have the tokens of the first")
+    for k, seq in enumerate(sequences[1:] if len(parts) > 1 and row.pictures else (), 1):
+        # a pair whose rejected answer is the chosen one, or another condition that is the same
+        same = seq.pictures == sequences[0].pictures
+        if same and np.array_equal(seq.input_ids, sequences[0].input_ids):
+            return BadRow(row.places[k], "same picture", "is the chosen answer with its picture")
     texts = repr((row.prompt, row.prompts, row.responses)).encode()
+    texts += b"".join(picture.digest for own in row.pictures for picture in own)
     return Example(
         row=number,
         sequences=tuple(sequences),
@@ -326,29 +376,6 @@ def _example(number: int, row: ParsedRow, parts: list[Part | BadRow]) -> Example
 
 def _with(row: ParsedRow, given: Sequence[Any], name: str = "tools") -> ParsedRow:
     return replace(row, template_args={**row.template_args, name: list(given)})
-
-
-def holds_bos(tokenizer: Any, text: str) -> bool:
-    """Whether a text begins with the BOS token itself."""
-    bos: str = getattr(tokenizer, "bos_token", None) or ""
-    return bos != "" and text.lstrip().startswith(bos)
-
-
-def begun(tokenizer: Any, ids: list[int], text: str) -> list[int]:
-    """The tokens of a text without the BOS that the tokenizer puts before one in the text."""
-    doubled = ids.count(tokenizer.bos_token_id) > 1 if holds_bos(tokenizer, text) else False
-    return ids[1:] if doubled and ids[0] == tokenizer.bos_token_id else ids
-
-
-def _end_marks(tokenizer: Any) -> tuple[str, ...]:
-    """Special tokens by which a text may end a turn: all but those of beginning and padding."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    found = {str(token) for token in added if getattr(token, "special", False)}
-    found |= set(getattr(tokenizer, "all_special_tokens", ()))
-    names = ("bos_token", "pad_token", "unk_token", "mask_token")
-    found -= {getattr(tokenizer, name, None) for name in names}
-    found.add(getattr(tokenizer, "eos_token", None) or "")
-    return tuple(sorted(mark for mark in found if mark))
 
 
 def common_prefix(ids: list[list[int]]) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +17,10 @@ from ...prep.cells import is_scored
 from . import unread
 from .columns import Column, check_alike, read_columns, reorder
 from .encode import Encoder
-from .read import RawRow, raw_rows
+from .read import RawRow, folder_of, raw_rows
 from .records import LAYOUTS, Example, Loaded, SkipReport
 from .rows import BadRow, ParsedRow, layout_of, parse_row
+from .vision import Vision
 
 CHUNK = 256  # rows per tokenizer call, enough for its threads
 
@@ -71,6 +73,8 @@ class Loader:
     """Answers of a pair beside chosen and rejected, and their columns."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Text columns under other names: `unread.TEXTS` -> column."""
+    vision: Vision | None = None
+    """Reads the pictures of every row; None: texts alone."""
 
     def __post_init__(self) -> None:
         if self.layout != "auto" and self.layout not in LAYOUTS:
@@ -101,6 +105,11 @@ class Loader:
         layout, implicit = form.layout, form.implicit and form.layout == "pairs"
         encoder, report = self._encoder(), SkipReport()
         beside = unread.Beside(layout, self.columns, self.roles, self.renamed)
+        if self.vision is not None:
+            beside.read |= self.vision.columns(
+                {"rejected", *self.roles} if layout == "pairs" else ()
+            )
+        folder = folder_of(source)
         examples: list[Example] = []
         for chunk in _chunks(raw, limit):
             # A damaged file is one entry of the report, not a row that was seen.
@@ -108,7 +117,7 @@ class Loader:
             for row in chunk:
                 if row.data is not None:
                     beside.add(row.where, row.data, implicit=implicit)
-            good, bad = self._parsed(chunk, form)
+            good, bad = self._parsed(chunk, form, folder)
             encoded = encoder.encode([(row.row, parsed) for row, parsed in good])
             for (row, _), result in zip(good, encoded, strict=True):
                 if isinstance(result, BadRow):
@@ -190,10 +199,11 @@ class Loader:
             vocab_size=self.vocab_size,
             append_eos=self.append_eos,
             score_prompt=self.score_prompt,
+            vision=self.vision,
         )
 
     def _parsed(
-        self, chunk: list[RawRow], form: Form
+        self, chunk: list[RawRow], form: Form, folder: Path
     ) -> tuple[list[tuple[RawRow, ParsedRow]], list[tuple[RawRow, BadRow]]]:
         """The rows of a chunk that can be used, and the reasons against the others."""
         good: list[tuple[RawRow, ParsedRow]] = []
@@ -211,15 +221,32 @@ class Loader:
                         f"the row {here} scores (or ranks) where the first row has {first}; "
                         "answers without are stored best first",
                     )  # fmt: skip
-                parsed = parse_row(
-                    row.data, form.layout, list_labels=self.list_labels, roles=self.roles,
-                    implicit_prompt=form.implicit, labelled=self.labelled,
-                )  # fmt: skip
+                parsed = self._parsed_row(row.data, form, folder)
                 parsed.columns = read_columns(row.data, self.columns, parsed.places, is_list)
                 good.append((row, parsed))
             except BadRow as reason:
                 bad.append((row, reason))
         return good, bad
+
+    def _parsed_row(self, data: Mapping[str, Any], form: Form, folder: Path) -> ParsedRow:
+        """One row with its pictures.
+
+        Raises:
+            BadRow: it cannot be used.
+        """
+        vision, pairs = self.vision, form.layout == "pairs"
+        own: frozenset[str] = frozenset()
+        if vision is not None:
+            data = vision.marked(data)
+            vision.check(data, self.roles.keys() & {"cond"} if pairs else ())
+            own = vision.own(data, {"rejected", *self.roles} if pairs else ())
+        parsed = parse_row(
+            data, form.layout, list_labels=self.list_labels, roles=self.roles,
+            implicit_prompt=form.implicit, labelled=self.labelled, pictured=own,
+        )  # fmt: skip
+        if vision is not None:
+            vision.read(parsed, data, folder)
+        return parsed
 
     def _shuffled(self, example: Example) -> Example:
         """A list in the order that its row and the seed give; anything else as it is."""
@@ -341,6 +368,8 @@ def data_hash(examples: list[Example], *, columns: bool = False) -> str:
             digest.update(seq.input_ids.tobytes())
             if seq.token_weights is not None:
                 digest.update(seq.token_weights.tobytes())
+            for picture in seq.pictures:
+                digest.update(picture.digest)
         if columns and example.columns:
             digest.update(repr(dict(example.columns)).encode())
         for seq in example.sequences if columns else ():

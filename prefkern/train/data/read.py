@@ -91,6 +91,12 @@ def _stored_rows(source: Any, split: str | None) -> Iterator[RawRow]:
     )
 
 
+def folder_of(source: Any) -> Path:
+    """Where relative paths in the rows of a source start: its folder, else the working folder."""
+    path = Path(source) if isinstance(source, str | Path) else Path()
+    return path.parent if path.is_file() else path if path.is_dir() else Path()
+
+
 def _pick_split(splits: Mapping[str, Any], split: str | None) -> Any:
     name = split or "train"
     if name not in splits:

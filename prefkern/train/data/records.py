@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .pictures import Picture
+
 LAYOUTS = ("pairs", "lists", "unpaired")
 
 
@@ -31,6 +33,10 @@ class Encoded:
     token_weights: np.ndarray | None = None  # [t - completion_start] fp32, one per response token
     # [t - completion_start] each: what else the row, or a cache, holds per response token
     numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    pictures: tuple[Picture, ...] = ()  # of the prompt, in order
+    vision: Any = None  # data.vision.Vision, which makes tensors of them
+    # [t] int32 each: what the model's forward reads beside the ids, such as token types
+    inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -142,6 +148,7 @@ class PreferenceBatch:
     ref_seq_logp: Tensor | None  # [S] fp64, from ref_chosen_logps and ref_rejected_logps
     numbers: dict[str, Tensor]  # same shape as targets each, 0 where nothing is scored
     columns: dict[str, Any]  # see columns.batch_columns
+    inputs: dict[str, Tensor]  # what forwards read beside the ids: pixels and the like
     rows: list[int]  # [G] rows of the data set
     num_scored: int
     num_tokens: int  # padding not counted

@@ -32,6 +32,7 @@ from ...prep.cells import (
 )
 from ...prep.messages import NotMessages, as_json, from_json
 from .columns import Column
+from .pictures import Picture
 
 # Arguments of apply_chat_template that a row may not bring.
 _NOT_OF_A_ROW = frozenset(
@@ -61,6 +62,7 @@ class ParsedRow:
     template_args: dict[str, Any] = field(default_factory=dict)  # tools and chat_template_kwargs
     columns: dict[str, Any] = field(default_factory=dict)  # extra columns, by argument name
     first_answer: int = 0  # place of responses[0] in the whole row
+    pictures: list[tuple[Picture, ...]] = field(default_factory=list)  # one entry per response
 
     def parts(self) -> list[ParsedRow]:
         """Rows with one prompt each: this one, or one per response."""
@@ -69,7 +71,7 @@ class ParsedRow:
         return [
             replace(
                 self, prompt=prompt, responses=[response], token_weights=[weights],
-                places=[place], prompts=None, first_answer=i,
+                places=[place], prompts=None, first_answer=i, pictures=self.pictures[i : i + 1],
             )
             for i, (prompt, response, weights, place) in enumerate(
                 zip(self.prompts, self.responses, self.token_weights, self.places, strict=True)
@@ -97,6 +99,7 @@ def parse_row(
     implicit_prompt: bool = False,
     labelled: bool = True,
     roles: Mapping[str, Column] | None = None,
+    pictured: frozenset[str] = frozenset(),
 ) -> ParsedRow:
     """Checks a row of the given layout and brings it into one form.
 
@@ -108,12 +111,13 @@ def parse_row(
             holds for a whole data set: where other rows have a prompt, one without lost it.
         labelled: Whether single answers must have a label.
         roles: Answers of a pair beside chosen and rejected ("gold", "cond") and their columns.
+        pictured: Columns of answers that have pictures of their own, and so may have the same text.
 
     Raises:
         BadRow: The row cannot be used.
     """
     if layout == "pairs":
-        row = _pair(data, implicit_prompt, roles or {})
+        row = _pair(data, implicit_prompt, roles or {}, pictured)
     elif layout == "unpaired":
         row = _unpaired(data, labelled)
     else:
@@ -136,7 +140,12 @@ def parse_row(
     return row
 
 
-def _pair(data: Mapping[str, Any], implicit_prompt: bool, roles: Mapping[str, Column]) -> ParsedRow:
+def _pair(
+    data: Mapping[str, Any],
+    implicit_prompt: bool,
+    roles: Mapping[str, Column],
+    pictured: frozenset[str],
+) -> ParsedRow:
     chosen, rejected = _text(data, "chosen"), _text(data, "rejected")
     absent = implicit_prompt and data.get("prompt") is None
     prompt = None if absent else _text(data, "prompt")
@@ -160,12 +169,13 @@ def _pair(data: Mapping[str, Any], implicit_prompt: bool, roles: Mapping[str, Co
         # The chosen answer under another condition is the usual `cond`.
         conditional, column = role == "cond", entry.column
         wanted = f"prompt_{column}" if conditional else column
-        if data.get(wanted) is None:
+        asked = data.get(wanted) is not None
+        if not asked and not (conditional and role in pictured):
             raise entry.missing(wanted)
         same = conditional and data.get(column) is None
         answers[role] = chosen if same else _text(data, column)
-        prompts[role] = _text(data, wanted) if conditional else prompt
-    if chosen == rejected and prompts["rejected"] == prompt:
+        prompts[role] = _text(data, wanted) if conditional and asked else prompt
+    if chosen == rejected and prompts["rejected"] == prompt and "rejected" not in pictured:
         raise BadRow("rejected", "chosen equals rejected", "is the same as chosen")
     weights = [_floats(data, f"{name}_weights") for name in answers]
     reference = None

@@ -122,8 +122,9 @@ class Beside:
             if _holds_media(str(name), value):
                 raise ValueError(
                     f"{where}: column {name!r} holds pictures, sound or other bytes, which are not "
-                    "read here; a run on the text alone would train something else. Drop the "
-                    "column if the text is enough."
+                    "read here; a run on the text alone would train something else. "
+                    "`prefkern train` reads pictures with --image-column; drop the column if the "
+                    "text is enough."
                 )
             if _has_text(value) or (_TASK.fullmatch(str(name)) and str(value).strip()):
                 found.append(name)

@@ -79,11 +79,17 @@ def mismatch(examples: list[Example], before: list[Example], max_length: int) ->
     made = []
     for example, answered in zip(examples, before, strict=True):
         own, other = example.sequences[0], answered.sequences[0]
-        ids = np.concatenate(
-            [own.input_ids[: own.completion_start], other.input_ids[other.completion_start :]]
-        )[:max_length]
-        sequences = (Encoded(ids, own.completion_start),)
-        made.append(Example(row=example.row, sequences=sequences, desirable=example.desirable))
+
+        def joined(one: np.ndarray, two: np.ndarray, own: Encoded = own, other: Encoded = other):
+            parts = [one[: own.completion_start], two[other.completion_start :]]
+            return np.concatenate(parts)[:max_length]
+
+        sequence = Encoded(
+            joined(own.input_ids, other.input_ids), own.completion_start,
+            pictures=own.pictures, vision=own.vision,
+            inputs={name: joined(own.inputs[name], other.inputs[name]) for name in own.inputs},
+        )  # fmt: skip
+        made.append(Example(row=example.row, sequences=(sequence,), desirable=example.desirable))
     return made
 
 

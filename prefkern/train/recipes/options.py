@@ -19,6 +19,20 @@ class FusedOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """Of recipes.images."""
+
+    image_column: str | None = None
+    """Column of pictures (a path relative to the data file, bytes or a picture of `datasets`; one
+    or a list per row): `model` is then a vision-language model. COLUMN_rejected and COLUMN_cond
+    hold those of the rejected answer and of mm_dpo's other condition."""
+
+    def check(self) -> None:
+        if self.image_column == "":
+            raise ValueError("image_column must name a column.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeadOptions:
     """Of recipes.reward."""
 

@@ -315,7 +315,8 @@ def _extrapolate(config: TrainConfig, ended: str, previous: str, target: Path) -
     policy = models.load_model(ended, config)
     sync.extrapolate(policy, models.load_model(previous, config), config.round_extrapolation)
     target.mkdir(exist_ok=True)
-    ckpt.save_weights(target, {"policy": policy}, models.load_tokenizer(ended))
+    load = models.load_tokenizer if config.image_column is None else models.load_processor
+    ckpt.save_weights(target, {"policy": policy}, load(ended))
     for name in (masks.FILE, value_head.FILE):
         if (Path(ended) / name).is_file():
             shutil.copy2(Path(ended) / name, target)

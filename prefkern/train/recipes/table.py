@@ -13,6 +13,7 @@ from .activations import Activations
 from .aux_model import AuxModel
 from .baseline import Baseline
 from .fused_reference import FusedReference
+from .images import Images
 from .kto_baseline import KtoBaseline
 from .masks import Masks
 from .online.makers import MAKERS
@@ -30,7 +31,7 @@ from .value_head import ValueHeads
 PROVIDERS: tuple[type[Provider], ...] = (
     StepCounts, KtoBaseline, Activations, AuxModel, FusedReference, Baseline, RejectedReference,
     StepIndex, StepCosine, Masks, ValueHeads, LossStates, TwoSpeeds, ReferenceSync, RewardHead,
-    Sources, IdealPoints,
+    Sources, IdealPoints, Images,
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from ...integrations import hf
 from ...prep.cells import Text
 from .. import models
 from ..config import TrainConfig
-from ..data.encode import begun
+from ..data.marks import begun
 from ..data.rows import BadRow, template_args
 
 # Names of the layers that make scores of hidden states, which no causal model has.
