@@ -57,7 +57,7 @@ def optimizer_state(
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Tensors "exp_avg|policy.layer.weight" -> value, and the JSON part of the groups."""
     if zero.owns(optimizer):
-        return zero.optimizer_state(optimizer, _parameters(modules))
+        return zero.optimizer_rows(optimizer, _parameters(modules))
     names = _names(modules)
     tensors = {}
     for group in optimizer.param_groups:
@@ -88,7 +88,7 @@ def load_optimizer_state(
             "the checkpoint's optimizer holds other parameters than this model trains."
         )
     if zero.owns(optimizer):
-        zero.load_optimizer_state(optimizer, _parameters(modules), tensors, groups)
+        zero.load_optimizer_rows(optimizer, _parameters(modules), tensors, groups)
         return
     order = [name for group in groups for name in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}

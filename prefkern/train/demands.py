@@ -195,3 +195,12 @@ def count_items(examples: list[Example], row: int = 0, *, whole: bool = False) -
         # of the losses that are means over tokens
         "scored_tokens": sum(s.length for e in examples for s in e.sequences),
     }
+
+
+def check_compared(config: TrainConfig, mode: str) -> None:
+    """Refuses an evaluation in which the model would be its own reference."""
+    if mode == "model" and config.ref_model is None:
+        raise ValueError(
+            "evaluation compares the model with a reference: pass --ref-model, the model it was "
+            "trained from (a model compared with itself has margins of 0)."
+        )

@@ -141,8 +141,7 @@ def load_whole(
     from transformers import AutoConfig
 
     check_name(name)
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": False}
-    options |= more
+    options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": False, **more}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if tensor_parallel > 1:

@@ -143,7 +143,7 @@ def make_accelerator(config: TrainConfig) -> Any:
         _shard_on_cpu(accelerator, before)
     _check_kind(accelerator)
     if zero.stage_of(accelerator):
-        zero.settle(accelerator.state.deepspeed_plugin, config)
+        zero.settle_plugin(accelerator.state.deepspeed_plugin, config)
     together.watch(accelerator)
     return accelerator
 

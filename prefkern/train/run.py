@@ -27,9 +27,7 @@ from .models import autocast
 from .optimizer import make_optimizer
 from .processes import Processes, make_accelerator
 from .providers import Micro, Opened, Provider, lacking_parts
-from .recipes.idle import idle_options
-from .recipes.images import vision_of
-from .recipes.table import providers_of
+from .recipes.table import idle_options, providers_of, vision_of
 from .reference import CACHED, Reference, ReferenceRows, choose_mode
 from .root import Root
 from .step import PreferenceStep
@@ -160,11 +158,8 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
     mode = mode_of(config, providers, policy, training, tell)
     data, eval_data = open_data(config, providers, tokenizer, policy)
     demands.check_layout(records, data.layout)
-    if mode == "model" and not training and config.ref_model is None:
-        raise ValueError(
-            "evaluation compares the model with a reference: pass --ref-model, the model it was "
-            "trained from (a model compared with itself has margins of 0)."
-        )
+    if not training:
+        demands.check_compared(config, mode)
     own_hash = data_hash(data.examples, columns=True)
     held_out = None if eval_data is None else data_hash(eval_data.examples)
     processes.check_same(config, data=own_hash, eval_data=held_out)
@@ -317,10 +312,8 @@ def make_loader(
         max_length=config.max_length,
         model_context=models.context_length(model),
         vocab_size=hf.text_config(model).vocab_size,
-        strict=config.strict,
-        seed=config.seed,
-        append_eos=config.append_eos,
-        list_labels=config.list_labels,
+        strict=config.strict, seed=config.seed,
+        append_eos=config.append_eos, list_labels=config.list_labels,
         label_range=demands.label_range(config),
         renamed={k: v for k, v in config.columns.items() if k in TEXTS},
         score_prompt=config.score_prompt,
@@ -329,7 +322,7 @@ def make_loader(
         labelled=columns is not None and columns.labelled,
         vision=vision_of(config, tokenizer),
         shuffle_lists=not any(provider.keeps_list_order for provider in providers),
-    )
+    )  # fmt: skip
 
 
 def open_data(

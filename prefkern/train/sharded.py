@@ -22,7 +22,7 @@ def place(accelerator: Any, model: hf.Model) -> hf.Model:
 
         return fsdp2_prepare_model(accelerator, model)
     if zero.stage_of(accelerator) == 3:
-        return zero.place(accelerator, model)
+        return zero.place_parts(accelerator, model)
     return model if is_sharded(model) else model.to(accelerator.device)
 
 
@@ -48,7 +48,7 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, without gradient; every process must ask."""
     if zero.in_parts(tensor):
-        return zero.whole(tensor)
+        return zero.whole_of_parts(tensor)
     with torch.no_grad():
         found = tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
     return found.detach()
@@ -66,7 +66,7 @@ def fill(target: Tensor, value: Tensor) -> None:
     """Copies `value`, all of it and the same in every process, into a tensor that may be sharded;
     no process is asked."""
     if zero.in_parts(target) or hasattr(target, "_hp_mapping"):  # of an optimizer of DeepSpeed's
-        zero.fill(target, value)
+        zero.fill_parts(target, value)
         return
     if is_distributed(target):
         from torch.distributed.tensor import distribute_tensor

@@ -40,7 +40,7 @@ def tensors_of(modules: dict[str, nn.Module], frozen: dict[str, nn.Module]) -> d
         for name, parameter in module.named_parameters():
             if parameter.requires_grad or prefix in frozen:
                 parts = zero.in_parts(parameter)
-                value = zero.rows(zero.whole(parameter)) if parts else parameter.detach()
+                value = zero.rows(zero.whole_of_parts(parameter)) if parts else parameter.detach()
                 found[f"{WEIGHT}|{prefix}.{name}"] = value
         for name, buffer in module.named_buffers():
             if name in state:
@@ -81,7 +81,7 @@ def put_back(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
     for prefix, module in modules.items():
         for name, parameter in module.named_parameters():
             if zero.in_parts(parameter) and parameter.requires_grad:
-                zero.fill(parameter, sharded.whole(tensors[f"{WEIGHT}|{prefix}.{name}"]))
+                zero.fill_parts(parameter, sharded.whole(tensors[f"{WEIGHT}|{prefix}.{name}"]))
 
 
 def reason(error: BaseException) -> str:

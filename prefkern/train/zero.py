@@ -44,7 +44,7 @@ def check_options(config: TrainConfig) -> None:
             )
 
 
-def settle(plugin: Any, config: TrainConfig) -> None:
+def settle_plugin(plugin: Any, config: TrainConfig) -> None:
     """Gives DeepSpeed what the run decides, and refuses settings that say otherwise.
 
     Raises:
@@ -144,7 +144,7 @@ def _sharing(accelerator: Any) -> dict[str, Any]:
     }
 
 
-def place(accelerator: Any, model: nn.Module) -> nn.Module:
+def place_parts(accelerator: Any, model: nn.Module) -> nn.Module:
     """A frozen model, its weights shared out as stage 3 does the policy's."""
     import deepspeed
 
@@ -163,7 +163,7 @@ def in_parts(tensor: Any) -> bool:
     return hasattr(tensor, "ds_tensor")
 
 
-def whole(parameter: Any) -> Tensor:
+def whole_of_parts(parameter: Any) -> Tensor:
     """All of a parameter of stage 3; every process must ask."""
     import deepspeed
 
@@ -217,7 +217,7 @@ def _mesh(device: str) -> Any:
 
 
 @torch.no_grad()
-def fill(parameter: Any, value: Tensor) -> None:
+def fill_parts(parameter: Any, value: Tensor) -> None:
     """Copies a whole value, the same in every process, into a trained parameter."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
@@ -262,7 +262,7 @@ def _link(optimizer: Any) -> None:
         lazy_init_hp_params_optimizer_state(group, flat, inner(optimizer).state)
 
 
-def optimizer_state(
+def optimizer_rows(
     optimizer: Any, parameters: dict[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """As `checkpoint.optimizer_state`, every tensor as rows of which each process holds its part;
@@ -287,7 +287,7 @@ def optimizer_state(
 
 
 @torch.no_grad()
-def load_optimizer_state(
+def load_optimizer_rows(
     optimizer: Any,
     parameters: dict[str, nn.Parameter],
     tensors: dict[str, Tensor],

@@ -79,13 +79,13 @@ def plugin(**settings) -> SimpleNamespace:
 )  # fmt: skip
 def test_settings_of_deepspeed_that_are_refused(tmp_path, settings, match):
     with pytest.raises(ValueError, match=match):
-        zero.settle(plugin(**settings), config(tmp_path, "model", "data", max_grad_norm=0.5))
+        zero.settle_plugin(plugin(**settings), config(tmp_path, "model", "data", max_grad_norm=0.5))
 
 
 def test_the_run_decides_what_deepspeed_counts_and_clips(tmp_path):
     own = plugin()
     for limit in (0.5, 2.0):  # a further run of the process finds what the first one set
-        zero.settle(own, config(tmp_path, "model", "data", max_grad_norm=limit))
+        zero.settle_plugin(own, config(tmp_path, "model", "data", max_grad_norm=limit))
         assert own.deepspeed_config["gradient_clipping"] == limit
         assert own.deepspeed_config["gradient_accumulation_steps"] == 1
 

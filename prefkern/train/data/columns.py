@@ -268,3 +268,18 @@ def check_alike(
             else:
                 continue
             raise ValueError(f"{name} must be {WHAT[column.kind]}, alike in all rows: {found}.")
+
+
+def fit_weights(weights: list[float], count: int, appended: bool, column: str) -> np.ndarray:
+    """One weight per response token; the appended EOS may be left out and then weighs 1."""
+    name = f"{column}_weights"
+    if appended and len(weights) == count - 1:
+        weights = [*weights, 1.0]
+    if len(weights) != count:
+        raise BadRow(
+            name,
+            "wrong length",
+            f"holds {len(weights)} numbers for {count} response tokens"
+            + (" (the last is EOS, which may be left out)" if appended else ""),
+        )
+    return np.asarray(weights, dtype=np.float32)

@@ -19,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 
 from ...prep.messages import with_text_arguments
-from .columns import fit_tokens, is_per_token
+from .columns import fit_tokens, fit_weights, is_per_token
 from .marks import begun, end_marks, holds_bos
 from .records import Encoded, Example
 from .rendered import check_documents, check_rendered, check_tools, unread_names
@@ -334,7 +334,7 @@ class Encoder:
         first = 1 if self.score_prompt else start  # first scored position
         token_weights = None
         if weights is not None:
-            own = _fit_weights(weights, count, appended, place)[: len(kept) - start]
+            own = fit_weights(weights, count, appended, place)[: len(kept) - start]
             token_weights = np.concatenate([np.ones(start - first, dtype=np.float32), own])
         numbers = fit_tokens(
             row.columns, row.first_answer + answer, len(tokens) - first, len(kept) - first, place
@@ -386,18 +386,3 @@ def common_prefix(ids: list[list[int]]) -> int:
             break
         count += 1
     return count
-
-
-def _fit_weights(weights: list[float], count: int, appended: bool, column: str) -> np.ndarray:
-    """One weight per response token; the appended EOS may be left out and then weighs 1."""
-    name = f"{column}_weights"
-    if appended and len(weights) == count - 1:
-        weights = [*weights, 1.0]
-    if len(weights) != count:
-        raise BadRow(
-            name,
-            "wrong length",
-            f"holds {len(weights)} numbers for {count} response tokens"
-            + (" (the last is EOS, which may be left out)" if appended else ""),
-        )
-    return np.asarray(weights, dtype=np.float32)

@@ -40,10 +40,8 @@ def merge_adapters(
     if len(paths) < 2:
         raise ValueError(f"merging needs at least two adapters, got {len(paths)}.")
     factors = [1.0 / len(paths)] * len(paths) if weights is None else [float(w) for w in weights]
-    if not all(math.isfinite(factor) for factor in factors):
-        raise ValueError(f"weights must be finite numbers, got {factors}.")
-    if not any(factors):
-        raise ValueError(f"weights must not all be 0, which merges nothing, got {factors}.")
+    if not all(map(math.isfinite, factors)) or not any(factors):
+        raise ValueError(f"weights must be finite numbers, not all of them 0, got {factors}.")
     if len(factors) != len(paths):
         raise ValueError(f"weights must have one number per adapter ({len(paths)}), got {factors}.")
     for path in paths:

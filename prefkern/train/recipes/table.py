@@ -13,7 +13,8 @@ from .activations import Activations
 from .aux_model import AuxModel
 from .baseline import Baseline
 from .fused_reference import FusedReference
-from .images import Images
+from .idle import idle_options
+from .images import Images, vision_of
 from .kto_baseline import KtoBaseline
 from .masks import Masks
 from .online.makers import MAKERS
@@ -26,6 +27,8 @@ from .steps import StepCosine, StepIndex
 from .sync import ReferenceSync
 from .two_speeds import TwoSpeeds
 from .value_head import ValueHeads
+
+__all__ = ["PROVIDERS", "idle_options", "offers", "providers_of", "vision_of"]
 
 # In the order in which a step calls them.
 PROVIDERS: tuple[type[Provider], ...] = (

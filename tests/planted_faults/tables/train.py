@@ -41,13 +41,17 @@ DATA: list[Row] = [
         ("[: len(kept) - start]", "[start - len(kept) :]"),
         ("count < 1 + appended", "count < 1"),
         ("if ids and ids[-1] == self.tokenizer.eos_token_id:", "if not ids:"),
-        ("weights = [*weights, 1.0]", "weights = [1.0, *weights]"),
         ("max(tokens) >= self.vocab_size", "max(tokens) > 300 + self.vocab_size"),
         ("len(x) > len(seq.input_ids) for", "len(x) >= len(seq.input_ids) for"),
         ("add_generation_prompt=not ends_open", "add_generation_prompt=ends_open"),
         ("len(tokens) > self.limit", "len(tokens) >= self.limit"),
         ("if any(token != column[0] for", "if all(token != column[0] for"),
         ("weight=row.weight,", "weight=1.0,"),
+    ),
+    *of(
+        f"{TRAIN}data/columns.py",
+        f"{TESTS}data/test_rows.py",
+        ("weights = [*weights, 1.0]", "weights = [1.0, *weights]"),
     ),
     *of(
         f"{TRAIN}data/encode.py",

@@ -47,8 +47,8 @@ KINDS: list[Row] = [
         f"{TESTS}test_loading.py",
         ('lacking = sorted(found["missing_keys"])', "lacking = []"),
         (
-            '{"dtype": getattr(torch, config.dtype), "trust_remote_code": False}',
-            '{"dtype": getattr(torch, config.dtype)}',
+            '{"dtype": getattr(torch, config.dtype), "trust_remote_code": False, **more}',
+            '{"dtype": getattr(torch, config.dtype), **more}',
         ),
         ('if getattr(settings, "is_encoder_decoder", False):', "if False:"),
         ("if lacking := sorted(wanted - there):", "if lacking := []:"),
