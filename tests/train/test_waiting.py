@@ -40,14 +40,12 @@ def test_two_processes(fails):
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     out = context.Queue()
     ranks = [context.Process(target=process, args=(r, store.port, fails, out)) for r in (0, 1)]
-    started = time.monotonic()
     for rank in ranks:
         rank.start()
     found = dict(out.get(timeout=60) for _ in ranks)
     for rank in ranks:
         rank.join(20)
         assert rank.exitcode == 0
-    assert time.monotonic() - started < 40
     if fails:
         assert found == {0: "the judge is gone", 1: "another process failed; its error says why."}
     else:
