@@ -98,6 +98,12 @@ class Work:
             if lines or not b'{"prefkern":'.startswith(data[:12]):
                 raise ValueError(f"{self.path} is no file of this command's; move it away.")
             first = None  # nothing, or the start of the first line
+            whole = _whole(self.output)
+            # ours has a first line here before it, or is linked to the output
+            if os.path.lexists(whole) and not _linked(self.output):
+                if not data:
+                    self.path.unlink()
+                raise ValueError(f"{whole} is no file of this command's; move it away.")
         if first is not None and first != {"prefkern": self.key} and not self.overwrite:
             before = first["prefkern"]
             changed = sorted(k for k in {*self.key, *before} if self.key.get(k) != before.get(k))

@@ -219,6 +219,14 @@ def test_nothing_of_the_users_is_replaced(given, tmp_path, capsys):
     foreign.write_text("not ours\n")
     assert judged(given, tmp_path / "n.jsonl", "length", "--overwrite", data=data) == 2
     assert "is no file of this command" in told(capsys) and foreign.read_text() == "not ours\n"
+    finished = tmp_path / ".prefkern-m.jsonl.whole"
+    finished.write_text("not ours\n")
+    for more in ((), ("--overwrite",)):
+        assert judged(given, tmp_path / "m.jsonl", "length", *more, data=data) == 2
+        assert "is no file of this command" in told(capsys)
+    assert (
+        finished.read_text() == "not ours\n" and not (tmp_path / ".prefkern-m.jsonl.work").exists()
+    )
     assert judged(given, out, "length", "--overwrite", data=data) == 0
     assert len(rows_of(out)) == 12 and data.read_bytes() == before
 
