@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tiny_models import config, save_model, write_data
+
+from prefkern.train import train
+from prefkern.train.config import TrainConfig
 
 # 11 rows in micro-batches of 2: the last step of an epoch leaves a rank without rows of its own
 COMMON = dict(
@@ -46,3 +53,25 @@ def assert_equal(one: Path, two: Path, last: int = 99) -> None:
     assert alone.keys() == both.keys() and alone
     for name, value in alone.items():
         assert (value - both[name]).abs().max() < 1e-5, name
+
+
+def launched_as_one(folder: Path, settings: str, case: str) -> None:
+    """A run that `accelerate launch` starts with the file `settings` is that of one process."""
+    model, data = save_model(folder / "model"), write_data(folder / "pairs.jsonl", rows=11)
+
+    def made(where: str, accumulate: int) -> TrainConfig:
+        options = COMMON | CASES[case] | {"gradient_accumulation_steps": accumulate}
+        return config(folder / where, model, data, eval_dataset=data, **options)
+
+    (folder / "accelerate.yaml").write_text(settings)
+    (folder / "run.yaml").write_text(json.dumps(made("two", 2).as_dict()))
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", str(folder / "accelerate.yaml"), "-m", "prefkern", "train"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, "--config", str(folder / "run.yaml")], env=environment, capture_output=True,
+        text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    train(made("one", 4))
+    assert_equal(folder / "one", folder / "two")

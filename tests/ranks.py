@@ -13,7 +13,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 HERE = Path(__file__).resolve().parent
 WORKER = """
@@ -67,6 +71,26 @@ def run_checks(
         passed = set.intersection(*done)
         return {call: "" if " ".join(("passed", *call)) in passed else text for call in calls}
     return dict.fromkeys(calls, "")
+
+
+def answers(module: str, checks: Sequence[tuple[Any, ...]], seconds: float = 600) -> Any:
+    """A fixture for `checks`, each (world, function, arguments ...): found(world) is what
+    `run_checks` says of all checks of that many ranks, which are started once."""
+
+    @pytest.fixture(scope="module")
+    def found(tmp_path_factory):
+        seen: dict[int, dict] = {}
+
+        def ask(world: int) -> dict:
+            if world not in seen:
+                calls = [tuple(call) for size, *call in checks if size == world]
+                folder = tmp_path_factory.mktemp(f"ranks{world}")
+                seen[world] = run_checks(folder, module, world, calls, seconds)
+            return seen[world]
+
+        return ask
+
+    return found
 
 
 def _run(

@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import importlib.util
 import re
-import sys
 import time
 
 import pytest
+from example_files import FOLDER, example_files
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from doc_blocks import ROOT
 
-FOLDER = ROOT / "examples"
 SECONDS = 60.0  # of CPU, each
 
 
 @pytest.fixture(scope="module")
 def example():
     """example(name): the module, its starting model shared with the other examples."""
-    sys.path.insert(0, str(FOLDER))
-    import tiny
-
-    begin = tiny.start
-    kept: dict[tuple, object] = {}
-
-    def start(*args, **size):
-        key = (args, *sorted(size.items()))
-        if key not in kept:
-            kept[key] = begin(*args, **size)
-        return copy.deepcopy(kept[key])
-
-    tiny.start = start
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    yield load
-    tiny.start = begin
-    sys.path.remove(str(FOLDER))
+    with example_files(one_start=True) as load:
+        yield load
 
 
 @pytest.fixture(autouse=True)

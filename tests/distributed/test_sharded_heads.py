@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from cases import backends_on
-from ranks import run_checks
+from ranks import answers
 
 from prefkern import Shard
 
@@ -24,19 +24,7 @@ CHECKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What the ranks of a world found; one start for all checks."""
-    seen: dict[int, dict] = {}
-
-    def ask(world: int) -> dict:
-        if world not in seen:
-            calls = [tuple(call) for size, *call in CHECKS if size == world]
-            folder = tmp_path_factory.mktemp(f"ranks{world}")
-            seen[world] = run_checks(folder, WORKER, world, calls, seconds=900)
-        return seen[world]
-
-    return ask
+found = answers(WORKER, CHECKS, seconds=900)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: "-".join(map(str, c)))

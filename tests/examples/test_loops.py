@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
+from example_files import example_files
 
 pytest.importorskip("transformers")
-
-FOLDER = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
 def example():
     """example(name): the module, its starting model shared with the others of this file."""
-    sys.path.insert(0, str(FOLDER))
-    import tiny
-
-    begin, kept = tiny.start, {}
-
-    def start(steps=80):
-        if steps not in kept:
-            kept[steps] = begin(steps=steps)
-        return copy.deepcopy(kept[steps])
-
-    tiny.start = start
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    yield load
-    tiny.start = begin
-    sys.path.remove(str(FOLDER))
+    with example_files(one_start=True) as load:
+        yield load
 
 
 @pytest.fixture(autouse=True)

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from example_files import example_files
 
 pytest.importorskip("transformers")
-
-FOLDER = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
 def example():
     """example(name): the module."""
-    sys.path.insert(0, str(FOLDER))
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    yield load
-    sys.path.remove(str(FOLDER))
+    with example_files() as load:
+        yield load
 
 
 @pytest.fixture(autouse=True)

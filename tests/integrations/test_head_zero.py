@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ranks import run_checks
+from ranks import answers
 
 pytest.importorskip("deepspeed")
 WORKER = str(Path(__file__).with_name("zero_worker.py"))
@@ -19,19 +19,7 @@ CHECKS = [
 MARKED = [pytest.param(check, marks=pytest.mark.slow if check[0] == 3 else ()) for check in CHECKS]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What the ranks of a world found; one start for all checks."""
-    seen: dict[int, dict] = {}
-
-    def ask(world: int) -> dict:
-        if world not in seen:
-            calls = [tuple(call) for size, *call in CHECKS if size == world]
-            folder = tmp_path_factory.mktemp(f"ranks{world}")
-            seen[world] = run_checks(folder, WORKER, world, calls)
-        return seen[world]
-
-    return ask
+found = answers(WORKER, CHECKS)
 
 
 @pytest.mark.parametrize("check", MARKED, ids=lambda c: "-".join(map(str, c)))

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from shutil import which
 
 import pytest
-from many_processes import CASES, COMMON, assert_equal, rows_of, weights_of
+from many_processes import CASES, COMMON, assert_equal, launched_as_one, rows_of, weights_of
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_models import config, save_model, write_data
@@ -148,21 +145,4 @@ def test_evaluation_is_one_process(start):
 
 @pytest.mark.skipif(which("c++") is None, reason="DeepSpeed compiles its collectives on a CPU")
 def test_accelerate_launch_with_its_own_file(tmp_path):
-    model, data = save_model(tmp_path / "model"), write_data(tmp_path / "pairs.jsonl", rows=11)
-
-    def made(where: str, accumulate: int):
-        options = COMMON | CASES["dpo"] | {"gradient_accumulation_steps": accumulate}
-        return config(tmp_path / where, model, data, eval_dataset=data, **options)
-
-    (tmp_path / "zero.yaml").write_text(LAUNCH)
-    (tmp_path / "run.yaml").write_text(json.dumps(made("two", 2).as_dict()))
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", str(tmp_path / "zero.yaml"), "-m", "prefkern", "train", "--config"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "run.yaml")], env=environment, capture_output=True, text=True,
-        check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    train(made("one", 4))
-    assert_equal(tmp_path / "one", tmp_path / "two")
+    launched_as_one(tmp_path, LAUNCH, "dpo")
