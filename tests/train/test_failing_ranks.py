@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,9 @@ def test_both_ranks_end_with_the_message(found, place):
     ended, texts = found[place]["ended"], found[place]["texts"]
     own, other = texts[rank], texts[1 - rank]
     assert None not in ended and 0 not in ended, (ended, other, own)
-    assert own.splitlines()[-1] == "RuntimeError: out of paper"
-    assert f"process {rank} failed: out of paper" in other
+    judges = "judge.py:judge failed on the prompt 'p:': RuntimeError: out of paper."
+    text = judges if place == "judge" else "RuntimeError: out of paper"
+    assert own.splitlines()[-1].endswith(text)
+    assert re.search(f"process {rank} failed: .*out of paper", other)
     # the look in the store, the grace, and a loaded machine
     assert found[place]["seconds"] < GRACE + 15
