@@ -18,7 +18,7 @@ def process(rank: int, port: int, fails: bool, out) -> None:
 
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2)
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=6)
     )
     accelerator = SimpleNamespace(
         num_processes=2, is_main_process=rank == 0, wait_for_everyone=dist.barrier
@@ -26,7 +26,7 @@ def process(rank: int, port: int, fails: bool, out) -> None:
     try:
         with others_wait(accelerator):
             if rank == 0:
-                time.sleep(4)  # longer than a collective of this group may take
+                time.sleep(8)  # longer than a collective of this group may take
                 if fails:
                     raise OSError("the judge is gone")
         out.put((rank, "on"))
