@@ -58,6 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prefkern {verb}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (MemoryError, RuntimeError) as error:
+        if not debug and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = next((line for line in str(error).splitlines() if line.strip()), "")
+            print(
+                f"prefkern {verb}: error: torch cannot compile the model's code here ({reason}); "
+                "another --attn-implementation may need no compiler (--debug shows where).",
+                file=sys.stderr,
+            )
+            return USER_ERROR
         if debug or not _is_out_of_memory(error):
             raise
         print(

@@ -62,8 +62,10 @@ def resolve(loss: LossLike) -> tuple[Loss, dict[str, Any]]:
     if target not in LOSSES:
         known = (*LOSSES, *ALIASES)
         spelled = loss.lower().replace("-", "_").replace(" ", "_")
-        near = difflib.get_close_matches(spelled, known, n=3) or known
-        raise ValueError(f"unknown loss {loss!r}; nearest: {', '.join(near)}.")
+        near = difflib.get_close_matches(spelled, known, n=3)
+        near = near or [name for name in known if spelled and spelled in name][:3]
+        hint = f"nearest: {', '.join(near)}" if near else "`prefkern losses` lists them"
+        raise ValueError(f"unknown loss {loss!r}; {hint}.")
     return LOSSES[target], {**fixed, **own}
 
 

@@ -175,10 +175,18 @@ def misfit(name: str, kind: Kind, value: object, meaning: str, reads: Iterable[s
     if "SeqStats" in kind.parts or "TokenStats" in kind.parts:
         fields = ", ".join(f"{field}=..." for field in reads)
         advice = f"; build one: prefkern.{kind.parts[0]}({fields})"
-    elif isinstance(value, str) and {"float", "int"} & set(kind.parts):
+    elif isinstance(value, str) and {"float", "int"} & set(kind.parts) and _reads_as_number(value):
         advice = "; write it without quotes"
     elif "Tensor" in kind.parts and meaning:
         advice = f"; it is: {meaning.rstrip('.')}"
     elif "bool" in kind.parts:
         advice = f"; write {name}=True or {name}=False"
     return f"{name} must be {kind.words}, got {got}{advice}."
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

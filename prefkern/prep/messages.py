@@ -16,6 +16,8 @@ from typing import Any
 Message = dict[str, Any]
 # Beside `content`, what may be all that a message says.
 _SAYS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+# Names of other formats (ShareGPT's, an older one of OpenAI's) and what is read.
+_OLD = {"from": "'role'", "value": "'content'", "function_call": "a list 'tool_calls'"}
 _EXACT = 2.0**53  # beyond, a float is not every integer
 
 
@@ -42,6 +44,11 @@ def read_messages(value: list[Any] | tuple[Any, ...]) -> list[Message]:
                 del message["tool_calls"]
         if "content" not in message and any(message.get(key) for key in _SAYS):
             message["content"] = ""  # OpenAI's null beside tool calls
+        if (old := _OLD.keys() & message.keys()) and not {"role", "content"} <= message.keys():
+            raise NotMessages(
+                f"{where} has {', '.join(f'{key!r} where {_OLD[key]}' for key in sorted(old))} "
+                "is read; rename it"
+            )
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise NotMessages(

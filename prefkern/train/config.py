@@ -227,6 +227,8 @@ class OptimizerOptions:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, got {self.seed}.")
         if self.warmup_ratio > 1.0:
             raise ValueError(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}.")
         if self.max_steps <= 0 and self.num_train_epochs == 0.0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from .. import losses
 from ..losses.record import Loss
 from ..stats import TWO_MODEL_STATS
 from .config import TrainConfig
-from .data import Example
+from .data import Example, Loaded
 from .read_config import nearest
 
 # Losses over pairs or lists read no other rows; those over sequences or tokens read any.
@@ -146,6 +146,20 @@ def check_layout(records: Iterable[Loss], layout: str) -> None:
             raise ValueError(
                 f"loss {record.name!r} is {record.family} and trains on {wanted}, but the data are "
                 f"{layout}; choose another loss (prefkern losses) or other data."
+            )
+
+
+def check_stored(data: Mapping[str, Loaded | None]) -> None:
+    """Refuses rows without the numbers that reference=columns reads of every one; `data` by the
+    names of their options."""
+    for option, loaded in data.items():
+        examples = [] if loaded is None else loaded.examples
+        bare = [str(example.row) for example in examples if example.ref_seq_logp is None]
+        if bare:
+            shown = ", ".join(bare[:8]) + (" ..." if len(bare) > 8 else "")
+            raise ValueError(
+                "reference=columns needs ref_chosen_logps and ref_rejected_logps in every row, but "
+                f"{len(bare)} rows of {option} lack them ({shown}); use reference=model."
             )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from .data import Example, length_baseline
 from .deal import deal
+from .finite import OF_LABELS
 from .logs import Meter, Shares
 from .run import Run
 
@@ -42,9 +43,10 @@ def evaluate(run: Run, examples: list[Example]) -> dict[str, float]:
     step.train(training)
     found = {f"eval_{name}": value for name, value in meter.pop().items()}
     if bad := [f"{name} {value}" for name, value in found.items() if not math.isfinite(value)]:
+        labels = f"; {OF_LABELS}" if run.layout == "lists" else ""
         raise ValueError(
-            f"evaluation gives no numbers ({', '.join(bad[:4])}): the model's weights or the rows "
-            "are at fault; labels of lists that are no small grades want --list-labels order."
+            f"evaluation gives no numbers ({', '.join(bad[:4])}): the model's weights, the rows or "
+            f"the loss's arguments are at fault{labels}."
         )
     seconds = time.perf_counter() - started
     if run.layout != "unpaired":

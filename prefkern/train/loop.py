@@ -156,6 +156,7 @@ class Loop:
         """Every step that is left, with the log, evaluations and checkpoints that fall due."""
         counts, config = self.counts, self.config
         self.before, self.started = dataclasses.replace(counts), time.perf_counter()
+        self.start = finite.sampled(self.run.step)
         self._start_window()
         silent = config.disable_tqdm or not self.run.is_main
         with tqdm(total=self.total_steps, initial=counts.step, disable=silent) as bar:
@@ -323,6 +324,8 @@ class Loop:
                 "every gradient of the run was 0, so nothing was trained and nothing is written: "
                 "look at the column weight, at the loss's arguments and at its metrics in the log."
             )
+        if counts.step > before.step:
+            finite.check_moved(run.step, self.start, self.config, run.processes)
         seconds = time.perf_counter() - self.started
         final = {
             "train_loss": counts.loss_sum / max(counts.step, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +17,7 @@ from torch import nn
 from ..integrations import hf
 from . import noise, sharded_files
 from .config import TrainConfig
+from .output import NAMES
 
 
 def check_name(name: str) -> None:
@@ -30,6 +32,8 @@ def check_name(name: str) -> None:
             "output folder of the finished run."
         )
     if name and path.is_dir():
+        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise ValueError(f"{name} holds no config.json, so it is no model folder.")
         return
     if path.is_file():
         raise ValueError(f"{name} is a file; pass the model folder that from_pretrained reads.")
@@ -92,7 +96,12 @@ def auto_class(name: str, settings: Any, *, pictures: bool) -> Any:
             f"{name} ({settings.model_type}) reads no pictures; drop image_column, or pass a "
             "vision-language model."
         )
-    if not pictures and reads and type(settings) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not pictures and type(settings) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        if not reads:
+            raise ValueError(
+                f"{name} ({settings.model_type}) is no causal language model that transformers "
+                "knows; pass one."
+            )
         raise ValueError(
             f"{name} ({settings.model_type}) is a vision-language model, which `prefkern train` "
             "loads with --image-column, the name of the column of pictures."
@@ -111,13 +120,34 @@ def told(name: str, what: str = "model") -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        for file in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []:
-            try:
-                with safe_open(file, "pt"):
-                    pass
-            except (SafetensorError, OSError) as broken:
-                reason = f"{file} is damaged or not whole ({broken})"
+        if Path(name).is_dir():
+            reason = _broken(Path(name)) or reason
+            if what == "tokenizer" and not any((Path(name) / file).is_file() for file in _TEXTS):
+                reason = f"the folder holds none ({', '.join(_TEXTS)}); copy that of its base model"
         raise ValueError(f"the {what} of {name} cannot be loaded: {reason}") from error
+
+
+# Files of which a tokenizer has at least one.
+_TEXTS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def _broken(folder: Path) -> str:
+    """Which file of a model's folder cannot be read, and why; empty: all can."""
+    own = {file for file in NAMES if file.endswith(".json")}
+    for file in sorted(p for p in folder.iterdir() if p.name in own or p.suffix == ".safetensors"):
+        try:
+            with file.open("rb") as stored:
+                if stored.read(40).startswith(b"version https://git-lfs"):
+                    return f"{file} is a pointer of Git LFS, not the file: run git lfs pull"
+            if file.suffix == ".json":
+                if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+                    return f"{file} holds no JSON object"
+                continue
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError, ValueError) as error:
+            return f"{file} is damaged or not whole ({error})"
+    return ""
 
 
 def load_whole(
@@ -164,12 +194,7 @@ def load_whole(
     lacking += sorted(_mismatch(key) for key in found.get("mismatched_keys", ()))
     lacking = [key for key in lacking if not may_lack(key)]
     if lacking or found.get("error_msgs"):
-        what = ", ".join(lacking[:3]) + (" ..." if len(lacking) > 3 else "")
-        raise ValueError(
-            f"{name}: {len(lacking)} weights of {type(model).__name__} are not in the checkpoint, "
-            f"or have another shape there ({what}); they would be random. Fetch or save the model "
-            "again, or correct its config.json (tie_word_embeddings, number of layers)."
-        )
+        raise ValueError(_lacks(name, model, lacking, settings))
     own = {_any_layer(key) for key in model.state_dict()}
     if beyond := sorted(k for k in found.get("unexpected_keys", ()) if _any_layer(k) in own):
         raise ValueError(
@@ -180,6 +205,23 @@ def load_whole(
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"{name} is an adapter; fetch it into a folder and pass the folder.")
     return model
+
+
+def _lacks(name: str, model: hf.Model, lacking: list[str], settings: Any) -> str:
+    """What to say of a checkpoint without these weights of the model."""
+    what = ", ".join(lacking[:3]) + (" ..." if len(lacking) > 3 else "")
+    kind = type(model).__name__
+    saved = getattr(settings, "architectures", None) or [kind]
+    if kind not in saved:
+        return (
+            f"{name} was saved as {saved[0]}, which lacks {len(lacking)} weights of a {kind} "
+            f"({what}); they would be random. Pass a model of that kind."
+        )
+    return (
+        f"{name}: {len(lacking)} weights of {kind} are not in the checkpoint, or have another "
+        f"shape there ({what}); they would be random. Fetch or save the model again, or correct "
+        "its config.json (tie_word_embeddings, number of layers)."
+    )
 
 
 def _mismatch(key: Any) -> str:

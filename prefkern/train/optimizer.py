@@ -57,8 +57,11 @@ def make_scheduler(
             num_warmup_steps=warmup,
             num_training_steps=total_steps,
         )
-    except (TypeError, ValueError) as error:  # of schedules with settings of their own
-        raise ValueError(f"lr_scheduler_type {config.lr_scheduler_type}: {error}") from error
+    except (TypeError, ValueError) as error:
+        reason = str(error)
+        if isinstance(error, TypeError) or "lr_scheduler_kwargs" in reason:
+            reason = "it has settings of its own, for which there is no option here; choose another"
+        raise ValueError(f"lr_scheduler_type {config.lr_scheduler_type}: {reason}") from error
     if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         raise ValueError(
             f"lr_scheduler_type {config.lr_scheduler_type} follows a metric, which no step has; "

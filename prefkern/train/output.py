@@ -83,14 +83,25 @@ def check_inputs(config: TrainConfig) -> None:
         for source in value if isinstance(value, tuple) else [value]:
             if not isinstance(source, str) or not Path(source).exists():
                 continue
-            path = Path(source).resolve()
-            below = path.relative_to(out).parts if out in path.parents else ("",)
-            taken = below[0] in NAMES or _OWN.fullmatch(below[0])
-            if path == out or (path.is_dir() and path in out.parents) or taken:
-                raise ValueError(
-                    f"output_dir {config.output_dir} and {option} {source} overlap, and a run "
-                    "never writes into what it reads; choose another --output-dir."
-                )
+            for what, path in ((source, Path(source)), *_base_of(source)):
+                path = path.resolve()
+                below = path.relative_to(out).parts if out in path.parents else ("",)
+                taken = below[0] in NAMES or _OWN.fullmatch(below[0])
+                if path == out or (path.is_dir() and path in out.parents) or taken:
+                    raise ValueError(
+                        f"output_dir {config.output_dir} and {option} {what} overlap, and a run "
+                        "never writes into what it reads; choose another --output-dir."
+                    )
+
+
+def _base_of(source: str | Path) -> list[tuple[str, Path]]:
+    """The folder that an adapter names as its base, in words and as a path; empty: none here."""
+    try:
+        text = (Path(source) / "adapter_config.json").read_text(encoding="utf-8")
+        base = Path(json.loads(text)["base_model_name_or_path"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return []  # no adapter, or one that is told about where it is loaded
+    return [(f"{source} (its base {base})", base)] if base.exists() else []
 
 
 def check_writable(folder: Path, option: str = "output_dir") -> None:
@@ -378,9 +389,11 @@ def new_folder(folder: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
     """
     path = Path(folder)
     for source in inputs:
-        other = Path(source).resolve()
-        if path.resolve() == other or other in path.resolve().parents:
-            raise ValueError(f"output_dir {path} is, or lies in, the input {source}; name another.")
+        for what, other in ((source, Path(source)), *_base_of(source)):
+            if other.resolve() in (path.resolve(), *path.resolve().parents):
+                raise ValueError(
+                    f"output_dir {path} is, or lies in, the input {what}; name another."
+                )
     check_writable(path)
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"output_dir {path} is not empty; name a new folder.")

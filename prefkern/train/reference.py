@@ -135,11 +135,6 @@ class Reference:
         if self.mode == "cache":
             return ReferenceRows(logp=batch.numbers[CACHED])
         if self.mode == "columns":
-            if batch.ref_seq_logp is None:
-                raise ValueError(
-                    "reference=columns needs ref_chosen_logps and ref_rejected_logps in every row, "
-                    f"but rows {batch.rows} lack them; use reference=model."
-                )
             return ReferenceRows(seq_logp=batch.ref_seq_logp)
         if self.mode == "none":
             return ReferenceRows()

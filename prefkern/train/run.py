@@ -171,8 +171,7 @@ def prepare(config: TrainConfig, *, training: bool = True) -> Run:
     pairing.check_noise(policy, data.examples, config, root)
     packed = pairing.choose_packing(tell, policy, data.examples, config, root)
     processes.check_same(config, packing=packed)
-    if mode == "cache":
-        data, eval_data = with_stored_reference(config, processes, data, eval_data)
+    data, eval_data = with_stored_reference(mode, config, processes, data, eval_data)
     frozen = partial(
         pairing.open_frozen, config=config, examples=data.examples, packed=packed, policy=policy,
         place=partial(sharded.place, accelerator),
@@ -355,9 +354,13 @@ def open_data(
 
 
 def with_stored_reference(
-    config: TrainConfig, processes: Processes, data: Loaded, eval_data: Loaded | None
+    mode: str, config: TrainConfig, processes: Processes, data: Loaded, eval_data: Loaded | None
 ) -> tuple[Loaded, Loaded | None]:
-    """The data with the log-probabilities of precomputed_ref."""
+    """The data, with the log-probabilities of precomputed_ref where the reference is that cache."""
+    if mode == "columns":
+        demands.check_stored({"dataset": data, "eval_dataset": eval_data})
+    if mode != "cache":
+        return data, eval_data
 
     def keys() -> list[dict[str, str]]:
         # The key is of the reference: the model at its start, not as a checkpoint left it.
@@ -367,12 +370,12 @@ def with_stored_reference(
 
     found = iter(processes.from_main(keys))  # one process holds a whole model for it
 
-    def attached(loaded: Loaded) -> Loaded:
-        key = next(found)
-        stored = reference_cache.read(str(config.precomputed_ref), key)
+    def attached(option: str, loaded: Loaded) -> Loaded:
+        with _of_option(f"precomputed_ref, for {option}"):
+            stored = reference_cache.read(str(config.precomputed_ref), next(found))
         return loaded._replace(examples=reference_cache.attach(loaded.examples, CACHED, stored))
 
-    return attached(data), None if eval_data is None else attached(eval_data)
+    return attached("dataset", data), eval_data and attached("eval_dataset", eval_data)
 
 
 def open_reference(

@@ -56,6 +56,10 @@ def options(materials, folder, *more: object) -> list[object]:
         (["--lr-scheduler-type", "quadratic"], "lr_scheduler_type quadratic"),
         (["--lr-scheduler-type", "warmup_stable_decay"], "lr_scheduler_type warmup_stable_decay"),
         (["--lr-scheduler-type", "reduce_lr_on_plateau"], "follows a metric"),
+        (["--lr-scheduler-type", "cosine_with_min_lr"], "for which there is no option here"),
+        (["--seed", "4294967296"], "seed must be below 2**32, got 4294967296"),
+        (["--loss", "ndcg"], "unknown loss 'ndcg'; nearest: approx_ndcg, neural_ndcg"),
+        (["--loss", "qqqq"], "unknown loss 'qqqq'; `prefkern losses` lists them"),
         (["--ref-model", "/no/folder"], "ref_model: there is no model folder '/no/folder'"),
         (["--model", "/no/folder"], "model: there is no model folder '/no/folder'"),
         (["--dataset", "none.jsonl"], "dataset: there is no file 'none.jsonl'"),
@@ -186,6 +190,9 @@ def test_memory_and_interruption(capsys, monkeypatch):
     of_the_host = RuntimeError("DefaultCPUAllocator: can't allocate memory: 3 GiB")
     monkeypatch.setitem(module.VERBS, "env", (raises(of_the_host), ""))
     assert "out of memory (DefaultCPUAllocator" in told(capsys, "env")
+    compiler = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    monkeypatch.setitem(module.VERBS, "env", (raises(compiler("CppCompileError: no g++\n..")), ""))
+    assert "(CppCompileError: no g++); another --attn-implementation" in told(capsys, "env")
     monkeypatch.setitem(module.VERBS, "env", (raises(KeyboardInterrupt()), ""))
     assert main(["env"]) == 130 and capsys.readouterr().err == "prefkern env: interrupted\n"
     monkeypatch.setitem(module.VERBS, "env", (raises(RuntimeError("a fault of ours")), ""))

@@ -139,6 +139,8 @@ def test_numbers_of_any_library_are_numbers():
     [
         ({"beta": "0.1"}, "beta must be a number or a tensor, got the string '0.1'; write it "
          "without quotes."),
+        ({"beta": "0,1"}, "beta must be a number or a tensor, got the string '0,1'; it is: "
+         "Strength of the pull to the reference, > 0, number or `[P]`. Default 0.1."),
         ({"loss": "aot", "paired": "no"}, "paired must be True or False, got the string 'no'; "
          "write paired=True or paired=False."),
         ({"loss": "ld_dpo", "alpha": "0.5"}, "alpha must be a number, got the string '0.5'; write "

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,15 @@ from safetensors.torch import load_file
 from tiny_models import config, save_model, write_data
 
 from prefkern.objective.metrics import rank_stats
-from prefkern.train import loop, train
+from prefkern.train import finite, loop, train
 from prefkern.train.config import TrainConfig
 from prefkern.train.evaluate import evaluate
 from prefkern.train.optimizer import rounded_away
 from prefkern.train.output import list_checkpoints
+from prefkern.train.processes import Processes
 from prefkern.train.run import prepare
+
+ALONE = Processes(SimpleNamespace(num_processes=1))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,25 @@ def test_the_last_step_writes_no_model(tmp_path, materials, monkeypatch):
     with pytest.raises(ValueError, match=r"at step 3.*there is no whole checkpoint"):
         train(config(tmp_path, *materials, max_steps=3, logging_steps=3))
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_before_a_weight_has_moved_no_learning_rate_is_to_blame(tmp_path, materials):
+    asked = config(tmp_path, *materials, loss_args={"beta": 1e30}, max_steps=1)
+    with pytest.raises(ValueError, match=r"step 1, rows .*: no weight has moved yet, so look at"):
+        train(asked)
+
+
+def test_a_run_that_moves_no_weight_is_no_result(tmp_path, materials):
+    """A gradient clipped to 1e-30 is not 0, and no fp32 weight sees it."""
+    with pytest.raises(ValueError, match=r"no weight changed.*max_grad_norm 1e-30 are lost"):
+        train(config(tmp_path, *materials, max_grad_norm=1e-30, max_steps=2))
+    assert not (tmp_path / "model.safetensors").exists()
+    net = torch.nn.Linear(3000, 9, bias=False)
+    before = finite.sampled(net)
+    assert [len(values) for values in before] == [27000 // 3]  # every third of them
+    with torch.no_grad():
+        net.weight.view(-1)[300] += 1e-3
+    finite.check_moved(net, before, config("o", "m", "d"), ALONE)
 
 
 def test_weights_that_are_no_numbers_are_not_written(tmp_path, materials, monkeypatch):

@@ -103,6 +103,11 @@ def test_a_run_never_writes_into_what_it_reads(tmp_path, materials):
     for name in ("a", "b", "checkpoint-3", "round-0/extrapolated"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "b" / LOG).write_text("{}")
+    adapter = tmp_path / "adapter"  # of which the run reads the base too
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": model}))
+    bad += [dict(folder=model, model=str(adapter)), dict(folder=f"{model}/a", model=str(adapter))]
+    bad += [dict(folder=model, model="of the hub", ref_model=str(adapter))]
     for options in bad:
         given = dict(model=model, dataset=data) | options
         with pytest.raises(ValueError, match="overlap, and a run never writes into what it reads"):
@@ -112,6 +117,9 @@ def test_a_run_never_writes_into_what_it_reads(tmp_path, materials):
     rows = shutil.copy(data, tmp_path / "b" / "pairs.jsonl")  # data beside the results are fine
     check_inputs(config(tmp_path / "b", model, str(rows)))
     check_inputs(config(Path(model).parent, model, data))
+    check_inputs(config(tmp_path / "new", str(adapter), data))
+    with pytest.raises(ValueError, match=r"lies in, the input .*adapter \(its base .*\)"):
+        new_folder(Path(model) / "merged", [adapter])
 
 
 def test_two_runs_cannot_share_a_folder_at_once(tmp_path, materials):

@@ -115,8 +115,12 @@ def test_reference_columns(tmp_path):
     assert run.reference.rows(batch).seq_logp.tolist() == [-20.0, -21.0] * 3
     train(config(tmp_path / "out", model, str(file), reference="columns"))
     without = config(tmp_path / "out2", model, str(tmp_path / "a.jsonl"), reference="columns")
-    with pytest.raises(ValueError, match="ref_chosen_logps"):
-        train(without)
+    with pytest.raises(ValueError, match=f"ref_chosen_logps.*{len(rows)} rows of dataset lack"):
+        prepare(without)
+    file.write_text(file.read_text() + json.dumps({**rows[0], "prompt": "x"}) + "\n")
+    one = config(tmp_path / "out3", model, str(file), reference="columns")
+    with pytest.raises(ValueError, match=rf"1 rows of dataset lack them \({len(rows) + 1}\)"):
+        prepare(one)  # before a step, whichever it stands in
 
 
 def unpaired(prompt: list[int], answer: list[int], row: int) -> Example:

@@ -263,6 +263,10 @@ class Encoder:
                 lambda: self._template(prompt, _with(row, (), "documents"), **open_end),
             )  # fmt: skip
         self.notes.update(unread_names(self.tokenizer, row, texts))
+        said = [m["content"] for part in (prompt, *row.responses) for m in cast(Messages, part)]
+        ended = self.ends and any(text.rstrip().endswith(self.ends) for text in said)
+        if ended or any(holds_bos(self.tokenizer, text) for text in said):
+            self.notes["rows' messages hold marks (BOS, end of turn) that a template writes"] += 1
         return texts
 
     def _template(self, messages: Messages, row: ParsedRow, **options: Any) -> str:

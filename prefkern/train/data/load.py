@@ -116,7 +116,7 @@ class Loader:
             report.rows += sum(row.kind != "damaged file" for row in chunk)
             for row in chunk:
                 if row.data is not None:
-                    beside.add(row.where, row.data, implicit=implicit)
+                    beside.add(row.where, row.data, implicit=implicit, scored=form.is_scored)
             good, bad = self._parsed(chunk, form, folder)
             encoded = encoder.encode([(row.row, parsed) for row, parsed in good])
             for (row, _), result in zip(good, encoded, strict=True):
@@ -132,6 +132,8 @@ class Loader:
         beside.weigh(example.weight for example in examples)
         report.notes += [f"{count} {note}" for note, count in encoder.notes.items()]
         report.notes += beside.notes()
+        if not form.is_scored:
+            report.notes.append("answers without scores (or ranks) are taken as stored best first")
         if not examples and not self.may_be_empty:
             raise ValueError(f"no row of {_name(source)} can be used as {layout}: {report}")
         examples = self._graded(examples, report)
@@ -268,6 +270,11 @@ class Form(NamedTuple):
     layout: str
     implicit: bool  # pairs without a prompt of their own
     scored: bool  # lists whose answers have scores or ranks
+
+    @property
+    def is_scored(self) -> bool:
+        """False: the order of a list's answers is all that says which is better."""
+        return self.scored or self.layout != "lists"
 
 
 def _find_form(

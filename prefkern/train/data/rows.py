@@ -43,6 +43,8 @@ _NOT_OF_A_ROW = frozenset(
     }
 )  # fmt: skip
 
+_ASKS = ("system", "developer", "user")  # roles that answer nothing
+
 __all__ = ["BadRow", "Messages", "ParsedRow", "Text", "layout_of", "parse_row", "split_prompt"]
 
 
@@ -137,6 +139,13 @@ def parse_row(
                 "both must be strings or both lists of messages",
             )
         filled(response, column)
+    for column, response in zip(row.places, row.responses, strict=True):
+        if not isinstance(response, str) and all(m["role"] in _ASKS for m in response):
+            raise BadRow(
+                column, "no answer",
+                f"holds messages of {response[-1]['role']!r} alone, and an answer is the "
+                "assistant's",
+            )  # fmt: skip
     return row
 
 
@@ -321,7 +330,8 @@ def template_args(data: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
             raise BadRow(
                 "tools", "wrong type",
-                f"must be a list of objects, or one as JSON text, got {kind_of(tools)}",
+                "must be a list of objects, or one as JSON text, got "
+                + ("a text that is no JSON" if isinstance(tools, str) else kind_of(tools)),
             )  # fmt: skip
         args["tools"] = tools
     return args

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ...prep.cells import list_column
 from .columns import Column
 from .read import RawRow
 
@@ -41,7 +42,14 @@ _ACTS = {
     "stage": "orders the rounds of --round-data stages",
 }
 _MEDIA = re.compile(
-    r"(images?|audios?|videos?|pictures?|pixel_values)(_(paths?|urls?|files?|bytes|data))?",
+    r"(images?|imgs?|audios?|videos?|pictures?|photos?|pixel_values)"
+    r"(_?(\d+|paths?|ur[li]s?|files?|names?|bytes|data|list|base64|b64))*",
+    re.IGNORECASE,
+)
+# A text that is a file of pictures or sound, or one written out, whatever its column is called.
+_FILE = re.compile(
+    r"\S+\.(png|jpe?g|gif|webp|bmp|tiff?|heic|svg|wav|mp3|flac|ogg|m4a|mp4|webm|avi|mov|mkv)"
+    r"|data:(image|audio|video)/\S+",
     re.IGNORECASE,
 )
 # What processors make of pictures and sound: numbers.
@@ -104,12 +112,16 @@ class Beside:
         self.near: dict[str, str] = {}  # a column that is not read -> the one it is nearly named as
         self._spelt = {_spelling(name): name for name in self.read}
 
-    def add(self, where: str, data: Mapping[str, Any], *, implicit: bool) -> None:
-        """One row.
+    def add(
+        self, where: str, data: Mapping[str, Any], *, implicit: bool, scored: bool = True
+    ) -> None:
+        """One row; `implicit`: its prompt is what its answers share, not `scored`: the answers of
+        a list are stored best first.
 
         Raises:
             ValueError: it holds pictures or sound, or its question stands in a column that is not
-                read while what its answers happen to share would be taken for the prompt.
+                read while what its answers happen to share would be taken for the prompt, or its
+                scores do while the order of its answers would be taken.
         """
         found = []
         for name, value in data.items():
@@ -132,6 +144,12 @@ class Beside:
                 self.near[str(name)] = meant
             elif _has_number(value) and not _INDEX.fullmatch(str(name)):
                 self.numbers[str(name)] += 1
+                if not scored and _one_each(value, data):
+                    raise ValueError(
+                        f"{where}: there is no column 'scores' (or 'ranks'), and column {name!r} "
+                        "holds one number per answer, which is not read; the answers would be "
+                        f"taken as stored best first. Name it: --column scores={name}, or drop it."
+                    )
         self.unread.update(found)
         no_prompt = implicit and data.get("prompt") is None
         if found and no_prompt and not _asks(data.get("chosen")):
@@ -190,11 +208,23 @@ def _holds_media(name: str, value: Any) -> bool:
     if isinstance(value, bytes | bytearray) or hasattr(value, "getpixel"):
         return True
     if isinstance(value, Mapping):
-        return any(isinstance(item, bytes | bytearray) for item in value.values()) or (
+        return any(_holds_media(str(key), item) for key, item in value.items()) or (
             bool(_MEDIA.fullmatch(name)) and any(v is not None for v in value.values())
         )
     # a number or a flag under such a name is about pictures and not one
-    return bool(_MEDIA.fullmatch(name)) and isinstance(value, str) and bool(value)
+    is_named = _MEDIA.fullmatch(name) and value
+    return isinstance(value, str) and bool(is_named or _FILE.fullmatch(value))
+
+
+def _one_each(value: Any, data: Mapping[str, Any]) -> bool:
+    """Whether a value is one number for each answer of a list."""
+    answers = data.get(list_column(data))
+    return (
+        isinstance(value, list | tuple)
+        and isinstance(answers, list | tuple)
+        and len(value) == len(answers)
+        and all(isinstance(item, int | float) for item in value)
+    )
 
 
 def _has_number(value: Any) -> bool:

@@ -40,8 +40,8 @@ def answer_logps(
     ]
     loader = Loader(
         tokenizer=tokenizer, layout="unpaired", labelled=False, max_length=config.max_length,
-        model_context=models.context_length(model), append_eos=config.append_eos,
-        may_be_empty=True,
+        model_context=models.context_length(model), vocab_size=hf.text_config(model).vocab_size,
+        append_eos=config.append_eos, may_be_empty=True,
     )  # fmt: skip
     examples, _, report = loader.load(table)
     if told is not None:

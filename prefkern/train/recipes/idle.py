@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..config import AdapterOptions, TrainConfig
@@ -47,6 +48,10 @@ def _idle(config: TrainConfig, providers: Sequence[Provider]) -> Iterator[tuple[
         yield from (pair for pair in pairs if pair[0] not in own)
     if config.eval_dataset is None:
         yield from ((name, "eval_dataset") for name in _OF_EVALUATION)
+    for option, split in (("dataset", "dataset_split"), ("eval_dataset", "eval_split")):
+        source = Path(getattr(config, option) or "no data set")
+        if source.is_file() or (source / "state.json").is_file():  # of one saved Dataset
+            yield split, f"splits, which {option} {source} has none of"
     if not config.save_steps:
         yield "save_total_limit", "save_steps"
     if config.max_steps > 0:

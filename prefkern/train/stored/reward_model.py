@@ -95,13 +95,32 @@ def _with_adapter(name: str, config: TrainConfig) -> hf.Model:
         may_lack=lambda key: bool(SCORES.search(key)), num_labels=len(heads[-1]),
     )  # fmt: skip
     with models.told(name, "adapter"):
-        return PeftModel.from_pretrained(model, name)
+        found = PeftModel.from_pretrained(model, name)
+        models.check_adapter(found, name)
+    return found
 
 
 def conversation_ids(
     tokenizer: Any, model: hf.Model, row: Mapping[str, Any], answer: Text
 ) -> list[int]:
-    """Prompt and answer as one text; plain ones end with EOS where the model was trained so."""
+    """Prompt and answer as one text; plain ones end with EOS where the model was trained so.
+
+    Raises:
+        ValueError: the chat template or the embedding does not know a row.
+    """
+    ids = _conversation_ids(tokenizer, model, row, answer)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(ids, default=0) >= rows:
+        raise ValueError(
+            f"the reward model's tokenizer gives id {max(ids)} and its embedding has {rows} rows; "
+            "pass the tokenizer that belongs to the model."
+        )
+    return ids
+
+
+def _conversation_ids(
+    tokenizer: Any, model: hf.Model, row: Mapping[str, Any], answer: Text
+) -> list[int]:
     prompt = row["prompt"]
     if isinstance(prompt, str):
         ids = list(tokenizer(f"{prompt}{answer}", verbose=False)["input_ids"])

@@ -104,7 +104,9 @@ class Work:
                 if not data:
                     self.path.unlink()
                 raise ValueError(f"{whole} is no file of this command's; move it away.")
-        if first is not None and first != {"prefkern": self.key} and not self.overwrite:
+        other = first is not None and first != {"prefkern": self.key}
+        # where the first line is all, nothing is lost
+        if first is not None and other and len(lines) > 1 and not self.overwrite:
             before = first["prefkern"]
             changed = sorted(k for k in {*self.key, *before} if self.key.get(k) != before.get(k))
             raise ValueError(
@@ -173,8 +175,11 @@ class Work:
         _whole(self.output).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Gives up the lock; a full disk was told where it was met."""
+        """Gives up the lock, and the file where nothing is done; a full disk was told where it was
+        met."""
         with contextlib.suppress(OSError):  # of what is still in the buffer
+            if getattr(self, "rows", None) == []:
+                self.path.unlink(missing_ok=True)
             self._file.close()
 
 

@@ -35,13 +35,24 @@ MUTANTS: list[Row] = [
         f"{TRAIN}stored/work.py",
         f"{TESTS}stored/test_score.py",
         ("and not overwrite and not _linked(path)", "and not path.name"),
-        ('first != {"prefkern": self.key} and not self.overwrite', "not self.key"),
+        ("other and len(lines) > 1 and not self.overwrite", "not self.key"),
         (
             "                if not isinstance(batch, list):",
             "                if batch is Ellipsis:",
         ),
         ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
         ("    return path.exists() and whole.exists() and", "    return whole.is_dir() and"),
+    ),
+    *of(
+        f"{TRAIN}stored/work.py",
+        f"{TESTS}stored/test_sample.py",
+        ("other and len(lines) > 1", "other"),
+        ('if getattr(self, "rows", None) == []:', "if False:"),
+    ),
+    *of(
+        f"{TRAIN}recipes/answer_logps.py",
+        f"{TESTS}stored/test_sample.py",
+        ("vocab_size=hf.text_config(model).vocab_size", "vocab_size=None"),
     ),
     *of(
         f"{TRAIN}stored/sample.py",
@@ -69,6 +80,8 @@ MUTANTS: list[Row] = [
         f"{TRAIN}recipes/reward/model.py",
         f"{TESTS}recipes/reward/test_reward_head.py",
         ("place.argmax(-1)]", "0]"),
+        ("            models.check_adapter(model, name)\n", ""),
+        ('if kind != "SEQ_CLS":', "if False:"),
         ("if fresh else settings.num_labels)", "if fresh else 3)"),
     ),
     *of(

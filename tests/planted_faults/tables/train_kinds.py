@@ -16,6 +16,7 @@ KINDS: list[Row] = [
         ("if path.is_symlink() or _owner(path) is None:", "if path.is_symlink():"),
         ("for name in [*sorted(names - set(last)), *last]:", "for name in sorted(names):"),
         ("path.is_dir() and path in out.parents", "False"),
+        ("if base.exists() else []", "if False else []"),
         ("found[:4]", "found[:0]"),
         ('if mark is not None and mark["run"] != _owner(resume):', "if False:"),
     ),
@@ -35,12 +36,15 @@ KINDS: list[Row] = [
         f"{TESTS}test_finite.py {TESTS}test_loading.py",
         ("if finite.is_finite(found):", 'if math.isfinite(found["loss"]):'),
         ("if counts.largest_norm == 0.0:", "if False:"),
+        ("if counts.step > before.step:", "if False:"),
         ('sources.check_same(saved["contents"], run.config)', "pass"),
     ),
     *of(
         f"{TRAIN}finite.py",
         f"{TESTS}test_finite.py",
         ("not bool(own.isfinite().all())", "False"),
+        ("if step == 1:", "if False:"),
+        ("values[:: max(1, len(values) // _SAMPLED)].clone()", "values[:9].clone()"),
     ),
     *of(
         f"{TRAIN}models.py",
@@ -53,6 +57,8 @@ KINDS: list[Row] = [
         ('if getattr(settings, "is_encoder_decoder", False):', "if False:"),
         ("if lacking := sorted(wanted - there):", "if lacking := []:"),
         ("if _any_layer(k) in own)", "if False)"),
+        ("    if kind not in saved:\n", "    if False:\n"),
+        ("if p.name in own or", "if p.suffix == '.json' or"),
     ),
     *of(
         f"{TRAIN}noise.py",
@@ -67,7 +73,8 @@ KINDS: list[Row] = [
         f"{TESTS}data/test_unread.py",
         ("if name in self.read:", "if True:"),
         ('and not _asks(data.get("chosen"))', "and False"),
-        ("any(isinstance(item, bytes | bytearray) for item in value.values())", "False"),
+        ("any(_holds_media(str(key), item) for key, item in value.items())", "False"),
+        ("bool(is_named or _FILE.fullmatch(value))", "bool(is_named)"),
     ),
     *of(
         f"{TRAIN}data/rendered.py",
@@ -85,6 +92,22 @@ KINDS: list[Row] = [
         ),
         ("if isinstance(arguments, str) and", "if False and"),
         ('message["content"] = ""', 'message["content"] = "None"'),
+    ),
+    *of(
+        f"{TRAIN}data/unread.py",
+        f"{TESTS}data/test_other_formats.py",
+        ("if not scored and _one_each(value, data):", "if False:"),
+        ("and len(value) == len(answers)", ""),
+    ),
+    *of(
+        f"{TRAIN}data/rows.py",
+        f"{TESTS}data/test_other_formats.py",
+        ('all(m["role"] in _ASKS for m in response)', "False"),
+    ),
+    *of(
+        f"{TRAIN}data/encode.py",
+        f"{TESTS}data/test_other_formats.py",
+        ("if ended or any(", "if any("),
     ),
     *of(
         "prefkern/prep/messages.py",

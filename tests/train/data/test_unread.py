@@ -113,6 +113,10 @@ def test_a_column_is_read_as_the_prompt():
         ("audio", {"path": "a.wav"}), ("video", "a.mp4"), ("videos", ["a.mp4"]),
         ("scan", b"\x89PNG"),
         ("scan", {"bytes": b"\x89PNG", "path": None}), ("image_path", "a.png"),
+        ("img", "a"), ("image_0", "a"), ("image_base64", "iVBORw0"), ("photos", ["a"]),
+        # files by their endings, in columns of any name and at any depth
+        ("frames", ["a.PNG", "b.jpeg"]), ("clip", "https://x.org/a b.mp4".replace(" ", "_")),
+        ("media", [{"type": "file", "path": "x/y.wav"}]), ("scan", "data:image/png;base64,iVBO"),
     ],
 )  # fmt: skip
 def test_pictures_and_sound_are_refused(name, value):
@@ -122,7 +126,15 @@ def test_pictures_and_sound_are_refused(name, value):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("images", []), ("image", None), ("image_width", 3), ("image_caption", "a cat")],
+    [
+        ("images", []),
+        ("image", None),
+        ("image_width", 3),
+        ("image_caption", "a cat"),
+        ("note", "see the file a.png"),
+        ("source", "a.pdf"),
+        ("imagery", "vivid"),
+    ],
 )
 def test_columns_of_pictures_without_one_are_fine(name, value):
     assert load(PAIR | {"prompt": "Which?", name: value}).report.kept == 1

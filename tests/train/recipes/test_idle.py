@@ -53,6 +53,13 @@ def test_an_option_with_an_effect_is_not(options):
     assert idle(**options) == []
 
 
+def test_a_split_of_data_without_splits_is_named(tmp_path):
+    data = write_data(tmp_path / "d.jsonl")
+    told = [f"dataset_split is given, and nothing reads it without splits, which dataset {data} "]
+    assert idle(dataset=data, dataset_split="validation") == [told[0] + "has none of"]
+    assert idle(dataset="of/the-hub", dataset_split="validation") == []
+
+
 def test_a_run_says_it(tmp_path, capsys):
     model, data = save_model(tmp_path / "m"), write_data(tmp_path / "d.jsonl")
     given = config(tmp_path / "o", model, data, lora_alpha=64)

@@ -32,10 +32,18 @@ def load_reward_policy(config: TrainConfig, checkpoint: Path | None) -> tuple[hf
     base = models.adapter_base(name) if models.is_adapter(name) else name
     model, drawn = _load_base(base, config)
     if models.is_adapter(name):
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
         with models.told(name, "adapter"):
+            kind = PeftConfig.from_pretrained(name).task_type
+        if kind != "SEQ_CLS":
+            raise ValueError(
+                f"{name} is an adapter of task {kind}, and head=reward trains on one of SEQ_CLS "
+                "only; merge the adapter into its base (merge_and_unload) and pass the result."
+            )
+        with models.told(name, "adapter"):
             model, drawn = PeftModel.from_pretrained(model, name, is_trainable=True), []
+            models.check_adapter(model, name)
     elif config.lora_r:
         from peft import LoraConfig, get_peft_model
 

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from stored_commands import log_of, prefkern, rows_of, trained, write_lines
 from tiny_models import config, save_model
 
@@ -18,6 +19,7 @@ from prefkern.train import train
 from prefkern.train.evaluate import evaluate
 from prefkern.train.loop import train_run
 from prefkern.train.recipes.prepared import prepared_run as prepare
+from prefkern.train.stored.reward_model import load_reward_model
 
 OPTIONS = dict(
     head="reward", max_steps=40, learning_rate=5e-3, per_device_train_batch_size=16, max_length=40,
@@ -120,6 +122,24 @@ def test_resume_and_adapter(given, tmp_path):
     prefkern("score", dataset=given / "held_out.jsonl", output=scored,
              judge_model=tmp_path / "whole")  # fmt: skip
     assert len({row["chosen_score"] for row in rows_of(scored)}) > 8
+
+
+def test_adapters_that_do_not_fit(given, tmp_path):
+    data, out = str(given / "pairs.jsonl"), tmp_path / "whole"
+    common = dict(OPTIONS, loss=("bradley_terry",), max_steps=1, lora_r=4)
+    train(config(out, str(given / "model"), data, **common))
+    weights = load_file(out / "adapter_model.safetensors")
+    del weights[next(name for name in weights if "lora_A" in name)]
+    save_file(weights, out / "adapter_model.safetensors")
+    again = config(tmp_path / "next", str(out), data, **common)
+    with pytest.raises(ValueError, match="1 weights are not in"):
+        prepare(again)
+    with pytest.raises(ValueError, match="1 weights are not in"):
+        load_reward_model(str(out), again)
+    settings = json.loads((out / "adapter_config.json").read_text()) | {"task_type": "CAUSAL_LM"}
+    (out / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="is an adapter of task CAUSAL_LM, and head=reward trains"):
+        prepare(again)
 
 
 def test_context_aware_pairs(given, tmp_path):
