@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import tyro
 
 from ..train.config import TrainConfig
-from ..train.read_config import nearest, options_from, read_yaml
+from ..train.read_config import as_number, nearest, options_from, read_yaml
 
 T = TypeVar("T")
 
@@ -142,10 +142,7 @@ def parse_loss_args(pairs: Iterable[str]) -> dict[str, Any]:
             raise ValueError(
                 f"--loss-arg {pair}: {text!r} is no value; write name=value."
             ) from None
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):  # 1e-3 is a string in YAML 1.1
-                value = float(value)
-        found[name.replace("-", "_")] = value
+        found[name.replace("-", "_")] = as_number(value)
     return found
 
 

@@ -80,6 +80,8 @@ class DataOptions:
     def check(self) -> None:
         if bad := [k for k, v in self.columns.items() if not (isinstance(v, str) and v)]:
             raise ValueError(f"columns: {', '.join(map(str, bad))} must name a column.")
+        if not self.output_dir:
+            raise ValueError("output_dir must name a folder, got an empty text.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from ..integrations import hf
-from . import noise, sharded_files
+from . import model_files, noise, sharded_files
 from .config import TrainConfig
-from .output import NAMES
 
 
 def check_name(name: str) -> None:
@@ -121,33 +119,8 @@ def told(name: str, what: str = "model") -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if Path(name).is_dir():
-            reason = _broken(Path(name)) or reason
-            if what == "tokenizer" and not any((Path(name) / file).is_file() for file in _TEXTS):
-                reason = f"the folder holds none ({', '.join(_TEXTS)}); copy that of its base model"
+            reason = model_files.fault(Path(name), what) or reason
         raise ValueError(f"the {what} of {name} cannot be loaded: {reason}") from error
-
-
-# Files of which a tokenizer has at least one.
-_TEXTS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-
-
-def _broken(folder: Path) -> str:
-    """Which file of a model's folder cannot be read, and why; empty: all can."""
-    own = {file for file in NAMES if file.endswith(".json")}
-    for file in sorted(p for p in folder.iterdir() if p.name in own or p.suffix == ".safetensors"):
-        try:
-            with file.open("rb") as stored:
-                if stored.read(40).startswith(b"version https://git-lfs"):
-                    return f"{file} is a pointer of Git LFS, not the file: run git lfs pull"
-            if file.suffix == ".json":
-                if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
-                    return f"{file} holds no JSON object"
-                continue
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError, ValueError) as error:
-            return f"{file} is damaged or not whole ({error})"
-    return ""
 
 
 def load_whole(
@@ -322,6 +295,26 @@ def check_adapter(model: Any, name: str, adapter: str = "default") -> None:
         raise ValueError(f"{len(lacking)} weights are not in {stored} ({', '.join(lacking[:3])})")
 
 
+def with_adapter(model: hf.Model, config: TrainConfig, task: str) -> hf.Model:
+    """A model with a new LoRA adapter; whatever loading drew, it starts the same.
+
+    Raises:
+        ValueError: the model has none of lora_target_modules.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(config.seed)
+    settings = LoraConfig(
+        task_type=task, r=config.lora_r, lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_target_modules) or "all-linear",
+    )  # fmt: skip
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        raise ValueError(f"lora_target_modules: {error}") from error
+
+
 def load_policy(config: TrainConfig, checkpoint: Path | None, tensor_parallel: int = 1) -> hf.Model:
     """The model to train: fresh, with a new adapter if asked for, or as a checkpoint left it."""
     if checkpoint is not None and is_adapter(checkpoint):
@@ -346,19 +339,7 @@ def load_policy(config: TrainConfig, checkpoint: Path | None, tensor_parallel: i
                 "(merge_and_unload)."
             )
     if config.lora_r and not hasattr(model, "peft_config"):
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(config.seed)  # whatever loading drew, the adapter starts the same
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                task_type="CAUSAL_LM",
-                r=config.lora_r,
-                lora_alpha=config.lora_alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=list(config.lora_target_modules) or "all-linear",
-            ),
-        )
+        model = with_adapter(model, config, "CAUSAL_LM")
     if config.gradient_checkpointing:
         # non-reentrant: works with frozen embeddings and keeps DDP's hooks in order
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model

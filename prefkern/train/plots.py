@@ -173,6 +173,9 @@ def plot_history(
     return Plotted(files, notes)
 
 
+_WIDEST = 1e150  # an axis from -1e308 to 1e308 has no width
+
+
 def _curves(run: str, rows: list[Mapping[str, Any]], panel: Panel, notes: list[str]) -> list[Curve]:
     curves = []
     for key, name in panel.keys:
@@ -200,13 +203,12 @@ def _curves(run: str, rows: list[Mapping[str, Any]], panel: Panel, notes: list[s
 
 
 def _number(value: Any) -> float | None:
-    """A number as a float; None for anything else."""
+    """A number as a float, infinite beyond what an axis can span; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return float(value)
-    except OverflowError:  # JSON has integers of any size
-        return math.inf
+    if abs(value) > _WIDEST:
+        return math.inf if value > 0 else -math.inf
+    return float(value)
 
 
 def _write(items: list[tuple[Panel, list[Curve]]], path: Path, columns: int) -> Path:

@@ -122,7 +122,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     if lacking := [name for name in config.report_to if name not in known_trackers]:
         raise ValueError(
             f"report_to: {', '.join(lacking)} is not installed here or no tracker of accelerate's; "
-            f"available: {', '.join(known_trackers[1:]) or 'none'}."
+            f"available: {', '.join(known_trackers[1:]) or 'none'}; leave report_to out for none."
         )
     _check_environment(config)
     on_cpu = config.device == "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import typing
@@ -18,6 +19,14 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     """'; nearest: a, b' or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def as_number(value: Any) -> Any:
+    """A text that is a number, such as 1e-3 in YAML 1.1, as that number; all else as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:
@@ -39,7 +48,8 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         return tuple(_coerce(name, item, typing.get_args(kind)[0]) for item in items)
     if origin is dict:
         if isinstance(value, dict):
-            return dict(value)
+            numbers = typing.get_args(kind)[1] is Any  # arguments of losses, and no names
+            return {k: as_number(v) if numbers else v for k, v in value.items()}
     elif kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool):
             return value

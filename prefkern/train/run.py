@@ -252,11 +252,11 @@ def check_sources(config: TrainConfig) -> None:
             if (source := getattr(config, option)) is not None:
                 check_source(source)
     for option in ("precomputed_ref", "precomputed_aux", "fused_ref", "precomputed_baseline"):
-        value = getattr(config, option) or ()
+        value = getattr(config, option)
         for path in value if isinstance(value, tuple) else (value,):
-            if not Path(path).exists():
+            if path is not None and (not path or not Path(path).exists()):
                 raise ValueError(
-                    f"{option}: there is no {path}; `prefkern precompute` writes such files."
+                    f"{option}: there is no {path!r}; `prefkern precompute` writes such files."
                 )
 
 

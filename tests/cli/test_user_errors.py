@@ -57,6 +57,11 @@ def options(materials, folder, *more: object) -> list[object]:
         (["--lr-scheduler-type", "warmup_stable_decay"], "lr_scheduler_type warmup_stable_decay"),
         (["--lr-scheduler-type", "reduce_lr_on_plateau"], "follows a metric"),
         (["--lr-scheduler-type", "cosine_with_min_lr"], "for which there is no option here"),
+        (["--output-dir", ""], "output_dir must name a folder, got an empty text"),
+        (["--dataset", ""], "dataset: there is no file ''"),
+        (["--precomputed-ref", ""], "precomputed_ref: there is no ''"),
+        (["--report-to", "none"], "leave report_to out for none"),
+        (["--lora-r", "2", "--lora-target-modules", "q"], "lora_target_modules: Target modules"),
         (["--seed", "4294967296"], "seed must be below 2**32, got 4294967296"),
         (["--loss", "ndcg"], "unknown loss 'ndcg'; nearest: approx_ndcg, neural_ndcg"),
         (["--loss", "qqqq"], "unknown loss 'qqqq'; `prefkern losses` lists them"),
@@ -64,7 +69,7 @@ def options(materials, folder, *more: object) -> list[object]:
         (["--model", "/no/folder"], "model: there is no model folder '/no/folder'"),
         (["--dataset", "none.jsonl"], "dataset: there is no file 'none.jsonl'"),
         (["--eval-dataset", "/none"], "eval_dataset: there is no file '/none'"),
-        (["--precomputed-ref", "none"], "precomputed_ref: there is no none"),
+        (["--precomputed-ref", "none"], "precomputed_ref: there is no 'none'"),
         (["--attn-implementation", "flash_attention_9"], "cannot be loaded"),
         (["--column", "promt=x"], "reads no column for 'promt'; nearest: prompt"),
         (["--column", "prompt=qestion"], "has no column 'qestion', from which prompt is to be"),
@@ -84,6 +89,7 @@ def test_options(capsys, tmp_path, materials, given, words):
         ("learning_rate: [1]", "learning_rate must be float"),
         ("max_steps: 1.5", "max_steps must be int, got 1.5"),
         ("loss_args: 3", "loss_args must be dict"),
+        ("loss_args: {beta: 1e400}", "loss_args must be finite, got inf"),
         ("a: b: c", "not a readable YAML file"),
         ("seed: 1\nseed: 2", "not a readable YAML file: seed is given twice"),
         ("loss_args: {beta: 1, beta: 2}", "not a readable YAML file: beta is given twice"),
@@ -164,13 +170,14 @@ def test_plot_of_odd_rows(tmp_path):
     rows = [
         {"loss": 1.0, "step": None}, {"loss": 0.9, "step": 2}, {"loss": 0.8, "step": "3"},
         {"loss": 0.7, "step": 10**400}, {"loss": 10**400, "step": 4}, {"loss": 0.5, "step": 5},
+        {"loss": 1e308, "step": 6}, {"loss": -1e308, "step": 7},
     ]  # fmt: skip
     path = tmp_path / "log_history.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     plotted = plot_history(path, tmp_path)
     assert [p.name for p in plotted.files] == ["loss.png"]
     assert "loss: 3 rows without a step are left out" in plotted.notes
-    assert "loss: 1 of 3 values are not finite" in plotted.notes
+    assert "loss: 3 of 5 values are not finite" in plotted.notes
 
 
 def test_memory_and_interruption(capsys, monkeypatch):

@@ -71,6 +71,9 @@ def test_yaml_files(tmp_path):
 def test_loss_args_are_read_as_yaml_values():
     found = parse_loss_args(["alpha=0.5", "normalize=sum", "rw-kl-independent=false", "beta=1e-3"])
     assert found == {"alpha": 0.5, "normalize": "sum", "rw_kl_independent": False, "beta": 1e-3}
+    given = {**REQUIRED, "loss_args": {"beta": "1e-3", "norm": "sum"}, "columns": {"prompt": "1"}}
+    config = from_mapping(given)  # YAML 1.1 reads 1e-3 as a text
+    assert config.loss_args == {"beta": 1e-3, "norm": "sum"} and config.columns == {"prompt": "1"}
     with pytest.raises(ValueError, match="name=value"):
         parse_loss_args(["alpha"])
 

@@ -300,7 +300,7 @@ def _find_form(
             f"{name}: none of {len(seen)} rows can be read: {seen[0].where}: {seen[0].detail}. A "
             "file of JSON lines is UTF-8 with a whole object on every line."
         )
-    columns = next((", ".join(map(repr, row.data)) for row in seen if row.data), "none")
+    columns = next((unread.names_of(row.data) for row in seen if row.data), "none")
     first = next((f"; {row.where}: {row.detail}" for row in seen if row.kind), "")
     raise ValueError(
         f"{name}: no row of {len(seen)} fits a layout: pairs need chosen and rejected, unpaired "

@@ -114,7 +114,7 @@ def check_source(source: str | Path) -> None:
         ValueError: it has the form of a path and there is nothing.
     """
     path, text = Path(source), str(source)
-    if path.exists():
+    if text and path.exists():
         return
     local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1
     if local or path.suffix == ".parquet" or path.name.endswith(JSON_SUFFIXES) or not text:

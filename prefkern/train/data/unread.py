@@ -89,6 +89,11 @@ def check_there(renamed: Mapping[str, str], rows: Iterable[RawRow], source: str)
             )
 
 
+def names_of(data: Mapping[str, Any]) -> str:
+    """The columns of a row, and which of them hold nothing."""
+    return ", ".join(f"{k!r}{' (null)' if v is None else ''}" for k, v in data.items())
+
+
 class Beside:
     """Collects, over the rows of one data set, what is not read and what acts."""
 

@@ -58,7 +58,12 @@ KINDS: list[Row] = [
         ("if lacking := sorted(wanted - there):", "if lacking := []:"),
         ("if _any_layer(k) in own)", "if False)"),
         ("    if kind not in saved:\n", "    if False:\n"),
+    ),
+    *of(
+        f"{TRAIN}model_files.py",
+        f"{TESTS}test_loading.py",
         ("if p.name in own or", "if p.suffix == '.json' or"),
+        ('stored.read(40).startswith(b"version', 'stored.read(40).startswith(b"of'),
     ),
     *of(
         f"{TRAIN}noise.py",

@@ -45,15 +45,7 @@ def load_reward_policy(config: TrainConfig, checkpoint: Path | None) -> tuple[hf
             model, drawn = PeftModel.from_pretrained(model, name, is_trainable=True), []
             models.check_adapter(model, name)
     elif config.lora_r:
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(config.seed)
-        settings = LoraConfig(
-            task_type="SEQ_CLS", r=config.lora_r, lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=list(config.lora_target_modules) or "all-linear",
-        )  # fmt: skip
-        model = get_peft_model(model, settings)
+        model = models.with_adapter(model, config, "SEQ_CLS")
     if config.gradient_checkpointing:
         inner = hf.causal_lm(model)
         enable = getattr(inner, "activation_checkpointing_enable", None)
