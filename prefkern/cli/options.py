@@ -58,6 +58,9 @@ def parse(verb: str, args: list[str]) -> tuple[TrainConfig, Command]:
             config=(tyro.conf.SuppressFixed,),
         )
     _refuse_unknown(unknown, TrainConfig, ("loss_arg", "column", "dry_run", "json", "row"))
+    for flag, of in (("dry_run", "train"), ("json", "eval"), ("row", "view")):
+        if verb != of and getattr(parsed, flag) != getattr(Command, flag):
+            raise ValueError(f"--{flag.replace('_', '-')} is an option of prefkern {of} alone.")
     loss_args = from_file | parse_loss_args(parsed.loss_arg)
     columns = columns | parse_columns(parsed.column)
     return dataclasses.replace(parsed.options, loss_args=loss_args, columns=columns), parsed

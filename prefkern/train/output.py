@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +22,10 @@ from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
-from .config import TrainConfig
-
 MARK = "prefkern_run.json"
 LOG, TRAINER_STATE = "log_history.jsonl", "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_OWN = re.compile(r"(checkpoint|round)-\d+|(earlier|\.prefkern)-.*")
+OWN = re.compile(r"(checkpoint|round)-\d+|(earlier|\.prefkern)-.*")
 # Names that a run may write beside its checkpoints.
 NAMES = frozenset(
     {
@@ -42,15 +41,6 @@ NAMES = frozenset(
 )  # fmt: skip
 # A folder is a model from the moment it has one of these: they are written last.
 _LAST = ("config.json", "adapter_config.json")
-MODELS = (
-    "model", "ref_model", "rejected_ref_model", "aux_model", "judge_model", "judge_ref_model",
-)  # fmt: skip
-_STORED = (
-    "dataset", "eval_dataset", "precomputed_ref", "precomputed_aux", "fused_ref",
-    "precomputed_baseline",
-)  # fmt: skip
-# Options whose value is a place, which may be another on another machine.
-PATHS = frozenset({*MODELS, *_STORED, "output_dir", "resume_from_checkpoint", "device"})
 
 
 def read_mark(folder: Path) -> dict[str, Any] | None:
@@ -68,40 +58,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
         return []
     found = [(int(m[1]), p) for p in folder.iterdir() if (m := _CHECKPOINT.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
-
-
-def check_inputs(config: TrainConfig) -> None:
-    """Refuses an output folder that is, or lies in, one that the run reads, and a model or a file
-    that stands in it under a name of the run's own.
-
-    Raises:
-        ValueError: naming the option and both paths.
-    """
-    out = Path(config.output_dir).resolve()
-    for option in (*MODELS, *_STORED):
-        value = getattr(config, option)
-        for source in value if isinstance(value, tuple) else [value]:
-            if not isinstance(source, str) or not Path(source).exists():
-                continue
-            for what, path in ((source, Path(source)), *_base_of(source)):
-                path = path.resolve()
-                below = path.relative_to(out).parts if out in path.parents else ("",)
-                taken = below[0] in NAMES or _OWN.fullmatch(below[0])
-                if path == out or (path.is_dir() and path in out.parents) or taken:
-                    raise ValueError(
-                        f"output_dir {config.output_dir} and {option} {what} overlap, and a run "
-                        "never writes into what it reads; choose another --output-dir."
-                    )
-
-
-def _base_of(source: str | Path) -> list[tuple[str, Path]]:
-    """The folder that an adapter names as its base, in words and as a path; empty: none here."""
-    try:
-        text = (Path(source) / "adapter_config.json").read_text(encoding="utf-8")
-        base = Path(json.loads(text)["base_model_name_or_path"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return []  # no adapter, or one that is told about where it is loaded
-    return [(f"{source} (its base {base})", base)] if base.exists() else []
 
 
 def check_writable(folder: Path, option: str = "output_dir") -> None:
@@ -188,8 +144,24 @@ class Output:
         path.mkdir()
         return path
 
+    def spare(self, checkpoint: Path) -> None:
+        """Moves what others put into a checkpoint of this trainer to where it stays."""
+        mark = read_mark(checkpoint) or {}
+        own = {MARK, *mark.get("files", ())}
+        inside = [p for p in checkpoint.rglob("*") if p.is_symlink() or not p.is_dir()]
+        for path in inside:
+            if (name := path.relative_to(checkpoint)).as_posix() in own:
+                continue
+            target = self.folder / f"earlier-{mark.get('run')}" / checkpoint.name / name
+            while os.path.lexists(target):
+                target = target.with_name(f"{target.name}~")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(path, target)
+            print(f"{path} is no file of this trainer's and is now {target}.", file=sys.stderr)
+
     def aside(self, path: Path) -> None:
         """Removes a folder of this run; a kill never leaves it half there under its name."""
+        self.spare(path)
         stale = self.folder / f".prefkern-{self.run}-old-{path.name}"
         if stale.is_dir():
             shutil.rmtree(stale)
@@ -252,6 +224,7 @@ class Output:
         """What --overwrite-output-dir removes: what a run of this trainer made."""
         _refuse_foreign(self.folder)
         for path in reversed(list_checkpoints(self.folder)):
+            self.spare(path)
             shutil.rmtree(path)
         for name in self.made:
             path = self.folder / Path(name).name
@@ -379,22 +352,3 @@ def writing(what: Path, kept: Callable[[], str] | None = None) -> Iterator[None]
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         left = "" if kept is None else f"; {kept()}"
         raise OSError(f"{what} could not be written: {reason}{left}.") from error
-
-
-def new_folder(folder: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
-    """A folder to write into that holds nothing yet and is no input.
-
-    Raises:
-        ValueError: it is not empty, cannot be written, or is one of `inputs` or in it.
-    """
-    path = Path(folder)
-    for source in inputs:
-        for what, other in ((source, Path(source)), *_base_of(source)):
-            if other.resolve() in (path.resolve(), *path.resolve().parents):
-                raise ValueError(
-                    f"output_dir {path} is, or lies in, the input {what}; name another."
-                )
-    check_writable(path)
-    if path.is_dir() and any(path.iterdir()):
-        raise ValueError(f"output_dir {path} is not empty; name a new folder.")
-    return path

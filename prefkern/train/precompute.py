@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..integrations.head import at_head
-from . import models, output, pairing, reference_cache, sharded
+from . import inputs, models, output, pairing, reference_cache, sharded
 from .config import TrainConfig
 from .data import data_hash
 from .data_providers import roles_of
@@ -45,7 +45,7 @@ def _precompute(config: TrainConfig) -> list[Path]:
 
     def check() -> None:
         output.check_writable(folder)
-        output.check_inputs(config)
+        inputs.check_inputs(config)
 
     processes.from_main(check)
     tokenizer = models.load_tokenizer(config.model)

@@ -21,7 +21,7 @@ import torch
 
 from . import together, zero
 from .config import TrainConfig
-from .output import PATHS
+from .inputs import PATHS
 from .waiting import others_wait
 
 Value = TypeVar("Value")

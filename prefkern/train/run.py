@@ -16,7 +16,7 @@ import torch
 from ..integrations import hf
 from ..integrations.head import at_head
 from ..losses.record import Loss
-from . import demands, models, output, pairing, reference_cache, seals, sharded, zero
+from . import demands, inputs, models, output, pairing, reference_cache, seals, sharded, zero
 from .config import TrainConfig
 from .data import Example, Loaded, Loader, SkipReport, collate, data_hash
 from .data.read import check_source
@@ -243,7 +243,7 @@ def check_sources(config: TrainConfig) -> None:
     Raises:
         ValueError: naming the option.
     """
-    for option in output.MODELS:
+    for option in inputs.MODELS:
         with _of_option(option):
             if (name := getattr(config, option)) is not None:
                 models.check_name(name)
@@ -271,7 +271,7 @@ def _of_option(name: str) -> Iterator[None]:
 def resume_point(config: TrainConfig) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from, and what to say of it; the output folder is checked."""
     folder = Path(config.output_dir)
-    output.check_inputs(config)
+    inputs.check_inputs(config)
     resume, notes = seals.find_resume(config.resume_from_checkpoint, folder)
     output.check_free(
         folder,

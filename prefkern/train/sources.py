@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .config import TrainConfig, short_hash
-from .output import MODELS
+from .inputs import MODELS
 from .seals import file_sum, file_sums
 
 _FILES = ("precomputed_ref", "precomputed_aux", "fused_ref", "precomputed_baseline", "judge")

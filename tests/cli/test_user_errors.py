@@ -101,6 +101,19 @@ def test_yaml(capsys, tmp_path, materials, line, words):
     assert words in told(capsys, "train", path)
 
 
+@pytest.mark.parametrize(
+    ("verb", "flag", "of"),
+    [
+        ("precompute", ["--dry-run"], "train"), ("eval", ["--dry-run"], "train"),
+        ("train", ["--json"], "eval"), ("train", ["--row", "3"], "view"),
+    ],
+)  # fmt: skip
+def test_flags_of_other_verbs(capsys, tmp_path, materials, verb, flag, of):
+    given = [verb, *options(materials, tmp_path / "out")[1:], *flag]
+    assert f"{flag[0]} is an option of prefkern {of} alone" in told(capsys, *given)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_stands_in_the_place_of_a_yaml_file(capsys, tmp_path, materials):
     for verb in ("train", "eval", "precompute", "score", "sample"):
         line = told(capsys, verb, materials[0])

@@ -14,7 +14,8 @@ from tiny_models import config, save_model, write_data
 
 from prefkern.train import checkpoint, run, seals, train
 from prefkern.train.demo import DemoSettings, run_demo
-from prefkern.train.output import LOG, MARK, Output, check_inputs, list_checkpoints, new_folder
+from prefkern.train.inputs import check_inputs, new_folder
+from prefkern.train.output import LOG, MARK, Output, list_checkpoints
 from prefkern.train.plots import plot_history
 from prefkern.train.run import prepare
 
@@ -77,6 +78,26 @@ def test_files_of_those_names_are_a_reason_to_refuse(tmp_path, materials, name):
     with pytest.raises(ValueError, match=f"files of those names.*{name}"):
         prepare(config(tmp_path, *materials))
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_what_others_put_into_a_checkpoint_stays(tmp_path, materials, capfd):
+    out = tmp_path / "out"
+    train(config(out, *materials, max_steps=2, save_steps=1))
+    for name in ("checkpoint-1", "checkpoint-2"):
+        (out / name / "scores").mkdir()
+        (out / name / "scores" / "mmlu.json").write_text(name)
+    (out / "checkpoint-1" / "link").symlink_to(tmp_path)
+    run = json.loads((out / MARK).read_text())["run"]
+    held = Output(out, run)
+    held.aside(out / "checkpoint-1")  # as a limit of checkpoints does
+    held.close()
+    kept = out / f"earlier-{run}"
+    assert (kept / "checkpoint-1" / "link").is_symlink() and not (out / "checkpoint-1").exists()
+    train(config(out, *materials, max_steps=1, overwrite_output_dir=True))
+    assert not list_checkpoints(out) and "mmlu.json is no file of this" in capfd.readouterr().err
+    found = {p.relative_to(kept).parts[0]: p.read_text() for p in kept.rglob("mmlu.json")}
+    assert found == {name: name for name in ("checkpoint-1", "checkpoint-2")}
+    assert {p.name for p in kept.rglob("*") if p.is_file()} == {"mmlu.json"}
 
 
 def test_a_checkpoint_of_another_program_is_not_removed(tmp_path, materials):

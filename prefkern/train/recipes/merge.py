@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .. import models
 from ..config import TrainConfig
-from ..output import new_folder, writing
+from ..inputs import new_folder
+from ..output import writing
 
 MERGED = "default"  # PEFT writes the adapter of this name into the folder itself
 

@@ -22,6 +22,7 @@ from .. import checkpoint as ckpt
 from .. import demands, models, output, sources
 from ..config import TrainConfig, check_same_run
 from ..data.read import raw_rows
+from ..inputs import check_inputs
 from ..loop import train_run
 from ..output import LOG, MARK, TRAINER_STATE, Output, writing
 from ..processes import make_accelerator
@@ -250,7 +251,7 @@ def _resume(config: TrainConfig, out: Path) -> list[dict[str, Any]]:
         raise ValueError(
             f"a run of rounds continues with resume_from_checkpoint=auto, got {resume!r}."
         )
-    output.check_inputs(config)
+    check_inputs(config)
     if resume is None or not (out / STATE).is_file():
         output.check_free(
             out,

@@ -15,10 +15,15 @@ KINDS: list[Row] = [
         ("fcntl.LOCK_EX)", "fcntl.LOCK_SH)"),
         ("if path.is_symlink() or _owner(path) is None:", "if path.is_symlink():"),
         ("for name in [*sorted(names - set(last)), *last]:", "for name in sorted(names):"),
-        ("path.is_dir() and path in out.parents", "False"),
-        ("if base.exists() else []", "if False else []"),
+        ("in own:\n                continue", "or name:\n                continue"),
         ("found[:4]", "found[:0]"),
         ('if mark is not None and mark["run"] != _owner(resume):', "if False:"),
+    ),
+    *of(
+        f"{TRAIN}inputs.py",
+        f"{TESTS}test_output.py",
+        ("path.is_dir() and path in out.parents", "False"),
+        ("if base.exists() else []", "if False else []"),
     ),
     *of(
         f"{TRAIN}seals.py",
