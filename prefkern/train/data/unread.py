@@ -74,6 +74,14 @@ _INDEX = re.compile(r"(.*_)?(ids?|idx|index|uuid|hash|seed)|__index_level_\d+__|
 _SHOWN = 8
 
 
+# Columns of answers and of what belongs to them, which new answers to the prompts replace.
+ANSWERS = (
+    "chosen", "rejected", "completion", "completions", "responses", "label", "scores", "ranks",
+    "finished", "chosen_score", "rejected_score", "ref_chosen_logps", "ref_rejected_logps",
+    "chosen_weights", "rejected_weights", "completion_weights",
+)  # fmt: skip
+
+
 def check_there(renamed: Mapping[str, str], rows: Iterable[RawRow], source: str) -> None:
     """Refuses a column under another name that none of the rows has.
 
@@ -189,6 +197,25 @@ class Beside:
         for name, meant in sorted(self.near.items()):
             found.append(f"column {name!r} is not read; {meant!r} would be")
         return found
+
+
+def beside_prompts(rows: Iterable[tuple[str, Mapping[str, Any]]], known: Iterable[str]) -> str:
+    """What to say of the texts that stand beside prompts which are to be answered; empty: nothing.
+
+    Args:
+        rows: Where each stands, and its data under the names that are read.
+        known: Further columns that are read.
+
+    Raises:
+        ValueError: a row holds pictures or sound.
+    """
+    beside = Beside("unpaired", (), {}, {})
+    beside.read |= {*ANSWERS, *known}
+    for where, data in rows:
+        beside.add(where, data, implicit=False)
+    names = [repr(name) for name, _ in beside.unread.most_common(_SHOWN)]
+    told = f"columns with text that no prompt is given: {', '.join(names)}"
+    return told if names else ""
 
 
 def _asks(answer: Any) -> bool:

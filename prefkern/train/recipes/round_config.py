@@ -9,6 +9,7 @@ from typing import Any
 from .. import checkpoint as ckpt
 from .. import demands
 from ..config import TrainConfig
+from ..data.unread import TEXTS
 from ..run import plan
 from .online.makers import maker_of
 from .options import OnlineOptions
@@ -104,7 +105,8 @@ def round_config(
     if config.round_data == "online":
         maker = maker_of(config, demands.losses_of(config))
         names = (*maker.columns, *(("preference_prob",) if config.soft_judge else ()))
-        changes["columns"] = {name: name for name in names} | config.columns
+        given = {k: v for k, v in config.columns.items() if k not in TEXTS}  # of the prompts' file
+        changes["columns"] = {name: name for name in names} | given
         loss_args = {k: v for k, v in config.loss_args.items() if k not in maker.takes}
         changes["loss_args"] = loss_args
         if "aux" in maker.reads:  # what is read of it stands in the round's rows

@@ -22,11 +22,13 @@ from .. import checkpoint as ckpt
 from .. import demands, models, output, sources
 from ..config import TrainConfig, check_same_run
 from ..data.read import raw_rows
+from ..data.unread import TEXTS, beside_prompts
 from ..inputs import check_inputs
 from ..loop import train_run
 from ..output import LOG, MARK, TRAINER_STATE, Output, writing
 from ..processes import make_accelerator
 from ..run import Run, check_sources, say
+from ..stored.source import under_read_names
 from ..waiting import others_wait
 from . import masks, sync, two_speeds, value_head
 from .online.answers import NothingToTrain
@@ -81,6 +83,7 @@ class Rounds:
         self.output: Output | None = None  # of the main process
         self.done = _resume(config, self.out)
         self.stages = _stages(config) if config.round_data == "stages" else []
+        self.prompts = _prompts(config, accelerator) if config.round_data == "online" else []
         self.count = config.num_rounds or len(self.stages)
         if self.stages and self.count > len(self.stages):
             raise ValueError(
@@ -174,7 +177,7 @@ class Rounds:
             return ckpt.read_json(folder / MADE)
         maker = maker_of(self.config, demands.losses_of(self.config))
         sampler = make_sampler(
-            self.config, _rows(self.config), self._begins(number), maker, self.accelerator
+            self.config, self.prompts, self._begins(number), maker, self.accelerator
         )
         table, made = sampler.rows(number)
         if self.main:
@@ -189,7 +192,7 @@ class Rounds:
     def _renewal(self, run: Run, number: int) -> Renewal:
         maker = maker_of(self.config, demands.losses_of(self.config))
         sampler = make_sampler(
-            self.config, _rows(self.config), self._begins(number), maker, self.accelerator,
+            self.config, self.prompts, self._begins(number), maker, self.accelerator,
             policy=run.step.policy, tokenizer=run.tokenizer, reference=run.reference.model,
             value=cast(Any, run.step.trained().get(value_head.NAME)),
         )  # fmt: skip
@@ -296,6 +299,21 @@ def _rows(config: TrainConfig) -> Rows:
             break
     if not rows:
         raise ValueError(f"{config.dataset} has no readable row.")
+    return rows
+
+
+def _prompts(config: TrainConfig, accelerator: Any) -> Rows:
+    """The rows whose prompts are answered, with their texts under the names that are read.
+
+    Raises:
+        ValueError: a row holds pictures or sound that are not read.
+    """
+    renamed = {name: column for name, column in config.columns.items() if name in TEXTS}
+    rows = [under_read_names(row, renamed) for row in _rows(config)]
+    known = maker_of(config, demands.losses_of(config)).keeps
+    named = ((f"{config.dataset}, row {i}", row) for i, row in enumerate(rows, 1))
+    if note := beside_prompts(named, known):
+        say(accelerator, note)
     return rows
 
 

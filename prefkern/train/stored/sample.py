@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ...integrations import hf
 from ...prep.cells import BadRow, filled, get, text
 from .. import models
-from ..data.unread import Beside, check_there
+from ..data.unread import ANSWERS, beside_prompts, check_there
 from ..recipes.answer_logps import as_completion
 from ..recipes.online import sampling
 from ..recipes.online.judges import Scorer
@@ -23,13 +23,6 @@ from .scorers import Scores, open_scorer
 from .source import Answers
 from .work import Work
 from .write import writer
-
-# Columns of other answers, and of what belongs to them.
-REPLACED = (
-    "chosen", "rejected", "completion", "completions", "responses", "label", "scores", "ranks",
-    "finished", "chosen_score", "rejected_score", "ref_chosen_logps", "ref_rejected_logps",
-    "chosen_weights", "rejected_weights", "completion_weights",
-)  # fmt: skip
 
 
 def write_samples(config: SampleConfig) -> Path:
@@ -53,7 +46,7 @@ def write_samples(config: SampleConfig) -> Path:
     work = Work(path, key_of(config, source), overwrite=config.overwrite)
     try:
         if not work.finished(len(source.rows)):
-            without = [n for n in REPLACED if any(n in (r.data or {}) for r in source.rows)]
+            without = [n for n in ANSWERS if any(n in (r.data or {}) for r in source.rows)]
             if without:
                 announce(f"columns of other answers are left out: {', '.join(without)}")
             _sample_rows(config, work, source, rows, prompts, function)
@@ -78,9 +71,10 @@ def _prompts(source: stored.Source, rows: Sequence[Mapping[str, Any]]) -> list[A
     Raises:
         ValueError: a row has none, or holds pictures or sound.
     """
-    found, beside = [], Beside("unpaired", (), {}, {})
+    found = []
+    if note := beside_prompts(zip((raw.where for raw in source.rows), rows, strict=True), ()):
+        announce(note)
     for raw, row in zip(source.rows, rows, strict=True):
-        beside.add(raw.where, row, implicit=False)
         try:
             found.append(filled(text(get(row, "prompt"), "prompt"), "prompt"))
         except BadRow as why:

@@ -110,6 +110,15 @@ KINDS: list[Row] = [
         ("and len(value) == len(answers)", ""),
     ),
     *of(
+        f"{TRAIN}recipes/rounds.py",
+        f"{TESTS}recipes/online/test_rounds.py",
+        (
+            "rows = [under_read_names(row, renamed) for row in _rows(config)]",
+            "rows = _rows(config)",
+        ),
+        ("beside_prompts(named, known)", "beside_prompts([], known)"),
+    ),
+    *of(
         f"{TRAIN}data/rows.py",
         f"{TESTS}data/test_other_formats.py",
         ('all(m["role"] in _ASKS for m in response)', "False"),

@@ -105,6 +105,14 @@ def test_a_command_that_did_nothing_leaves_nothing(given, tmp_path, capsys):
     assert call(given, out) == 0
 
 
+def test_texts_beside_the_prompts_are_told(given, tmp_path, capsys):
+    data = write_lines(
+        tmp_path / "d.jsonl", [{"prompt": "p:", "system": "Be brief.", "chosen": "x"}]
+    )
+    assert call(given, tmp_path / "o.jsonl", data=data) == 0
+    assert "text that no prompt is given: 'system'\n" in capsys.readouterr().err
+
+
 def test_what_is_left_out_is_told(given, tmp_path, capsys):
     rows = [
         {"prompt": "p:", "chosen": "x", "rejected": "y", "scores": [1], "kept": 3},

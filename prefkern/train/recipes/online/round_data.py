@@ -141,7 +141,11 @@ def with_room(
     found = []
     for number, row in enumerate(rows):
         if not row.get("prompt"):
-            raise ValueError(f"row {number} of {config.dataset} has no prompt to sample from.")
+            columns = ", ".join(map(repr, row)) or "none"
+            raise ValueError(
+                f"row {number} of {config.dataset} has no prompt to sample from (its columns: "
+                f"{columns}); --column prompt=NAME reads another column."
+            )
         # one more: the end that training appends
         if len(sampling.prompt_ids(tokenizer, row)) + config.max_new_tokens < room:
             found.append(row)

@@ -44,6 +44,7 @@ def run(tmp_path, materials, **options):
         round_data="online", num_rounds=2, judge=f"{judge}:share_of_a", num_generations=4,
         max_new_tokens=10, max_steps=8, learning_rate=2e-3, per_device_train_batch_size=16,
     )  # fmt: skip
+    prompts = options.pop("dataset", prompts)
     return train(config(tmp_path, model, prompts, **base | options))
 
 
@@ -54,6 +55,22 @@ def scores(result) -> list[float]:
 def rows_of(tmp_path, number: int) -> list[dict]:
     lines = (tmp_path / f"round-{number}" / "data.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def test_prompts_of_another_name_and_what_stands_beside_them(tmp_path, materials, capfd):
+    asked = [{"question": row["prompt"], "system": "Be brief."} for row in PROMPTS]
+    data = write_rows(tmp_path / "q.jsonl", asked)
+    common = dict(num_rounds=1, max_steps=1, dataset=data)
+    run(tmp_path / "o", materials, columns={"prompt": "question"}, **common)
+    assert "text that no prompt is given: 'system'" in capfd.readouterr().err
+    assert {row["prompt"] for row in rows_of(tmp_path / "o", 0)} <= {"p:", "q:", "r:", "s:"}
+    with pytest.raises(
+        ValueError, match=r"\(its columns: 'question', 'system'\); --column prompt="
+    ):
+        run(tmp_path / "p", materials, **common)
+    write_rows(tmp_path / "q.jsonl", [row | {"image": "a.png"} for row in PROMPTS])
+    with pytest.raises(ValueError, match=r"q\.jsonl, row 1: column 'image' holds pictures"):
+        run(tmp_path / "i", materials, **common)
 
 
 def test_online_dpo_raises_what_the_judge_likes(tmp_path, materials):
