@@ -6,6 +6,7 @@ import json
 
 import datasets
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_models import save_model, write_data
 
 from prefkern.cli.main import main
@@ -165,6 +166,13 @@ def test_merge(capsys, tmp_path, materials):
     assert (folders[0] / "adapter_model.safetensors").read_bytes() == before
     assert main(["merge", *map(str, folders), "--output-dir", str(tmp_path / "m")]) == 0
     assert (tmp_path / "m" / "adapter_model.safetensors").is_file()
+    line = told(capsys, "merge", *folders, "--output-dir", tmp_path / "n", "--weights", "1e300", 1)
+    assert "the sum with weights [1e+300, 1.0] is not finite" in line
+    weights = load_file(folders[1] / "adapter_model.safetensors")
+    broken = {name: weight * float("nan") for name, weight in weights.items()}
+    save_file(broken, folders[1] / "adapter_model.safetensors")
+    line = told(capsys, "merge", *folders, "--output-dir", tmp_path / "n")
+    assert f"the adapter of {folders[1]} is not finite" in line
     (folders[1] / "adapter_model.safetensors").write_bytes(b"\0" * 20)
     assert "a2" in told(capsys, "merge", *folders, "--output-dir", tmp_path / "n")
     assert not (tmp_path / "n").exists()

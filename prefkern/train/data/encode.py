@@ -118,9 +118,10 @@ class Encoder:
             )  # fmt: skip
         if row.template_args:
             self.notes["plain texts have chat_template_kwargs, which nothing reads there"] += 1
-        if _MESSAGES.match(row.prompt):
+        answers = row.responses and all(_MESSAGES.match(str(r)) for r in row.responses)
+        if _MESSAGES.match(row.prompt) or answers:
             raise BadRow(
-                "prompt", "messages as text",
+                row.places[0] if answers else "prompt", "messages as text",
                 "holds messages as JSON text, which would be trained on letter by letter; pass the "
                 "list itself (json.loads)",
             )  # fmt: skip

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import models
 from ..config import TrainConfig
@@ -33,7 +34,8 @@ def merge_adapters(
 
     Raises:
         ValueError: fewer than two adapters, weights that do not fit or are not finite, different
-            base models, an output folder that is an input or not empty.
+            base models, an output folder that is an input or not empty, an adapter or a sum that
+            is not finite.
     """
     from peft import PeftModel
 
@@ -63,7 +65,10 @@ def merge_adapters(
         with models.told(path, "adapter"):
             model.load_adapter(path, adapter_name=name)
             models.check_adapter(model, path, name)
+    for name, path in zip(names, paths, strict=True):
+        _check_finite(model, name, f"the adapter of {path}")
     model.add_weighted_adapter(names, factors, adapter_name=MERGED, combination_type="cat")
+    _check_finite(model, MERGED, f"the sum with weights {factors}")
     tokenizer = models.load_tokenizer(paths[0])
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +82,14 @@ def merge_adapters(
             shutil.rmtree(building, ignore_errors=True)
             raise
     return target
+
+
+def _check_finite(model: Any, adapter: str, what: str) -> None:
+    from peft import get_peft_model_state_dict
+
+    for name, weight in get_peft_model_state_dict(model, adapter_name=adapter).items():
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"{what} is not finite ({name}); nothing is written.")
 
 
 def _umask() -> int:

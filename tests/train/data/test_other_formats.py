@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tiny_tokenizer import byte_tokenizer
 
@@ -45,6 +47,19 @@ def test_scores_in_another_column_are_named():
 def test_messages_of_another_format_are_named(answer, words):
     with pytest.raises(ValueError, match=words):
         load(CHAT | {"chosen": [answer]}, chat=True)
+
+
+def test_messages_as_text_are_refused():
+    asks, text = json.dumps(CHAT["prompt"]), json.dumps(CHAT["chosen"])
+    other = json.dumps(CHAT["rejected"])
+    for row, column in (
+        ({"prompt": asks, "chosen": "Yes.", "rejected": "No."}, "prompt"),
+        ({"prompt": "Rain?", "chosen": text, "rejected": other}, "chosen"),
+        ({"prompt": "Rain?", "completion": text, "label": True}, "completion"),
+    ):
+        with pytest.raises(ValueError, match=f"column '{column}': holds messages as JSON text"):
+            load(row)
+    assert load({"prompt": "JSON:", "chosen": text, "rejected": "none"}).report.kept == 1
 
 
 def test_marks_in_messages_that_the_template_writes_are_told():
