@@ -44,7 +44,8 @@ def message_of(
     rows += " ..." if len(examples) > _SHOWN else ""
     advice = "lower the learning rate, or look at these rows"
     if step == 1:
-        advice = "no weight has moved yet, so look at these rows and at the loss's arguments"
+        advice = "no weight has moved yet, so look at these rows, at the loss's arguments and at "
+        advice += "the model's weights"
     if lists:
         advice += f"; {OF_LABELS}"
     return f"the {what} at step {step}, rows {rows}: {advice}; {left}."

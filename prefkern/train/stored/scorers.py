@@ -97,12 +97,15 @@ def by_logps(config: ScoreConfig, device: torch.device) -> Scores:
         texts = [text for own in answers for text in own.texts]
         why: Counter[str] = Counter()
         found = [answer_logps(*model[:2], prompts, texts, model[2], told=why) for model in opened]
+        for name, own in zip(config.model, found, strict=True):
+            _check_finite(f"model {name}", own)
         for kind in why.keys() - said:
             said.add(kind)
             print(f"answers without a score: {kind}", file=sys.stderr)
         if reference is not None:
             _, tokenizer, settings = opened[0]
             other = answer_logps(reference, tokenizer, prompts, texts, settings)
+            _check_finite(f"ref_model {config.ref_model}", other)
             pairs = zip(found[0], other, strict=True)
             values = [_implicit(config.beta, one, two) for one, two in pairs]
         else:
@@ -145,6 +148,14 @@ def _check_same_tokens(own: Any, name: str, other: str) -> None:
             f"the one and {theirs.get(unlike)} in the other); both models must read the same "
             "tokens."
         )
+
+
+def _check_finite(who: str, found: Sequence[Tensor | None]) -> None:
+    for logp in found:
+        if logp is not None and not bool(logp.isfinite().all()):
+            raise ValueError(
+                f"{who} gives log-probabilities that are not finite; check its weights."
+            )
 
 
 def _implicit(beta: float, policy: Tensor | None, reference: Tensor | None) -> float | None:

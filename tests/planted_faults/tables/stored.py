@@ -32,6 +32,11 @@ MUTANTS: list[Row] = [
         ("if taken is not None or list(names).count(name) > 1:", "if list(names).count(name) > 1:"),
     ),
     *of(
+        f"{TRAIN}stored/scorers.py",
+        f"{TESTS}stored/test_mistakes.py",
+        ('_check_finite(f"ref_model {config.ref_model}", other)', "pass"),
+    ),
+    *of(
         f"{TRAIN}stored/work.py",
         f"{TESTS}stored/test_score.py",
         ("and not overwrite and not _linked(path)", "and not path.name"),
@@ -45,13 +50,13 @@ MUTANTS: list[Row] = [
     ),
     *of(
         f"{TRAIN}stored/work.py",
-        f"{TESTS}stored/test_sample.py",
+        f"{TESTS}stored/test_mistakes.py",
         ("other and len(lines) > 1", "other"),
         ('if getattr(self, "rows", None) == []:', "if False:"),
     ),
     *of(
         f"{TRAIN}recipes/answer_logps.py",
-        f"{TESTS}stored/test_sample.py",
+        f"{TESTS}stored/test_mistakes.py",
         ("vocab_size=hf.text_config(model).vocab_size", "vocab_size=None"),
     ),
     *of(

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from online_model import letters_model
 from stored_commands import rows_of, write_lines
-from transformers import AutoTokenizer
 
 from prefkern.cli.main import main
 from prefkern.train import models
@@ -85,32 +81,6 @@ def test_an_interrupted_run_gives_the_same_answers(given, tmp_path, monkeypatch,
     assert call(given, tmp_path / "parts.jsonl") == 0
     assert len(calls) == 4  # the third batch was asked for again, the others were not
     assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-
-
-def test_a_command_that_did_nothing_leaves_nothing(given, tmp_path, capsys):
-    out = tmp_path / "o.jsonl"
-    odd = Path(shutil.copytree(given / "letters0", tmp_path / "odd"))
-    tokenizer = AutoTokenizer.from_pretrained(odd)
-    tokenizer.add_tokens([*(f"<{i}>" for i in range(300)), "pq"])
-    tokenizer.save_pretrained(odd)
-    data = write_lines(tmp_path / "d.jsonl", [{"prompt": "pq:", "chosen": "a", "rejected": "b"}])
-    assert call(given, out, "--model", odd, data=data) == 2
-    assert "pass the tokenizer that belongs to the model" in told(capsys)
-    assert not list(tmp_path.glob(".prefkern-*"))
-    words = ["score", "--model", odd, "--dataset", data, "--output", out, "--device", "cpu"]
-    assert main([*map(str, words), "--max-length", "64"]) == 2
-    assert "pass the tokenizer that belongs to the model" in told(capsys)
-    # a kill in the first batch leaves the first line alone, which keeps no other command off
-    (tmp_path / ".prefkern-o.jsonl.work").write_text('{"prefkern": {"temperature": 3}}\n')
-    assert call(given, out) == 0
-
-
-def test_texts_beside_the_prompts_are_told(given, tmp_path, capsys):
-    data = write_lines(
-        tmp_path / "d.jsonl", [{"prompt": "p:", "system": "Be brief.", "chosen": "x"}]
-    )
-    assert call(given, tmp_path / "o.jsonl", data=data) == 0
-    assert "text that no prompt is given: 'system'\n" in capsys.readouterr().err
 
 
 def test_what_is_left_out_is_told(given, tmp_path, capsys):

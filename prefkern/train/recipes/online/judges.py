@@ -83,7 +83,8 @@ def _asked(scorer: Scorer, name: str, row: Prompt, answers: list[str]) -> Any:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         prompt = repr(row.get("prompt"))[:80]
-        raise ValueError(f"judge {name} failed on the prompt {prompt}: {reason}.") from error
+        who = name if name.startswith("judge") else f"judge {name}"
+        raise ValueError(f"{who} failed on the prompt {prompt}: {reason}.") from error
 
 
 def scorer_judge(scorer: Scorer, name: str = "judge") -> Judge:

@@ -192,5 +192,6 @@ def make_judge(
         reference = load(str(config.judge_ref_model))
         return judges.implicit_judge(policy, reference, tokenizer, config)
     if config.judge_model is not None:
-        return judges.scorer_judge(judges.RewardModel(config.judge_model, config, device))
+        reward = judges.RewardModel(config.judge_model, config, device)
+        return judges.scorer_judge(reward, f"judge_model {config.judge_model}")
     return judges.scorer_judge(judges.load_scorer(str(config.judge)), str(config.judge))
