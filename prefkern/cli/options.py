@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from .. import losses
 from ..train.config import TrainConfig
 from ..train.read_config import as_number, nearest, options_from, read_yaml
 
@@ -108,11 +109,24 @@ def _from_yaml(kind: type[Any], args: list[str]) -> tuple[list[str], Any, dict[s
     return args, options_from(kind, values | blank, origin=origin), absent
 
 
+# Options of other trainers, and ours.
+_ELSEWHERE = {
+    "model_name_or_path": "model", "dataset_name": "dataset", "loss_type": "loss",
+    "lr": "learning-rate", "epochs": "num-train-epochs", "num_epochs": "num-train-epochs",
+    "batch_size": "per-device-train-batch-size", "use_peft": "lora-r", "lora_rank": "lora-r",
+    "torch_dtype": "dtype", "ref_model_name_or_path": "ref-model",
+}  # fmt: skip
+
+
 def _refuse_unknown(unknown: list[str], kind: type[Any], further: tuple[str, ...] = ()) -> None:
     if unknown:
         names = [f.name for f in dataclasses.fields(kind)] + [*further, "debug", "config"]
         name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
         near = nearest(name, names).replace("_", "-")
+        if name in _ELSEWHERE:
+            near = f"; here it is --{_ELSEWHERE[name]}"
+        elif kind is TrainConfig and any(name in losses.arguments(r) for r in losses.LOSSES):
+            near = f"; an argument of a loss is written --loss-arg {name}=VALUE"
         raise ValueError(f"unknown option {unknown[0]}{near}.")
 
 

@@ -18,12 +18,15 @@ def fault(folder: Path, what: str) -> str:
 
     Args:
         folder: Of the model.
-        what: "tokenizer" or another thing that was to be read of it.
+        what: "tokenizer", "adapter", or another thing that was to be read of it.
     """
     own = {name for name in NAMES if name.endswith(".json")}
     for file in sorted(p for p in folder.iterdir() if p.name in own or p.suffix == ".safetensors"):
         if why := _fault_of(file):
             return f"{file} {why}"
+    adapter = [folder / f"adapter_model.{end}" for end in ("safetensors", "bin")]
+    if what == "adapter" and not any(file.is_file() for file in adapter):
+        return f"the folder holds no weights ({adapter[0].name})"
     if what == "tokenizer" and not any((folder / name).is_file() for name in _TEXTS):
         return f"the folder holds none ({', '.join(_TEXTS)}); copy that of its base model"
     return ""
@@ -35,8 +38,11 @@ def _fault_of(file: Path) -> str:
             if stored.read(40).startswith(b"version https://git-lfs"):
                 return "is a pointer of Git LFS, not the file: run git lfs pull"
         if file.suffix == ".json":
-            whole = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
-            return "" if whole else "holds no JSON object"
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                return "holds no JSON object"
+            lists = file.name.endswith(".index.json")
+            return "names no file of weights" if lists and not found.get("weight_map") else ""
         with safe_open(file, "pt"):
             return ""
     except (SafetensorError, OSError, ValueError) as error:

@@ -120,6 +120,8 @@ def told(name: str, what: str = "model") -> Iterator[None]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if Path(name).is_dir():
             reason = model_files.fault(Path(name), what) or reason
+        if "weights_only" in reason:  # of torch.load, whose advice is to run what the file holds
+            reason = "its file of weights (.bin) is damaged, or holds more than tensors"
         raise ValueError(f"the {what} of {name} cannot be loaded: {reason}") from error
 
 

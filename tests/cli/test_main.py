@@ -147,6 +147,8 @@ def test_yaml_with_flag_overrides_and_dry_run(run, materials, tmp_path):
         (("--loss-arg", "bta=1"), "no argument 'bta'; nearest: beta"),
         (("--loss-arg", "beta"), "name=value"),
         (("--leraning-rate", "1"), "unknown option --leraning-rate; nearest: learning-rate"),
+        (("--beta", "0.1"), "an argument of a loss is written --loss-arg beta=VALUE"),
+        (("--model_name_or_path", "m"), "here it is --model."),
         (("--model", "/no/such/model"), "/no/such/model"),
         (("--dataset", "/no/such/file.jsonl"), "/no/such/file.jsonl"),
         (("--max-length", "9999"), "context of 128"),

@@ -197,24 +197,6 @@ def test_a_model_of_another_kind_is_called_by_its_kind(tmp_path, materials):
         models.load_model(str(tmp_path / "vit"), plain())
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "words"),
-    [
-        ("tokenizer_config.json", "{", r"tokenizer_config\.json is damaged or not whole \(Expect"),
-        ("config.json", "[]", r"config\.json holds no JSON object"),
-        ("tokenizer.json", None, r"the folder holds none \(tokenizer\.json, "),
-        ("config.json", None, "holds no config.json, so it is no model folder"),
-        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid", "pointer of Git LFS"),
-    ],
-)
-def test_the_file_of_a_folder_that_is_at_fault_is_named(tmp_path, materials, file, text, words):
-    folder = Path(shutil.copytree(materials[0], tmp_path / "model"))
-    (folder / "notes.json").write_text("{")  # none of the model's
-    (folder / file).unlink() if text is None else (folder / file).write_text(text)
-    with pytest.raises(ValueError, match=words):
-        models.load_tokenizer(str(folder))
-
-
 def adapter(materials, folder: Path, seed: int = 0) -> str:
     options = dict(lora_r=2, learning_rate=1e-2, max_steps=2, seed=seed)
     train(config(folder, *materials, **options))

@@ -37,8 +37,6 @@ def merge_adapters(
             base models, an output folder that is an input or not empty, an adapter or a sum that
             is not finite.
     """
-    from peft import PeftModel
-
     paths = [str(folder) for folder in folders]
     if len(paths) < 2:
         raise ValueError(f"merging needs at least two adapters, got {len(paths)}.")
@@ -58,15 +56,7 @@ def merge_adapters(
         )
     base = models.load_causal_lm(str(bases.pop()), TrainConfig(model=paths[0], dataset=""))
     names = [f"part{i}" for i in range(len(paths))]
-    with models.told(paths[0], "adapter"):
-        model = PeftModel.from_pretrained(base, paths[0], adapter_name=names[0])
-        models.check_adapter(model, paths[0], names[0])
-    for name, path in zip(names[1:], paths[1:], strict=True):
-        with models.told(path, "adapter"):
-            model.load_adapter(path, adapter_name=name)
-            models.check_adapter(model, path, name)
-    for name, path in zip(names, paths, strict=True):
-        _check_finite(model, name, f"the adapter of {path}")
+    model = _with_adapters(base, names, paths)
     model.add_weighted_adapter(names, factors, adapter_name=MERGED, combination_type="cat")
     _check_finite(model, MERGED, f"the sum with weights {factors}")
     tokenizer = models.load_tokenizer(paths[0])
@@ -82,6 +72,22 @@ def merge_adapters(
             shutil.rmtree(building, ignore_errors=True)
             raise
     return target
+
+
+def _with_adapters(base: Any, names: Sequence[str], paths: Sequence[str]) -> Any:
+    """The base with the adapters of the folders `paths` under `names`, whole and finite."""
+    from peft import PeftModel
+
+    model = None
+    for name, path in zip(names, paths, strict=True):
+        with models.told(path, "adapter"):
+            if model is None:
+                model = PeftModel.from_pretrained(base, path, adapter_name=name)
+            else:
+                model.load_adapter(path, adapter_name=name)
+            models.check_adapter(model, path, name)
+        _check_finite(model, name, f"the adapter of {path}")
+    return model
 
 
 def _check_finite(model: Any, adapter: str, what: str) -> None:
