@@ -143,11 +143,19 @@ void pack_weight_block(typename C::W* dst, const Operand& weight, int64_t v, int
   constexpr int L = C::L;
   constexpr int64_t chunk = kPackChunk;
   typename C::W lines[L * chunk];
+  const int64_t size = dtype_bytes(weight.type);
   for (int64_t at = 0; at < depth; at += chunk * C::pair) {
     const int64_t m = depth - at < chunk * C::pair ? depth - at : chunk * C::pair;
     const int64_t w = words<C>(m);
+    // The next block's pieces of rows, too short each for the hardware to see them coming.
+    const auto ask_next = [&](int64_t row) {
+      if (row >= vocab) return;
+      const char* p = static_cast<const char*>(weight.data) + (row * depth + at) * size;
+      for (int64_t b = 0; b < m * size; b += 64) __builtin_prefetch(p + b);
+    };
     for (int i = 0; i < L; ++i) {
       if (v + i < vocab) {
+        ask_next(v + L + i);
         read_words<C>(lines + i * chunk, weight, (v + i) * depth + at, m);
       } else {
         std::memset(lines + i * chunk, 0, size_t(round_up(w, L)) * sizeof(*lines));
