@@ -66,6 +66,42 @@ def test_losses_that_trl_lacks_see_the_images_and_the_columns(tmp_path):
     assert batch["loss_columns"]["item_weights"].tolist() == [1.0, 2.0, 1.0, 2.0]
 
 
+def letters(completions, **_):
+    return [sum(c in "aeiou" for c in said[0]["content"]) + 0.01 * i
+            for i, said in enumerate(completions)]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_steps_on_answers_of_its_own_equal_trls(tmp_path, name):
+    """Two prompts with an image a step, generated answers, a KL to a reference that TRL loads from
+    where the policy came from."""
+    path = tmp_path / "model"
+    images.model().save_pretrained(path)
+    data = images.pairs(12).filter(lambda row: len(row["images"]) > 0)
+    data = data.remove_columns(["chosen", "rejected"])
+    settings = runs.settings(
+        tmp_path, max_steps=4, learning_rate=1e-3, beta=0.1, num_generations=4,
+        max_completion_length=6, per_device_train_batch_size=8,
+    )  # fmt: skip
+    settings.pop("max_length")
+
+    def trained(library):
+        made = getattr(library, f"{name}Trainer")(
+            model=type(images.model()).from_pretrained(path), reward_funcs=letters,
+            args=getattr(library, f"{name}Config")(**settings), train_dataset=data,
+            processing_class=images.processor(),
+        )  # fmt: skip
+        seen = []
+        made.model.model.vision_tower.register_forward_hook(lambda *_: seen.append(1))
+        made.train()
+        return made, seen
+
+    (got, mine), (want, theirs) = trained(ours), trained(trl)
+    assert len(mine) == len(theirs) >= 8  # each step's answers and its loss look at images
+    runs.assert_same_runs(got, want)
+
+
 REFUSED = {
     "lists": (
         lambda: images.pairs(4, completions=lambda i: [0.0], scores=lambda i: [0.0]),
