@@ -126,7 +126,7 @@ def time_case(
             continue
         rows[variant.name], runs[variant.name] = (row, variant), _laps(step, inputs)
     del truth
-    winners = products.choose(case, device) if case.step != "trl" and trying(LIMIT) else {}
+    winners = _unavoidable(case, inputs, device) if trying(LIMIT) else {}
     bare_runs = {f"bare {product}": [winner.call] for product, winner in winners.items()}
     try:
         samples = interleaved(runs | bare_runs, device, rounds, inputs.clear)
@@ -141,6 +141,7 @@ def time_case(
         speeds = "; ".join(
             f"{product}: {winners[product].how} {_gflops(case, 1, found):.0f} GFLOP/s"
             for product, found in bare.items()
+            if product in case.products
         )
         count = sum(case.products.values())
         row = blank_row(case, LIMIT, "ok") | _summary(case, limit, limit)
@@ -159,6 +160,14 @@ def time_case(
         yield row
 
 
+def _unavoidable(case: Case, inputs: Any, device: Cpu) -> dict[str, products.Winner]:
+    """What the limit counts: the bare products; inside a trainer also both models without heads."""
+    found = products.choose(case, device)
+    if case.step == "trl":
+        found["layers"] = products.Winner("", trl_step.layers_alone(inputs))
+    return found
+
+
 def _laps(step: Step, inputs: Any) -> list[Call]:
     """Forward and backward as two calls."""
     held: list[Any] = []
@@ -166,10 +175,11 @@ def _laps(step: Step, inputs: Any) -> list[Call]:
 
 
 def _limit(case: Case, bare: dict[str, list[Sample]]) -> list[Sample]:
-    """Per round: the sum of the case's products, and of its forward ones."""
+    """Per round: the sum of the case's products (and of the layers, once), and of its forward
+    products."""
     found = []
     for of_round in zip(*bare.values(), strict=True):
-        counted = [(case.products[p], s) for p, s in zip(bare, of_round, strict=True)]
+        counted = [(case.products.get(p, 1), s) for p, s in zip(bare, of_round, strict=True)]
         wall, cpu = (sum(n * s[field] for n, s in counted) for field in (0, 1))
         found.append(Sample(wall, cpu, case.models * counted[0][1].wall))
     return found
@@ -189,9 +199,10 @@ def _summary(case: Case, taken: list[Sample], limit: list[Sample]) -> Row:
         row |= {
             "ratio": statistics.median(ratios), "ratio_q1": quartile(ratios, 1),
             "ratio_q3": quartile(ratios, 3), "ratio_cpu": _ratio(taken, limit, 1),
-            "ratio_forward": _ratio(taken, limit, 2),
-            "gflops": _gflops(case, sum(case.products.values()), taken),
         }  # fmt: skip
+    if limit and case.step != "trl":  # whose layers are neither products of the head nor forward
+        row["ratio_forward"] = _ratio(taken, limit, 2)
+        row["gflops"] = _gflops(case, sum(case.products.values()), taken)
     return row
 
 

@@ -1,7 +1,8 @@
 """A DPO step inside TRL's DPOTrainer: reference forward, policy forward, backward, no optimizer.
 
 A model of two layers, width D, V tokens; a third of every sequence is prompt. Variants are the
-trainer as it comes, the same trainer with another `_compute_loss`, and prefkern's.
+trainer as it comes, the same trainer with another `_compute_loss`, and prefkern's. The limit is the
+head's bare products and both models without heads.
 """
 
 from __future__ import annotations
@@ -105,6 +106,26 @@ def truth(case: Case, x: TrlInputs) -> tuple[Tensor, dict, dict[str, Tensor]]:
     return total, {}, {name: leaf.grad for name, leaf in exact.leaves.items()}
 
 
+def layers_alone(x: TrlInputs) -> Callable[[], None]:
+    """What a step costs without heads and loss: the reference's layers forward, the policy's
+    forward and, from some gradient of its hidden states, backward."""
+    given = {name: x.batch[name] for name in ("input_ids", "attention_mask")}
+
+    def states(model: Any) -> Tensor:
+        found: Tensor = model.base_model(**given, use_cache=False).last_hidden_state
+        return found
+
+    upstream = torch.randn_like(states(x.ref_model))
+
+    def call() -> None:
+        with torch.no_grad():
+            states(x.ref_model)
+        states(x.model).backward(upstream)
+        x.clear()
+
+    return call
+
+
 # ---- trainers ------------------------------------------------------------------------------------
 def _stock() -> type:
     from trl import DPOTrainer
@@ -155,12 +176,17 @@ def _prefkern() -> type:
     return DPOTrainer
 
 
+def _prefkern_keeps_all() -> Callable[..., Any]:
+    """With a budget that holds the logits of V = 151,936 too."""
+    return functools.partial(_prefkern(), memory_budget=1 << 30)
+
+
 def _modules_of_its_own(model: Any) -> Any:
     """The same parameters in other modules: trainers replace the forward of the model they get."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def _build(trainer_class: Callable[[], type], case: Case, x: TrlInputs):
+def _build(trainer_class: Callable[[], Callable[..., Any]], case: Case, x: TrlInputs):
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -189,5 +215,6 @@ TRAINERS = {
     for name, trainer, package in (
         ("TRL", _stock, "trl"), ("TRL + Liger", _liger, "liger-kernel"),
         ("TRL, full logits", _full_logits, "trl"), ("TRL + prefkern", _prefkern, "prefkern"),
+        ("TRL + prefkern, 1 GiB", _prefkern_keeps_all, "prefkern"),
     )
 }  # fmt: skip

@@ -85,12 +85,15 @@ def test_a_step_inside_trl():
     pytest.importorskip("trl", reason="the bench environment has it")
     case = CASES["trl-32k"].resized("tiny")
     rows = rows_of(case, heads.serving(case, "cpu"), rounds=2)
-    assert {"TRL", "TRL, full logits", "TRL + prefkern"} <= set(rows)
+    assert {"TRL", "TRL, full logits", "TRL + prefkern", "TRL + prefkern, 1 GiB"} <= set(rows)
+    limit = rows.pop(results.LIMIT)
+    assert limit["products"] == 4 and "layers" not in limit["products_used"]
     for row in rows.values():
         if row["status"] == "missing":
             assert "liger" in row["reason"]
             continue
-        assert row["status"] == "ok" and row["cpu_s"] > 0 and "ratio" not in row, row
+        assert row["status"] == "ok" and row["cpu_s"] > 0, row
+        assert row["ratio_cpu"] > 0 and "ratio_forward" not in row
         assert row["err_d_weight"] < 1e-5 and row["err_d_hidden"] < 1e-5
 
 
