@@ -22,6 +22,7 @@ FAMILIES = {
     "prefkern": OURS, "Liger": "#009E73", "TRL": "#CC79A7", "CCE": SECOND, "quack": "#F0E442",
     "torch linear_cross_entropy": "black", "": OTHER,
 }  # fmt: skip
+OURS_BY_DEFAULT = ("prefkern cpu", "prefkern triton", "prefkern cuda", "TRL + prefkern")
 Rows = list[dict[str, str]]
 # bars may fill any corner of an axis, so its legend stands above it
 _ABOVE = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "fontsize": 8}
@@ -63,7 +64,9 @@ def _where(rows: Rows) -> str:
 
 
 def _colour(name: str) -> str:
-    return next(colour for start, colour in FAMILIES.items() if name.startswith(start))
+    """Of the last family that is named: in a trainer's step, of what the trainer was given."""
+    own = name.rpartition("+")[2].rpartition(", ")[2] if name.startswith("TRL") else name
+    return next(colour for start, colour in FAMILIES.items() if own.strip().startswith(start))
 
 
 def _measure(row: dict[str, str]) -> tuple[str, str, str]:
@@ -90,6 +93,7 @@ def _case(name: str, rows: Rows, folder: Path) -> Path:
     limit = next((r for r in rows if r["variant"] == LIMIT and r["status"] == "ok"), None)
     seconds, ratio, what = _measure(rows[0])
     shown = ratio if limit else seconds
+    bare = "bare products and layers" if rows[0]["step"] == "trl" else "bare products"
     variants = [r for r in rows if r["variant"] != LIMIT]
     variants.sort(key=lambda r: float(r[shown] or "inf"))
     memory = any(r["peak_mib"] for r in variants)
@@ -116,13 +120,13 @@ def _case(name: str, rows: Rows, folder: Path) -> Path:
         if row["peak_mib"]:
             _memory_bar(axes[1], y, row)
     if limit:
-        label = f"bare products, {float(limit[seconds]):.3g} s"
+        label = f"{bare}, {float(limit[seconds]):.3g} s"
         time.axvline(1.0, color=LIMIT_COLOUR, ls="--", lw=1.2, label=label)
         time.legend(**_ABOVE)
     time.set_yticks(range(len(variants)), [r["variant"] for r in variants], fontsize=9)
     time.set_xlim(0, 1.4 * longest)
     spread = ", quartiles" if shown == "ratio" else ""
-    over = f"{what} of a step over its bare products" if limit else f"seconds of a step ({what})"
+    over = f"{what} of a step over its {bare}" if limit else f"seconds of a step ({what})"
     time.set_xlabel(f"{over}: median{spread}")
     if memory:
         axes[1].set_xlabel("peak MiB above the inputs")
@@ -160,8 +164,8 @@ def _overview(cases: dict[str, Rows], folder: Path) -> Path:
         _, ratio, what = _measure(rows[0])
         labels.append(f"{name} ({what})")
         for row in rows:
-            ours = row["variant"].startswith("prefkern")
-            default = row["variant"] in ("prefkern cpu", "prefkern triton", "prefkern cuda")
+            ours = _colour(row["variant"]) == OURS
+            default = row["variant"] in OURS_BY_DEFAULT
             if row["variant"] == LIMIT or not row[ratio] or (ours and not default):
                 continue
             values.append(float(row[ratio]))
@@ -183,7 +187,7 @@ def _overview(cases: dict[str, Rows], folder: Path) -> Path:
     axis.minorticks_off()
     axis.set_yticks(range(len(cases)), labels, fontsize=9)
     axis.grid(axis="x", alpha=0.3)
-    axis.set_xlabel("a step over its bare products (dashed line), logarithmic")
+    axis.set_xlabel("a step over its bare products, in trl-* its layers too (dashed line), logarithmic")
     axis.legend(ncols=len(FAMILIES), **_ABOVE)
     figure.suptitle(_where([rows[0] for rows in cases.values()]), fontsize=9)
     return _save(figure, folder / "linear_logps_overview.png")
