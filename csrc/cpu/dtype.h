@@ -72,6 +72,21 @@ PK_INLINE vf round_to(vf x, Dtype type) {
 PK_INLINE vd round_to(vd x, Dtype) {
   return x;
 }
+#if defined(__AVX512BF16__)
+// The bits of round_to(x, bf16) for x that is no denormal number (these become 0): the instruction
+// that multiplies pairs gives none.
+PK_INLINE __m256i bf16_of_product(vf x) {
+  return (__m256i)_mm512_cvtneps_pbh((__m512)x);
+}
+#endif
+// round_to of what a product gave; `pairs`: of bf16 pairs.
+template <bool pairs, class V>
+PK_INLINE V round_product(V x, Dtype type) {
+#if defined(__AVX512BF16__)
+  if constexpr (pairs) return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16_of_product(x)), 16);
+#endif
+  return round_to(x, type);
+}
 
 template <class T>
 PK_INLINE T element(const void* p, Dtype type, int64_t i) {

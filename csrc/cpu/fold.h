@@ -76,7 +76,7 @@ PK_HOT TileSums<T> fold_one(RowSums& s, const TileRow<T>& t) {
     if constexpr (entropy) sum_x = fma(e, x, sum_x);
     if constexpr (collision) sum_sq = fma(e, e, sum_sq);
   }
-  const TileSums<T> here{sum_lanes(sum), T(0)};
+  const TileSums<T> here{T(sum_lanes(sum)), T(0)};
   s.pol.sum += here.pol;
   if constexpr (entropy) s.x += sum_lanes(sum_x);
   if constexpr (collision) s.sq += sum_lanes(sum_sq);
@@ -103,7 +103,7 @@ PK_HOT TileSums<T> fold_two(RowSums& s, const TileRow<T>& t) {
     if constexpr (forward_kl) cross_r += er == zero ? zero : er * d;
     if constexpr (reverse_kl) cross_p -= e == zero ? zero : e * d;
   }
-  const TileSums<T> here{sum_lanes(sum), sum_lanes(sum_r)};
+  const TileSums<T> here{T(sum_lanes(sum)), T(sum_lanes(sum_r))};
   s.pol.sum += here.pol;
   s.ref.sum += here.ref;
   if constexpr (single) {
@@ -150,6 +150,19 @@ PK_HOT void fold_normaliser(OnlineLse& s, const T* z, int64_t stride, int64_t bl
   const Vec<T> m = splat(T(safe_max(s.max))), low = splat(min_x<T>());
   Vec<T> sum{};
   for (int64_t k = 0; k < blocks; ++k) sum += exp_bounded(max(low, load(z + k * stride) - m));
+  s.sum += sum_lanes(sum);
+}
+// The same of logits that are products, rounded here; top: the largest of them. `pairs`: of bf16
+// pairs.
+template <class T, bool pairs>
+PK_HOT void fold_rounded(OnlineLse& s, const T* z, int64_t stride, int64_t blocks, T top,
+                         Dtype type) {
+  lse_raise(s, round_product<pairs>(splat(top), type)[0]);  // rounding keeps the order
+  const Vec<T> m = splat(T(safe_max(s.max))), low = splat(min_x<T>());
+  Vec<T> sum{};
+  for (int64_t k = 0; k < blocks; ++k) {
+    sum += exp_bounded(max(low, round_product<pairs>(load(z + k * stride), type) - m));
+  }
   s.sum += sum_lanes(sum);
 }
 

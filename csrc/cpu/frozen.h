@@ -96,10 +96,10 @@ struct Frozen {
         const int m = int(n - g < C::MR ? n - g : C::MR);
         const int64_t depth = call.model[0].depth, deep = words<C>(span_width);
         for (int j = 0; j < m; ++j) to[j] = at(kind[i], live[g + j]);
-        add_rows<C>(f + g * L, factor_stride, head, head_stride, deep, to, m, depth);
+        add_rows<C>(f + g * L, factor_stride, head, head_stride, deep, to, m, depth, [] {});
         if (width == depth) continue;
         for (int j = 0; j < m; ++j) to[j] += depth;
-        add_rows<C>(f + g * L, factor_stride, low, head_stride, deep, to, m, width - depth);
+        add_rows<C>(f + g * L, factor_stride, low, head_stride, deep, to, m, width - depth, [] {});
       }
     }
   }

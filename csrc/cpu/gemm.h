@@ -200,11 +200,13 @@ void logits_tile(const typename C::W* h, int64_t h_stride, const typename C::W* 
 }
 
 // rows[i] += dz w for one group of up to MR rows: dz [blocks of v words][rows][L], w [blocks of
-// d][v words][L].
-template <class C>
+// d][v words][L]. `between` is called before every product of some microseconds.
+template <class C, class Between>
 void add_rows(const typename C::W* dz, int64_t dz_stride, const typename C::W* w, int64_t w_stride,
-              int64_t depth, typename C::T* const* rows, int count, int64_t width) {
+              int64_t depth, typename C::T* const* rows, int count, int64_t width,
+              Between&& between) {
   for_blocks((width + C::L - 1) / C::L, [&](int64_t db, auto nr) {
+    between();
     product_add<C, nr.value, false>(dz, dz_stride, w + db * w_stride, w_stride, depth, rows, count,
                                     db * C::L, width, false);
   });

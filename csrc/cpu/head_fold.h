@@ -20,6 +20,7 @@ template <class C>
 struct HeadFold {
   using T = typename C::T;
   static constexpr int L = C::L;
+  static constexpr bool kPairs = C::pair == 2;
 
   const HeadCall& call;
   UnitLogits<C> logits;
@@ -86,10 +87,11 @@ struct HeadFold {
   void unit(int64_t first, int64_t n, int thread, const Span& s) {
     for (int i = 0; i < logits.models; ++i) logits.fill(i, first, n, s, thread);
     RowTop<T> top[kUnitRows];
+    const bool apart = plan.rounded && !logits.model[0].plain();
     for (int64_t r = 0; r < n; ++r) {
       TileRow<T> t = logits.row(thread, r, s);
       if (first + r < call.kept) keep(first + r, t, s);
-      if (plan.rounded) fold_rounded(first + r, t, thread, s);
+      if (apart) fold_shaped(first + r, t, thread, s);
       for (int i = 0; i < logits.models; ++i) {
         logits.model[i].shape(logits.own(i, thread) + r * L, logits.stride, s);
       }
@@ -97,7 +99,13 @@ struct HeadFold {
       top[r] = row_tops(t);
     }
     if (dense_adv) read_advantage(adv + thread * logits.columns, call, 0, s);
-    for (int64_t r = 0; r < n; ++r) gather(first + r, logits.row(thread, r, s), top[r], thread, s);
+    for (int64_t r = 0; r < n; ++r) {
+      const TileRow<T> t = logits.row(thread, r, s);
+      gather(first + r, t, top[r], thread, s);
+      if (!plan.rounded || apart) continue;
+      fold_rounded<T, kPairs>(sums[first + r - base].rounded, t.z, t.stride, t.blocks, top[r].pol,
+                              call.working);
+    }
     if (frozen.on()) {
       frozen.add(sums + (first - base), call.live + first, n, thread, logits.row(thread, 0, s),
                  s.width);
@@ -108,12 +116,13 @@ struct HeadFold {
   void keep(int64_t row, const TileRow<T>& t, const Span& s) const {
     const T* from[2] = {t.z, t.zr};
     for (int i = 0; i < call.kept_models(); ++i) {
-      tile_to_plain(call.cache, call.cache_type(), logits.cache_at(i, row, s), from[i], t.stride,
-                    s.width);
+      tile_to_plain<T, kPairs>(call.cache, call.cache_type(), logits.cache_at(i, row, s), from[i],
+                               t.stride, s.width);
     }
   }
-  // The policy's normaliser of the products that a 16-bit backward reads.
-  void fold_rounded(int64_t row, const TileRow<T>& t, int thread, const Span& s) {
+  // The policy's normaliser of the products that a 16-bit backward reads, where they have yet to be
+  // shaped.
+  void fold_shaped(int64_t row, const TileRow<T>& t, int thread, const Span& s) {
     T* z = seen + thread * logits.columns;
     round_row(z, L, t.z, t.stride, t.blocks, call.working);
     logits.model[0].shape(z, L, s);

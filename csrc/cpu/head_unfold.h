@@ -106,16 +106,23 @@ struct HeadUnfold {
       parallel(call.pool, (n + kUnitRows - 1) / kUnitRows, [&](int64_t u, int thread) {
         const int64_t first = u * kUnitRows;
         const int64_t here = n - first < kUnitRows ? n - first : kUnitRows;
-        unit({base + first, here, list == nullptr ? nullptr : list + base + first}, first, thread,
-             s);
+        const auto rows_at = [&](int64_t at, int64_t size) {
+          return UnitRows{at, size, list == nullptr ? nullptr : list + at};
+        };
+        const int64_t later = base + first + call.pool.threads * kUnitRows, left = count - later;
+        unit(rows_at(base + first, here),
+             left <= 0 ? UnitRows{} : rows_at(later, left < kUnitRows ? left : kUnitRows), first,
+             thread, s);
       });
       sides.outer(dz, dz_stride, n, s, base == 0);
     }
     sides.finish_tile(s);
   }
 
-  // Phase A for some rows, those of a block from `first` on.
-  void unit(const UnitRows& rows, int64_t first, int thread, const Span& s) const {
+  // Phase A for some rows, those of a block from `first` on; `next` is likely this thread's next
+  // unit.
+  void unit(const UnitRows& rows, const UnitRows& next, int64_t first, int thread,
+            const Span& s) const {
     const int64_t n = rows.n;
     sides.pack_rows(rows, first);
     T* z[3] = {};
@@ -138,7 +145,9 @@ struct HeadUnfold {
       factor = dz_left + thread * dz_left_size;
       to_pairs(z[0], factor, first, n, s.blocks);
     }
-    sides.inner(factor, stride[0], rows, s);
+    typename UnitLogits<C>::Ahead ahead(logits, next, s, sides.products(n));
+    sides.inner(factor, stride[0], rows, s, ahead);
+    if (!sides.wants_rows()) ahead();
   }
   void given_unit(int64_t first, int64_t n, int thread, const Span& s) const {
     for (int i = 0; i < logits.models; ++i) {
@@ -197,14 +206,14 @@ struct HeadUnfold {
   // `by_column`) and along the rows (for dW, into dz).
   void to_pairs(const T* g, W* by_column, int64_t first, int64_t n, int64_t blocks) const {
     if constexpr (kPairs) {
-      for (int64_t r = 0; r < n; ++r) {
+      for (int64_t r = 0; r < n && sides.wants_rows(); ++r) {
         for (int64_t k = 0; k < blocks; k += 2) {
           const T* p = g + k * logits.stride + r * L;
           const Vec<T> next = k + 1 < blocks ? load(p + logits.stride) : Vec<T>{};
           pair_words(by_column + k / 2 * logits.stride + r * L, load(p), next);
         }
       }
-      for (int64_t r = 0; r < n; r += 2) {
+      for (int64_t r = 0; r < n && sides.wants_head(); r += 2) {
         W* d = dz + (first + r) / 2 * L;
         for (int64_t k = 0; k < blocks; ++k, d += dz_stride) {
           const T* p = g + k * logits.stride + r * L;

@@ -32,13 +32,32 @@ PK_INLINE void read_words(typename C::W* dst, const Operand& src, int64_t start,
   }
 }
 
+// Whether words lie in memory as they are multiplied.
+template <class C>
+PK_INLINE bool lies_in_words(const Operand& src) {
+  using T = typename C::T;
+  if (C::pair == 2) return src.type == Dtype::bf16;
+  return src.type == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32) && dtype_bytes(src.working) != 2;
+}
+
 // One row as the left factor: columns become the summed axis of h w^T.
 template <class C>
 void pack_left(typename C::W* dst, int64_t stride, int64_t slot, const Operand& src, int64_t start,
                int64_t n) {
   constexpr int L = C::L;
   typename C::W line[kPackChunk];
-  for (int64_t at = 0; at < n; at += kPackChunk * C::pair) {
+  int64_t at = 0;
+  if (lies_in_words<C>(src)) {  // whole vectors go straight to their place
+    constexpr int64_t step = L * C::pair, bytes = L * int64_t(sizeof(typename C::W));
+    const char* from = static_cast<const char*>(src.data) + start * (bytes / step);
+    typename C::W* d = dst + slot * L;
+    for (; at + step <= n; at += step, from += bytes, d += stride) {
+      Vec<typename C::W> v;
+      std::memcpy(&v, from, sizeof v);
+      store(d, v);
+    }
+  }
+  for (; at < n; at += kPackChunk * C::pair) {
     const int64_t m = n - at < kPackChunk * C::pair ? n - at : kPackChunk * C::pair;
     read_words<C>(line, src, start + at, m);
     typename C::W* d = dst + at / C::pair / L * stride + slot * L;
@@ -63,7 +82,22 @@ void pack_right(typename C::W* dst, int64_t stride, int64_t slot, const Operand&
     pack_left<C>(dst, stride, slot, src, row[0] * width, width);
   } else {
     uint16_t line[2][kPackChunk];
-    for (int64_t at = 0; at < width; at += kPackChunk) {
+    int64_t at = 0;
+#if defined(__AVX512BF16__)
+    if (lies_in_words<C>(src)) {
+      const uint16_t* low = static_cast<const uint16_t*>(src.data) + row[0] * width;
+      const uint16_t* high = static_cast<const uint16_t*>(src.data) + row[count - 1] * width;
+      const auto wide = [](const uint16_t* p) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      };
+      for (typename C::W* d = dst + slot * L; at + L <= width; at += L, d += stride) {
+        __m512i v = wide(low + at);
+        if (count == 2) v = _mm512_or_si512(v, _mm512_slli_epi32(wide(high + at), 16));
+        std::memcpy(d, &v, sizeof v);
+      }
+    }
+#endif
+    for (; at < width; at += kPackChunk) {
       const int64_t m = width - at < kPackChunk ? width - at : kPackChunk;
       std::memset(line, 0, sizeof line);
       for (int i = 0; i < count; ++i) {

@@ -144,8 +144,23 @@ struct Sides {
   }
   int64_t token_of(int64_t row) const { return call.token(call.live[row]); }
 
+  // Products that `inner` makes of n rows.
+  int64_t products(int64_t n) const {
+    int64_t all = 0;
+    for (int i = 0; i < count; ++i) {
+      if (side[i].d_rows != nullptr) all += (side[i].blocks() + kNR - 1) / kNR;
+    }
+    return all * ((n + C::MR - 1) / C::MR);
+  }
+  bool wants_rows() const { return side[0].d_rows != nullptr || side[1].d_rows != nullptr; }
+  bool wants_head() const {
+    return side[0].d_head != nullptr || side[1].d_head != nullptr || d_bias != nullptr;
+  }
+
   // d_rows of some rows += dz (left factor) times the tile of the head.
-  void inner(const W* dz, int64_t dz_stride, const UnitRows& rows, const Span& s) const {
+  template <class Between>
+  void inner(const W* dz, int64_t dz_stride, const UnitRows& rows, const Span& s,
+             Between& between) const {
     const int64_t n = rows.n;
     for (int i = 0; i < count; ++i) {
       const Side<C>& f = side[i];
@@ -159,7 +174,7 @@ struct Sides {
                       : static_cast<T*>(f.d_rows) + token_of(rows[g + j]) * f.depth;
         }
         add_rows<C>(dz + g * L, dz_stride, f.packed_head, head_stride, words<C>(s.width), to, m,
-                    f.depth);
+                    f.depth, between);
       }
     }
   }

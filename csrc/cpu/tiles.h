@@ -74,10 +74,9 @@ PK_INLINE bool is_short(Dtype type) {
   return type == Dtype::bf16 || type == Dtype::f16;
 }
 
-// Tile row <-> plain memory of any dtype. Whole blocks of fp32 and bf16 move as vectors: kept
-// logits go past the caches (they come back only after the whole forward), and `ahead` elements
-// further, where the next row's part of the tile lies, is asked for while this one is read.
-template <class T>
+// Tile row <-> plain memory of any dtype. Whole blocks of fp32 and bf16 move as vectors, and kept
+// logits go past the caches: they come back only after the whole forward.
+template <class T, bool pairs = false>  // pairs: z are products of bf16 pairs
 inline void tile_to_plain(void* dst, Dtype type, int64_t at, const T* z, int64_t stride,
                           int64_t width) {
   constexpr int L = Lanes<T>::L;
@@ -86,10 +85,25 @@ inline void tile_to_plain(void* dst, Dtype type, int64_t at, const T* z, int64_t
   if constexpr (sizeof(T) == 4) {
     if (type == Dtype::bf16) {
       uint16_t* d = static_cast<uint16_t*>(dst) + at;
+      const auto bits = [&](const T* p) {
+#if defined(__AVX512BF16__)
+        if constexpr (pairs) return bf16_of_product(load(p));
+#endif
+        return _mm512_cvtepi32_epi16((__m512i)((vi)round_to(load(p), type) >> 16));
+      };
+      const bool whole_lines = (reinterpret_cast<uintptr_t>(d) & 63) == 0;
+      for (; v + 2 * L <= width; v += 2 * L, z += 2 * stride) {
+        const __m512i both =
+            _mm512_inserti64x4(_mm512_castsi256_si512(bits(z)), bits(z + stride), 1);
+        if (whole_lines) {
+          _mm512_stream_si512(reinterpret_cast<__m512i*>(d + v), both);
+        } else {
+          _mm512_storeu_si512(d + v, both);
+        }
+      }
+      if (whole_lines) _mm_sfence();
       for (; v + L <= width; v += L, z += stride) {
-        const vi bits = (vi)round_to(load(z), type) >> 16;
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(d + v),
-                            _mm512_cvtepi32_epi16((__m512i)bits));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(d + v), bits(z));
       }
     } else if (type == Dtype::f32 &&
                (reinterpret_cast<uintptr_t>(static_cast<float*>(dst) + at) & 63) == 0) {
@@ -104,23 +118,24 @@ inline void tile_to_plain(void* dst, Dtype type, int64_t at, const T* z, int64_t
 }
 template <class T>
 inline void plain_to_tile(T* z, int64_t stride, int64_t blocks, const void* src, Dtype type,
-                          int64_t at, int64_t width, int64_t ahead = 0) {
+                          int64_t at, int64_t width) {
   constexpr int L = Lanes<T>::L;
   int64_t v = 0;
   if constexpr (sizeof(T) == 4) {
     if (type == Dtype::bf16) {
       const uint16_t* s = static_cast<const uint16_t*>(src) + at;
       for (; v + L <= width; v += L) {
-        __builtin_prefetch(s + v + ahead);
         T* d = z + v / L * stride;
+#if defined(__AVX512F__)
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(s + v));
+        store(d, (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#else
         for (int i = 0; i < L; ++i) d[i] = from_bf16(s[v + i]);
+#endif
       }
     } else if (type == Dtype::f32) {
       const float* s = static_cast<const float*>(src) + at;
-      for (; v + L <= width; v += L) {
-        __builtin_prefetch(s + v + ahead);
-        store(z + v / L * stride, load(s + v));
-      }
+      for (; v + L <= width; v += L) store(z + v / L * stride, load(s + v));
     }
   }
   for (; v < width; v += L)
@@ -214,6 +229,11 @@ struct ModelTile {
                 int64_t z_stride) const {
     logits_tile<C>(rows, stride, weight, weight_stride, row_words<C>(*model), groups, blocks, z,
                    z_stride);
+  }
+  // Logits are the products themselves.
+  bool plain() const {
+    const Model& m = *model;
+    return m.bias == nullptr && m.softcap == 0.0 && T(m.scale / m.temperature) == T(1);
   }
   void shape(T* z, int64_t stride, const Span& s) const {
     shape_row(z, stride, s.blocks, s.width, model->bias != nullptr ? bias : nullptr, *model);

@@ -14,7 +14,7 @@ constexpr int64_t kGivenColumns = 1024, kGivenRows = 4;
 
 // Rows of a unit, counted among the computed ones: n in a row from `first` on, or those of a list.
 struct UnitRows {
-  int64_t first, n;
+  int64_t first = 0, n = 0;
   const int64_t* list = nullptr;
   int64_t operator[](int64_t r) const { return list == nullptr ? first + r : list[r]; }
 };
@@ -118,12 +118,40 @@ struct UnitLogits {
     }
     for (int64_t r = 0; r < have; ++r) {
       plain_to_tile(to + r * L, to_stride, s.blocks, call.cache, call.cache_type(),
-                    cache_at(i, rows[r], s), s.width, call.vocab);
+                    cache_at(i, rows[r], s), s.width);
     }
   }
   void fill(int i, int64_t first, int64_t n, const Span& s, int thread) const {
     fill(i, {first, n}, s, thread, own(i, thread), stride, nullptr, 0);
   }
+  // Asks for what the cache holds of some rows, a part of it at every call: their reader would wait
+  // for memory, which the products in between leave idle.
+  class Ahead {
+   public:
+    Ahead(const UnitLogits& of, const UnitRows& rows, const Span& s, int64_t calls) {
+      const int64_t bytes = dtype_bytes(of.call.cache_type());
+      const int64_t models = of.models < 2 ? 1 : 2, kept = of.kept(rows);
+      for (int64_t i = 0; i < models * kept; ++i) {
+        from[i] = static_cast<const char*>(of.call.cache) +
+                  of.cache_at(int(i / kept), rows[i % kept], s) * bytes;
+      }
+      width = s.width * bytes, rest = models * kept;
+      step = (rest * ((width + kLine - 1) / kLine) + calls - 1) / (calls < 1 ? 1 : calls);
+    }
+    void operator()() {
+      for (int64_t i = 0; i < step && rest > 0; ++i) {
+        __builtin_prefetch(*row + at, 0, 2);
+        at += kLine;
+        if (at >= width) at = 0, ++row, --rest;
+      }
+    }
+
+   private:
+    static constexpr int64_t kLine = 64;
+    const char* from[2 * kUnitRows];
+    const char* const* row = from;
+    int64_t width = 0, rest = 0, step = 0, at = 0;  // bytes of a row, rows left, lines of a call
+  };
   TileRow<T> row(int thread, int64_t r, const Span& s) const {
     const auto at = [&](int i) { return i < models ? own(i, thread) + r * L : nullptr; };
     return {at(0), at(1), at(2), nullptr, stride, stride, s.blocks, s.v0};
