@@ -52,6 +52,7 @@ struct HeadCall {
   bool exact = false;   // the backward reads products in the fold type
   bool frozen = false;  // the forward keeps sums of head rows
   bool tail = false;    // the first sweep writes `chunks`, the backward may skip units
+  bool moves = true;    // a statistic has a gradient, so that a backward may follow
   Model model[3];       // policy, reference, third head
   int models = 1;
   int64_t tokens = 0, vocab = 0;
@@ -97,7 +98,9 @@ struct HeadCall {
     return plan;
   }
   // The backward reads products rounded to the working type.
-  bool rounds() const { return dtype_bytes(working) == 2 && !given() && !exact && !frozen; }
+  bool rounds() const {
+    return moves && dtype_bytes(working) == 2 && !given() && !exact && !frozen;
+  }
   // The backward reads the reference's logits.
   bool reads_reference() const {
     return two() && (prefkern::reads_reference(stats) || (third() && stats.grows(Stat::ev)));

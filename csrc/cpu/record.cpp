@@ -1,6 +1,8 @@
 #include "cpu/record.h"
 
+#include <algorithm>
 #include <cmath>
+#include <functional>
 
 #include "checks.h"
 
@@ -39,6 +41,8 @@ Record::Record(const std::vector<Tensor>& tensors, const std::vector<double>& nu
   take(tensors);
   call.exact = plan.exact, call.frozen = plan.frozen, call.stats = plan.stats;
   call.tail = plan.tail > 0.0;
+  const bool* moves = plan.stats.moves;
+  call.moves = std::any_of(moves, moves + kStats, std::identity());
   STD_TORCH_CHECK(has(Input::targets), "a record needs targets.");
   const OptTensor rows = has(Input::rows) ? OptTensor((*this)[Input::rows]) : std::nullopt;
   check_rows((*this)[Input::targets], rows);

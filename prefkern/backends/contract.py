@@ -95,9 +95,10 @@ class HeadCall(NamedTuple):
     def rounds(self) -> bool:
         """The backward reads products rounded to 16 bits, kept or recomputed. A fold of unrounded
         ones then forms the normaliser of the rounded ones too: with its own, the gradient of a
-        token with p = 0.99 would be lost in the 2^-9 |z| by which its probability is off."""
+        token with p = 0.99 would be lost in the 2^-9 |z| by which its probability is off. Not where
+        no backward follows."""
         short = self.working in SHORT and not self.given
-        return short and not self.plan.exact and not self.plan.frozen
+        return short and not self.plan.exact and not self.plan.frozen and self.plan.moves
 
     @property
     def wide(self) -> bool:

@@ -61,6 +61,11 @@ class Plan(NamedTuple):
         return self.has(name) and name not in self.no_grad and name not in NO_GRADIENT
 
     @property
+    def moves(self) -> bool:
+        """True where a gradient may come back for some statistic."""
+        return any(self.grows(s.name) for s in self.stats)
+
+    @property
     def two_models(self) -> bool:
         return any(name.startswith("ref_") for name in self.tensors)
 

@@ -209,6 +209,8 @@ def _statistics(call: _Call, values: Values | None, *, aux: bool) -> TokenStats:
     budget.check_budget(call.memory_budget)
     tail.check_tail_mass(call.tail_mass)
     quiet = _check_no_grad(call)
+    if not _trains(call):
+        quiet = frozenset(s.name for s in call.stats)  # nothing is kept for a backward
     total = head.weight.shape[0] if place is None else place.total
     data, index = _check_values(targets, total, values)
     _check_sources(call.stats, data, index, aux=aux)
