@@ -71,6 +71,7 @@ inline void read_flag(PlanText& plan, std::string_view word) {
     plan.exact = true;
   } else if (word == "frozen") {
     plan.frozen = true;
+  } else if (word == "either") {  // the op's to choose
   } else {
     STD_TORCH_CHECK(word.substr(0, 5) == "tail:", "no flag '", std::string(word), "'.");
     plan.tail = read_number(word.substr(5), word);

@@ -19,7 +19,7 @@ from .. import env
 from .contract import Folded, Gradients, HeadCall, Problem, Tail
 from .native import NativeArithmetic
 
-COMPACTS = FOLDS_WIDE = True
+COMPACTS = FOLDS_WIDE = PICKS_SCHEME = True
 LIBRARY = Path(__file__).parents[1].joinpath("_ops_cpu.so")
 OPS = ("linear_logps", "linear_divergence", "logits_logps", "list_rank", "segment_sum", "error_sum")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

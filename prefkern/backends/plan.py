@@ -46,6 +46,7 @@ class Plan(NamedTuple):
     frozen: bool  # the forward keeps sums of head rows, the backward makes no product
     tensors: tuple[str, ...]  # names, in the order of the list
     tail: float  # probability mass of a row whose units the backward may skip; 0: none
+    either: bool  # with a tail: the frozen scheme would serve the call too
     shard: ShardPlan | None  # of heads that several ranks hold
     text: str  # what it was read from, for native code
 
@@ -94,6 +95,12 @@ class Plan(NamedTuple):
         return any(map(self.grows, names)) or (self.ev == "aux" and self.grows("ev"))
 
     @property
+    def one_pass(self) -> Plan:
+        """The same call in the frozen scheme, which skips nothing."""
+        plain = write_plan(self.stats, self.no_grad, self.tensors, short=False, frozen=True)
+        return read_plan(plain)
+
+    @property
     def whole(self) -> bool:
         """One step may take such a call from its record to its results: every column of a live head
         is here, and the backend finds its rows."""
@@ -128,6 +135,7 @@ def _parse(text: str) -> Plan:
         "frozen" in flags,
         tuple(tensors.split(",")),
         float(flags.get("tail", 0.0)),
+        "either" in flags,
         read_shard(shard[0]) if shard else None,
         text,
     )
@@ -156,13 +164,17 @@ def write_plan(
     short: bool,
     frozen: bool = False,
     tail: float = 0.0,
+    either: bool = False,
     shard: ShardPlan | None = None,
 ) -> str:
     """statistics;without gradient;flags;tensors[;shard], each joined by commas. `short`: the
     compute dtype has 16 bits, so that products are rounded unless a gradient forbids it."""
     moving = {s.name for s in stats} - no_grad - NO_GRADIENT
     exact = short and not moving <= OWN_PROBABILITY
-    flags = (("exact", exact), ("frozen", frozen), (f"tail:{tail!r}", tail > 0.0))
+    flags = (
+        ("exact", exact), ("frozen", frozen), (f"tail:{tail!r}", tail > 0.0),
+        ("either", either and tail > 0.0 and not exact),
+    )  # fmt: skip
     parts = (map(str, stats), sorted(no_grad), (name for name, on in flags if on), tensors)
     text = ";".join(",".join(part) for part in parts)
     return text if shard is None else f"{text};{write_shard(shard)}"

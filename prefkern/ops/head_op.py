@@ -59,7 +59,10 @@ def _forward(
     with shared.no_autocast(call.targets.device.type):
         if call.shard is not None:
             return sharded.forward(module, call, kept)
-        folded = module.fold(call, kept)
+        asked, flat = call, tail.is_flat(module, call)
+        if flat:
+            call = call._replace(plan=call.plan.one_pass)
+        folded = module.fold(call, 0 if flat else kept)
         second = None
         if call.plan.second:
             second = module.fold_again(call, module.arithmetic.norms(call, folded), folded.cache)
@@ -67,13 +70,18 @@ def _forward(
         factors = folded.factors
         if call.plan.frozen:
             factors = frozen.normalise(call, factors, folded.sums, folded.sums)
-        skipped = tail.choose(call, call, folded)
-        out = tail.with_share(call, out, skipped)
+        cache = folded.cache
+        if asked.plan.either:  # both schemes' results have one shape; nothing touches the other's
+            shape = (asked.kept_models, kept, asked.V)
+            cache = cache.new_empty(shape, dtype=asked.cache_dtype) if flat else cache
+            factors = factors if flat else out.new_empty(_factors_shape(asked))
+        skipped = tail.all_formed(asked) if flat else tail.choose(call, call, folded)
+        out = tail.with_share(asked, out, skipped)
         if call.rows is not None:
             out = out.new_zeros((out.shape[0], call.N)).index_copy_(1, call.rows, out)
         if call.rows is not None and num_scored is not None:
             out = scored.poison(out, call)
-    return out, saved, folded.cache, factors, skipped
+    return out, saved, cache, factors, skipped
 
 
 def _check_labels(call: HeadCall, num_scored: int | None) -> None:
@@ -115,6 +123,8 @@ def _backward(
             made = (d_out, out, saved, cache, factors, skipped)
             found = sharded.backward(module, call, *made, frozenset(names))
             return [getattr(found, name) for name in names]
+        if call.plan.either and tail.is_formed(skipped):
+            call = call._replace(plan=call.plan.one_pass)
         if call.rows is not None:
             d_out, out = (x.index_select(1, call.rows) for x in (d_out, out))
         coefficients = module.arithmetic.pull(call, d_out.contiguous(), out.contiguous(), saved)
@@ -130,10 +140,16 @@ _LIBRARY.impl("head_fwd", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("head_bwd", _backward, "CompositeExplicitAutograd")
 
 
-def _depth(call: HeadCall) -> int:
-    policy = call.policy
+def _factors_shape(call: HeadCall) -> tuple[int, ...]:
+    plan, policy = call.plan, call.policy
+    if not (plan.frozen or plan.either):
+        return (0,)
     assert policy.hidden is not None
-    return policy.hidden.shape[1] + (0 if policy.low_in is None else policy.low_in.shape[1])
+    depth = policy.hidden.shape[1] + (0 if policy.low_in is None else policy.low_in.shape[1])
+    m = call.M
+    if call.shard is not None and call.shard.tokens != "same":
+        m = call.N * call.shard.world  # equal numbers of tokens, while tracing
+    return (len((plan.one_pass if plan.either else plan).factors), m, depth)
 
 
 def _forward_fake(tensors, numbers, plan, ignore_index, kept, num_scored, backend):
@@ -142,9 +158,6 @@ def _forward_fake(tensors, numbers, plan, ignore_index, kept, num_scored, backen
     m, saved = call.M, call.plan.saved_rows
     if call.shard is not None and call.shard.tokens != "same":
         m, saved = call.N * call.shard.world, saved + n  # equal numbers of tokens, while tracing
-    factors: tuple[int, ...] = (0,)
-    if call.plan.frozen:
-        factors = (len(call.plan.factors), m, _depth(call))
     skipped: tuple[int, ...] = (0,)
     shares = 0
     if call.plan.tail > 0.0:
@@ -153,7 +166,7 @@ def _forward_fake(tensors, numbers, plan, ignore_index, kept, num_scored, backen
         like.new_empty((n + shares, call.N), dtype=call.fold_dtype),
         like.new_empty((saved, m), dtype=torch.float64),
         like.new_empty((call.kept_models, kept, call.V), dtype=call.cache_dtype),
-        like.new_empty(factors, dtype=call.fold_dtype),
+        like.new_empty(_factors_shape(call), dtype=call.fold_dtype),
         like.new_empty(skipped, dtype=call.fold_dtype),
     )
 

@@ -81,6 +81,12 @@ def keeps_units(backend: str) -> bool:
     return getattr(choice.load_backend(backend), "KEEPS_UNITS", True)
 
 
+@traced.constant
+def picks_scheme(backend: str) -> bool:
+    """Whether a call with a tail and a frozen head may take either scheme."""
+    return getattr(choice.load_backend(backend), "PICKS_SCHEME", False)
+
+
 def to_token_stats(
     out: Tensor, stats: tuple[Stat, ...], quiet: frozenset[str], shape: torch.Size
 ) -> TokenStats:

@@ -346,3 +346,64 @@ def test_a_mass_that_cannot_be(bad):
         prefkern.linear_logps(
             draw(N, 12, seed=1), draw(V, 12, seed=2), labels(), tail_mass=bad, backend="eager"
         )
+
+
+LONG = 1200  # more live rows than those from which a sample chooses a frozen head's scheme
+
+
+def frozen_call(scale, tail_mass, dtype=FP32, run=lambda call: call(), **options):
+    """A frozen head under an adapter, and two models where fp32 or fp64 let KL join."""
+    d, r = 8, 2
+    y = torch.randint(0, V, (LONG,), generator=torch.Generator().manual_seed(3))
+    y[::9] = -100
+    hidden, u = draw(LONG, d, seed=1, scale=scale).to(dtype), draw(LONG, r, seed=4).to(dtype)
+    hidden[y == -100] = torch.nan
+    leaf = {"hidden": hidden.requires_grad_(), "u": u.requires_grad_()}
+    weight, low = draw(V, d, seed=2).to(dtype), draw(V, r, seed=5, scale=0.1).to(dtype)
+    stats = ("logp",) if dtype == BF16 else ("logp", "fkl")
+    ref = draw(LONG, d, seed=6, scale=scale).to(dtype), draw(V, d, seed=7).to(dtype)
+
+    def call():
+        out = prefkern.linear_divergence(
+            leaf["hidden"], Head(weight, low_rank=[(leaf["u"], low)]), y, *ref, stats=stats,
+            tail_mass=tail_mass, backend="cpu", **options,
+        )  # fmt: skip
+        return out.logp, out.active, sum(getattr(out, s).sum() for s in stats)
+
+    logp, active, total = run(call)
+    total.backward()
+    return y != -100, logp.detach(), active, leaf["hidden"].grad, leaf["u"].grad
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP64, BF16], ids=str)
+def test_flat_rows_under_a_frozen_head_give_the_exact_bits(dtype):
+    """Every unit is needed, so nothing is skipped, kept or read again."""
+    live, logp, active, *grads = frozen_call(0.1, 2.0**-8, dtype)
+    _, exact_logp, _, *exact = frozen_call(0.1, 0.0, dtype)
+    assert torch.equal(active, live.to(active.dtype)) and torch.equal(logp, exact_logp)
+    assert all(map(torch.equal, grads, exact))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_sure_rows_under_a_frozen_head_skip(dtype):
+    live, logp, active, *grads = frozen_call(5.0, 2.0**-4, dtype)
+    _, exact_logp, _, *exact = frozen_call(5.0, 0.0, dtype)
+    assert active[live].mean() < 0.8 and torch.equal(logp, exact_logp)
+    again = frozen_call(5.0, 2.0**-4, dtype, memory_budget=0)[3:]
+    for grad, other, right in zip(grads, again, exact, strict=True):
+        assert torch.equal(grad, other)
+        assert 0 < (grad - right)[live].norm() < 0.1 * right[live].norm()
+
+
+@pytest.mark.parametrize("scale", [0.1, 5.0])
+def test_either_scheme_in_compiled_code_and_checkpoint_regions(scale):
+    runs = [
+        frozen_call(scale, 2.0**-4, run=run)[2:]
+        for run in (
+            lambda call: call(),
+            lambda call: torch.compile(call, fullgraph=True, backend="aot_eager")(),
+            lambda call: torch.utils.checkpoint.checkpoint(call, use_reentrant=False),
+        )
+    ]
+    for other in runs[1:]:
+        assert all(map(torch.equal, runs[0], other))
