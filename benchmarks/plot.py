@@ -187,7 +187,9 @@ def _overview(cases: dict[str, Rows], folder: Path) -> Path:
     axis.minorticks_off()
     axis.set_yticks(range(len(cases)), labels, fontsize=9)
     axis.grid(axis="x", alpha=0.3)
-    axis.set_xlabel("a step over its bare products, in trl-* its layers too (dashed line), logarithmic")
+    axis.set_xlabel(
+        "a step over its bare products, in trl-* its layers too (dashed line), logarithmic"
+    )
     axis.legend(ncols=len(FAMILIES), **_ABOVE)
     figure.suptitle(_where([rows[0] for rows in cases.values()]), fontsize=9)
     return _save(figure, folder / "linear_logps_overview.png")
