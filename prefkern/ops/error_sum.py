@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from . import shared
+from . import shared, transforms
 
 STATS = ("err", "ref_err", "dot", "huber")
 REDUCTIONS = ("mean", "sum", "mean_all")
@@ -91,9 +91,9 @@ def error_sum(
         before, after = pred.shape[1:segment_dim], pred.shape[segment_dim + 1 :]
         shape = (pred.shape[0], math.prod(before), pred.shape[segment_dim], math.prod(after))
     text = ",".join(names)
-    shared.refuse_forward_mode(pred)
+    transforms.refuse_forward_mode(pred)
     chosen = shared.resolve("error_sum", pred.device, pred.dtype, None, "", backend, None)
-    sums = torch.ops.prefkern.error_sum_fwd(
+    sums = _FORWARD(
         pred.reshape(shape).contiguous(),
         target.detach().reshape(shape).contiguous(),
         None if ref is None else ref.detach().reshape(shape).contiguous(),
@@ -118,9 +118,8 @@ def _check_tensors(pred: Tensor, target: Tensor, ref: Tensor | None) -> None:
             f"pred must be [B, ...] with at least one axis of elements, got "
             f"{checks.shape_text(pred)}; add the batch axis with pred[None]."
         )
-    for name, other in (("target", target), ("ref", ref)):
-        if other is None:
-            continue
+    given = (("target", target),) if ref is None else (("target", target), ("ref", ref))
+    for name, other in given:
         checks.check_float(name, other)
         if other.shape != pred.shape:
             raise ValueError(
@@ -134,6 +133,10 @@ def _check_tensors(pred: Tensor, target: Tensor, ref: Tensor | None) -> None:
 def _stats(stats: tuple[str, ...] | None, has_ref: bool) -> tuple[str, ...]:
     if stats is None:
         return ("err", "ref_err") if has_ref else ("err",)
+    if not isinstance(stats, (str, list, tuple)):
+        raise ValueError(
+            f"stats must be names among {STATS}, got {stats!r}; as in stats=('err', 'ref_err')."
+        )
     stats = (stats,) if isinstance(stats, str) else tuple(stats)
     seen: list[str] = []
     texts = []
@@ -169,7 +172,8 @@ def _check_segments(
     segments: Tensor, num_segments: int | None, segment_dim: int, pred: Tensor
 ) -> tuple[Tensor, int]:
     checks.check_tensor("segments", segments)
-    if not 1 <= segment_dim < pred.dim():
+    axis = isinstance(segment_dim, int) and not isinstance(segment_dim, bool)
+    if not axis or not 1 <= segment_dim < pred.dim():
         raise ValueError(
             f"segment_dim must be an axis of pred {checks.shape_text(pred)} after the first, got "
             f"{segment_dim}."
@@ -270,11 +274,13 @@ def _backward(ctx, d_out):
     pred, target, *rest = ctx.saved_tensors
     ref = rest.pop(0) if ctx.present[0] else None
     segments = rest.pop(0) if ctx.present[1] else None
-    d_pred = torch.ops.prefkern.error_sum_bwd(
-        d_out, pred, target, ref, segments, ctx.stats, ctx.backend
-    )
+    d_pred = _BACKWARD(d_out, pred, target, ref, segments, ctx.stats, ctx.backend)
     return d_pred, None, None, None, None, None, None
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)
-shared.refuse_double_backward("prefkern::error_sum_bwd")
+transforms.refuse_double_backward("prefkern::error_sum_bwd")
+_FORWARD = transforms.Differentiable(
+    torch.ops.prefkern.error_sum_fwd, _backward, setup_context=_setup_context
+)
+_BACKWARD = transforms.Differentiable(torch.ops.prefkern.error_sum_bwd)

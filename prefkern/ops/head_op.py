@@ -19,7 +19,7 @@ from .. import checks
 from ..backends import choice, frozen
 from ..backends.contract import HeadCall, unpack
 from ..backends.plan import read_plan
-from . import scored, sharded, shared, tail
+from . import scored, sharded, shared, tail, transforms
 
 LEAVES = ("hidden", "weight", "bias", "low_in", "low_out", "logits")
 
@@ -181,6 +181,8 @@ def _backward_fake(
 
 torch.library.register_fake("prefkern::head_fwd", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("prefkern::head_bwd", _backward_fake, lib=_LIBRARY)
+for _op in ("head_fwd", "head_bwd"):
+    transforms.vmap_by_loop(_op, _LIBRARY)
 
 
 LEADING = 6  # arguments of _Head before its tensors
@@ -188,6 +190,8 @@ LEADING = 6  # arguments of _Head before its tensors
 
 class _Head(torch.autograd.Function):
     """Statistics [n, N] of a call; first derivatives alone."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(numbers, plan, ignore_index, kept, num_scored, backend, *tensors):
@@ -216,11 +220,13 @@ class _Head(torch.autograd.Function):
         ]  # the reference's tensors have other names, and never a gradient
         if at:
             needed = ",".join(names[i] for i in at)
-            grads = torch.ops.prefkern.head_bwd(
-                d_out, *output, list(tensors), numbers, plan, ignore_index, needed, ctx.backend
-            )
+            rest = (*output, list(tensors), numbers, plan, ignore_index, needed, ctx.backend)
+            if transforms.is_batched(d_out):
+                grads = transforms.over_batch(torch.ops.prefkern.head_bwd, d_out, *rest)
+            else:
+                grads = torch.ops.prefkern.head_bwd(d_out, *rest)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                grads = shared.once(*grads)
+                grads = list(transforms.once(grads, tensors))
             for i, grad in zip(at, grads, strict=True):
                 found[i] = grad
         return (None,) * LEADING + tuple(found)
@@ -237,7 +243,7 @@ def head_op(
 ) -> Tensor:  # [n, N]
     """The statistics of a call in the order of its plan."""
     tensors, numbers = call.pack()
-    shared.refuse_forward_mode(*tensors)
+    transforms.refuse_forward_mode(*tensors)
     leading = (numbers, plan, call.ignore_index, kept, num_scored, backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Head.apply(*leading, *tensors)[0]

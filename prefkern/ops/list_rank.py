@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import list_options
-from . import shared
+from . import shared, transforms
 
 
 def list_rank(
@@ -60,9 +60,9 @@ def list_rank(
     """
     cu_groups = check_lists(scores, relevance, cu_groups)
     text = list_options.pack(family, options)
-    shared.refuse_forward_mode(scores)
+    transforms.refuse_forward_mode(scores)
     chosen = shared.resolve("list_rank", scores.device, scores.dtype, None, "", backend, None)
-    loss, _ = torch.ops.prefkern.list_rank_fwd(
+    loss, _ = _FORWARD(
         scores.contiguous(),
         relevance.to(scores.dtype).contiguous(),
         checks.narrow_boundaries(cu_groups, scores.shape[0]),
@@ -203,8 +203,12 @@ def _backward(ctx, d_loss, _):
     if d_loss is None:
         return (None,) * 7
     slope, cu_groups = ctx.saved_tensors
-    return (torch.ops.prefkern.list_rank_bwd(d_loss, slope, cu_groups),) + (None,) * 6
+    return (_BACKWARD(d_loss, slope, cu_groups),) + (None,) * 6
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)
-shared.refuse_double_backward("prefkern::list_rank_bwd")
+transforms.refuse_double_backward("prefkern::list_rank_bwd")
+_FORWARD = transforms.Differentiable(
+    torch.ops.prefkern.list_rank_fwd, _backward, setup_context=_setup_context
+)
+_BACKWARD = transforms.Differentiable(torch.ops.prefkern.list_rank_bwd)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from . import shared
+from . import shared, transforms
 
 
 def segment_sum(
@@ -55,7 +55,7 @@ def segment_sum(
         rows = rows.float()  # exact; backends sum fp32 and fp64
     if weights is not None and weights.dtype in (torch.bfloat16, torch.float16):
         weights = weights.float()
-    shared.refuse_forward_mode(values, weights)
+    transforms.refuse_forward_mode(values, weights)
     chosen = shared.resolve(
         "segment_sum",
         values.device,
@@ -65,9 +65,7 @@ def segment_sum(
         backend,
         shared.shape_for_message(n, 0, 0),
     )
-    out = torch.ops.prefkern.segment_sum_fwd(
-        rows.contiguous(), weights, checks.narrow_boundaries(cu_seqlens, n), chosen
-    )
+    out = _FORWARD(rows.contiguous(), weights, checks.narrow_boundaries(cu_seqlens, n), chosen)
     return out.reshape(values.shape[:-1] + out.shape[-1:])
 
 
@@ -122,7 +120,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, d_out):
     values, cu_seqlens, *rest = ctx.saved_tensors
     need_values, need_weights = ctx.needs_input_grad[:2]
-    d_values, d_weights = torch.ops.prefkern.segment_sum_bwd(
+    d_values, d_weights = _BACKWARD(
         d_out,
         values,
         rest[0] if ctx.has_weights else None,
@@ -135,4 +133,8 @@ def _backward(ctx, d_out):
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)
-shared.refuse_double_backward("prefkern::segment_sum_bwd")
+transforms.refuse_double_backward("prefkern::segment_sum_bwd")
+_FORWARD = transforms.Differentiable(
+    torch.ops.prefkern.segment_sum_fwd, _backward, setup_context=_setup_context
+)
+_BACKWARD = transforms.Differentiable(torch.ops.prefkern.segment_sum_bwd)

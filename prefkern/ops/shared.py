@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import traced
 from ..backends import choice
@@ -97,57 +96,3 @@ def to_token_stats(
         column = column.detach() if constant else column
         fields[stat.name] = column.reshape(shape)
     return TokenStats(**fields)
-
-
-def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Raises where a derivative is pushed forward (torch.func.jvp, jacfwd, dual numbers): a custom
-    op would drop it, and the derivative be 0 in silence."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(
-                "prefkern's fused ops have no forward-mode derivative (torch.func.jvp, jacfwd, "
-                "dual numbers); use backward, or compute the loss from full logits in plain "
-                "PyTorch where forward mode is needed."
-            )
-
-
-class _Once(torch.autograd.Function):
-    """Gradients that are not to be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in grads)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any):
-        raise RuntimeError(
-            "prefkern's fused ops offer first derivatives only, and this asks for a second one; "
-            "call backward without create_graph=True, or compute the loss from full logits in "
-            "plain PyTorch where second derivatives are needed."
-        )
-
-
-def once(*grads: Tensor) -> tuple[Tensor, ...]:
-    """The same numbers, of which a second derivative is refused and never silently 0."""
-    return _Once.apply(*(g.detach().requires_grad_() for g in grads))
-
-
-def refuse_double_backward(op: str) -> None:
-    """Gives the backward op `op` an autograd formula that raises, so that a second derivative is
-    refused and never silently wrong."""
-
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"{op} is not differentiable a second time: prefkern's fused ops offer first "
-            "derivatives "
-            "only. Call backward without create_graph=True, or compute the loss from full logits "
-            "in "
-            "plain PyTorch where second derivatives are needed."
-        )
-
-    torch.library.register_autograd(op, backward, setup_context=setup_context)
