@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,58 @@ def check_tensor(name: str, value: object) -> Tensor:
             f"{name} must be a plain tensor, got a DTensor; pass its local part (.to_local()), and "
             "compute inside the wrapped model's forward."
         )
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else str(value.layout)
+        raise ValueError(f"{name} must be a dense tensor, got {kind}; pass {name}.to_dense().")
     return value
+
+
+def is_number(value: object) -> bool:
+    """Any real number but a bool; a 0-d tensor of numbers is one too."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and value.dtype != torch.bool and not value.is_complex()
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return True
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: object, or_none: bool = False) -> None:
+    """Refuses what is no number, and a number that asks for a gradient: none reaches it."""
+    if type(value) in (float, int) or (or_none and value is None):
+        return
+    if not is_number(value):
+        got = f"a tensor {shape_text(value)}" if isinstance(value, Tensor) else repr(value)
+        advice = "; write it without quotes" if isinstance(value, str) else ""
+        raise ValueError(
+            f"{name} must be a number{' or None' if or_none else ''}, got {got}{advice}."
+        )
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{name} must not require grad: it is a constant of the op, which has no gradient for "
+            f"it; pass float({name}), or multiply hidden by it where it is learned."
+        )
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values may be read here: nobody waits for a CPU, and no trace ends."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, (bool, torch.SymBool)):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_ignore_index(ignore_index: object) -> None:
+    """An int64, which no other kind of number is compared with in silence."""
+    if isinstance(ignore_index, torch.SymInt):
+        return
+    whole = isinstance(ignore_index, int) and not isinstance(ignore_index, bool)
+    if not whole or not -(2**63) <= ignore_index < 2**63:  # type: ignore[operator]
+        raise ValueError(
+            f"ignore_index must be an integer of 64 bits, got {ignore_index!r}; labels that are "
+            "not scored hold it, usually -100."
+        )
 
 
 def check_float(name: str, value: object) -> Tensor:
@@ -108,6 +161,8 @@ def check_head(
 def check_logit_options(
     scale: float, softcap: float | None, temperature: float, prefix: str = ""
 ) -> None:
+    for name, number in (("scale", scale), ("softcap", softcap), ("temperature", temperature)):
+        check_number(prefix + name, number, or_none=name == "softcap")
     for name, value in (("scale", scale), ("temperature", temperature)):
         if not (value == value and abs(value) != float("inf")):
             raise ValueError(f"{prefix}{name} must be a finite number, got {value}.")

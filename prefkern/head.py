@@ -48,6 +48,7 @@ class Head:
 
     def __post_init__(self) -> None:
         if is_distributed(self.weight):
+            _check_pairs(self.low_rank)
             object.__setattr__(self, "shard", of_distributed(self.weight, self.shard))
             object.__setattr__(self, "weight", _local(self.weight))
             object.__setattr__(self, "bias", _local(self.bias))
@@ -57,6 +58,12 @@ class Head:
         if self.bias is not None:
             checks.check_float("bias", self.bias)
         checks.check_logit_options(self.scale, self.softcap, self.temperature)
+        _check_pairs(self.low_rank)
+        if self.shard is not None and not isinstance(self.shard, Shard):
+            raise ValueError(
+                f"shard must be a prefkern.Shard or None, got {type(self.shard).__name__}; it says "
+                "which rows of the vocabulary this rank holds."
+            )
         for u, b in self.low_rank:
             checks.check_float("low_rank: u", u)
             checks.check_float("low_rank: B", b)
@@ -73,6 +80,16 @@ class Head:
         own = [self.weight, *(b for _, b in self.low_rank)]
         own += [] if self.bias is None else [self.bias]
         return any(t.requires_grad for t in own)
+
+
+def _check_pairs(low_rank: object) -> None:
+    pairs = list(low_rank) if isinstance(low_rank, (list, tuple)) else None
+    if pairs is None or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+        raise ValueError(
+            "low_rank must be a sequence of pairs (u, B), got "
+            f"{type(low_rank).__name__ if pairs is None else [type(p).__name__ for p in pairs]}; "
+            "write one pair as low_rank=((u, B),)."
+        )
 
 
 def _local(tensor: Any) -> Any:

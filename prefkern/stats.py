@@ -158,7 +158,7 @@ def parse_stats(stats: str | Iterable[str], *, allowed: Sequence[str]) -> tuple[
     """
     if isinstance(stats, str):
         stats = (stats,)
-    if not isinstance(stats, Iterable):
+    if not isinstance(stats, Iterable) or isinstance(stats, Tensor):
         raise ValueError(f"stats must be a name or several, got {stats!r}; as in stats=('logp',).")
     found: dict[str, Stat] = {}
     for text in stats:

@@ -57,7 +57,7 @@ def pack(family: str, options: dict[str, Any]) -> str:
     Raises:
         ValueError: unknown family or option (nearest names given), a value out of range.
     """
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"family must be one of {tuple(FAMILIES)}, got {family!r}.")
     known = FAMILIES[family]
     for name in options:
@@ -110,5 +110,9 @@ def _check(name: str, value: object, default: object) -> None:
             raise ValueError(
                 f"topn must be an int from 0 (no limit) to {MOST}, got {value!r}; use 0 for all."
             )
-    elif not isinstance(value, (int, float)) or not 0.0 < value < float("inf"):
+    elif (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0.0 < value < float("inf")
+    ):
         raise ValueError(f"alpha must be a finite number > 0, got {value!r}.")

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from . import inline
+from . import core, inline
 from .docstrings import meanings
 from .inputs import missing, unknown
 from .record import LOSSES, Loss
@@ -122,6 +122,9 @@ def bind(loss: LossLike, given: Mapping[str, Any], *, supplied: Iterable[str] = 
     }
     try:
         record.check_values((), given)
+        if record.supervised is not None:
+            name = record.supervised.argument
+            core.not_negative(name, hyper[name])
         rehearse(record, hyper)
     except ValueError as error:
         raise ValueError(f"loss {record.name!r}: {error}") from error

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..ops import ragged
 from ..ops.segment_sum import segment_sum
 from ..stats import SeqStats
+
+INF = float("inf")
 
 
 def difference(chosen: Tensor, rejected: Tensor) -> Tensor:  # [P]
@@ -47,10 +50,31 @@ def per_item(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
             f"{name} must be a number or a tensor {list(like.shape)} (one value per item), "
             f"got {list(value.shape)}."
         )
+    real(name, value)
     return value.detach().to(like.dtype)
 
 
-def data(name: str, value: object, like: Tensor) -> Tensor:
+def real(name: str, value: Tensor, *, flags: bool = False) -> None:
+    """Refuses a tensor of the caller that holds no real numbers; with `flags`, it may be bool."""
+    if value.is_complex() or (value.dtype == torch.bool and not flags):
+        raise ValueError(f"{name} must hold real numbers, got {value.dtype}.")
+
+
+def integers(name: str, value: object, low: int, high: int, meaning: str) -> Tensor:
+    """A tensor of integers from `low` to `high`. Values are read on a CPU only."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} must be integers ({meaning}), got {got}.")
+    if checks.readable(value):
+        bad = (value < low) | (value > high)
+        if bool(bad.any()):
+            raise ValueError(
+                f"{name} must be from {low} to {high} ({meaning}), got {int(value[bad][0])}."
+            )
+    return value
+
+
+def data(name: str, value: object, like: Tensor, *, flags: bool = False) -> Tensor:
     """A required constant tensor of the shape of `like`, in its dtype."""
     if not isinstance(value, Tensor):
         raise ValueError(
@@ -61,6 +85,7 @@ def data(name: str, value: object, like: Tensor) -> Tensor:
         raise ValueError(
             f"{name} must be {list(like.shape)} (one value per item), got {list(value.shape)}."
         )
+    real(name, value, flags=flags)
     return value.detach().to(like.dtype)
 
 
@@ -70,6 +95,7 @@ def scalar(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
         return float(value)
     if value.numel() != 1:
         raise ValueError(f"{name} must be a number or a 0-d tensor, got {list(value.shape)}.")
+    real(name, value)
     return value.detach().to(like.dtype).reshape(())
 
 
@@ -99,19 +125,34 @@ def same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def positive(name: str, value: float | Tensor) -> None:
-    """Refuses a hyper-parameter that is not a finite number > 0 (tensors are taken as they are)."""
-    if not isinstance(value, Tensor) and not 0.0 < value < float("inf"):
-        raise ValueError(f"{name} must be a finite number > 0, got {value}.")
+    """Refuses a hyper-parameter that is not a finite number > 0."""
+    good = (value > 0) & (value < INF) if isinstance(value, Tensor) else 0.0 < value < INF
+    _hold(name, value, good, "a finite number > 0")
 
 
-def finite(name: str, value: float) -> None:
-    if not abs(value) < float("inf"):
-        raise ValueError(f"{name} must be a finite number, got {value}.")
+def finite(name: str, value: float | Tensor) -> None:
+    good = value.isfinite() if isinstance(value, Tensor) else abs(value) < INF
+    _hold(name, value, good, "a finite number")
 
 
-def not_negative(name: str, value: float) -> None:
-    if not 0.0 <= value < float("inf"):
-        raise ValueError(f"{name} must be a finite number >= 0, got {value}.")
+def not_negative(name: str, value: float | Tensor) -> None:
+    good = (value >= 0) & (value < INF) if isinstance(value, Tensor) else 0.0 <= value < INF
+    _hold(name, value, good, "a finite number >= 0")
+
+
+def probability(name: str, value: float | Tensor) -> None:
+    good = (value >= 0) & (value <= 1) if isinstance(value, Tensor) else 0.0 <= value <= 1.0
+    _hold(name, value, good, "a probability, from 0 to 1")
+
+
+def _hold(name: str, value: float | Tensor, good: bool | Tensor, words: str) -> None:
+    """Refuses a number that is not good, or a tensor that can be read here with one in it."""
+    if not isinstance(value, Tensor):
+        if not good:
+            raise ValueError(f"{name} must be {words}, got {value}.")
+    elif checks.readable(value) and isinstance(good, Tensor) and not bool(good.all()):
+        bad = value.detach()[~good].reshape(-1)[0].item()
+        raise ValueError(f"{name} must be {words}, got {bad}.")
 
 
 def choice(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
@@ -135,7 +176,8 @@ def per_token(
 
 def relevance_like(relevance: Tensor, scores: Tensor) -> Tensor:  # [S]
     """Relevance in the dtype of the scores, 0 where it is NaN (the answer is left out)."""
-    return torch.where(relevance.isnan(), 0.0, data("relevance", relevance, scores))
+    known = torch.where(relevance.isnan(), 0.0, relevance)
+    return data("relevance", known, scores)
 
 
 def drop_empty(relevance: Tensor, length: Tensor | None) -> Tensor:  # [S]
@@ -160,6 +202,11 @@ def best_nll(
         raise ValueError(
             "the likelihood term needs logp [S], the summed log-probability of each answer; pass "
             "it, or sft_weight=0."
+        )
+    if logp.shape != relevance.shape:
+        raise ValueError(
+            f"logp must be [S] = {list(relevance.shape)} to match relevance, got "
+            f"{list(logp.shape)}."
         )
     best = ragged.first_best(relevance, cu_groups)
     if strict:

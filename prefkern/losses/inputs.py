@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import is_number
 from ..stats import SeqStats, TokenStats
 from .foreign_names import FOREIGN, of_family
 
@@ -50,28 +51,20 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, (bool, torch.SymBool))
 
 
-def _is_number(value: Any) -> bool:
-    """Any real number but a bool; a 0-d tensor is one too."""
-    if isinstance(value, Tensor):
-        return value.dim() == 0 and value.dtype != torch.bool
-    symbolic = isinstance(value, (torch.SymInt, torch.SymFloat))
-    return symbolic or (isinstance(value, numbers.Real) and not _is_bool(value))
-
-
 def _is_integer(value: Any) -> bool:
     whole = isinstance(value, (numbers.Integral, torch.SymInt))
     return whole and not _is_bool(value)
 
 
 def _are_numbers(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(_is_number, value))
+    return isinstance(value, (list, tuple)) and all(map(is_number, value))
 
 
 _KINDS = {
     "None": _Part("None", (type(None),), lambda value: value is None),
     "bool": _Part("True or False", (bool,), _is_bool),
     "int": _Part("an integer", (int,), _is_integer),
-    "float": _Part("a number", (float, int), _is_number),
+    "float": _Part("a number", (float, int), is_number),
     "str": _Part("a string", (str,), lambda value: isinstance(value, str)),
     "Tensor": _Part("a tensor", (Tensor,), lambda value: isinstance(value, Tensor)),
     "SeqStats": _Part("a SeqStats", (SeqStats,), lambda value: isinstance(value, SeqStats)),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import traced
+from .. import checks, traced
 from .docstrings import meanings
 from .inputs import Inputs, misfit, missing, unknown
 
@@ -116,6 +116,8 @@ class Loss:
     def check_finite(self, kwargs: Mapping[str, object]) -> None:
         """Refuses numbers that are not finite where the function has no range of its own."""
         for name, value in kwargs.items():
+            if isinstance(value, Tensor) and value.dim() == 0 and checks.readable(value):
+                value = value.item()
             if type(value) in (int, float) and not -_LARGEST <= value <= _LARGEST:  # type: ignore[operator]
                 raise ValueError(f"{name} must be a finite number, got {value!r:.20}.")
 

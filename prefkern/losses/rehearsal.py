@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..backends.choice import use_backend
 from ..stats import ONE_MODEL_STATS, TWO_MODEL_STATS, SeqStats, TokenStats, parse_stats
 from .record import Loss
@@ -32,14 +33,15 @@ def rehearse(record: Loss, hyper: Mapping[str, Any]) -> None:
     """Refuses hyper-parameters that the loss would refuse at its first step.
 
     A loss that two rows of one token cannot serve (one of the caller's, with inputs of its own) is
-    not tried. Tensors among the hyper-parameters are left to the step.
+    not tried. Tensors among the hyper-parameters are left to the step, but for one number on a CPU.
 
     Raises:
         ValueError: what the loss or its weight stage says of a value; a number that is not finite.
     """
     if torch.compiler.is_compiling():
         return
-    given = {k: v for k, v in hyper.items() if not isinstance(v, Tensor)}
+    given = {k: _plain(v) for k, v in hyper.items()}
+    given = {k: v for k, v in given.items() if not isinstance(v, Tensor)}
     try:
         key = (record, *given.items())
         if key in _passed:
@@ -51,6 +53,12 @@ def rehearse(record: Loss, hyper: Mapping[str, Any]) -> None:
         if len(_passed) >= _MOST:
             _passed.clear()
         _passed.add(key)
+
+
+def _plain(value: Any) -> Any:
+    """The number of a 0-d tensor that can be read here."""
+    single = isinstance(value, Tensor) and value.dim() == 0 and checks.readable(value)
+    return value.item() if single else value
 
 
 def _try(record: Loss, given: Mapping[str, Any]) -> None:

@@ -54,6 +54,7 @@ def spread(name: str, value: Tensor, scored: Tensor, cu_seqlens: Tensor) -> Tens
         raise ValueError(
             f"{name} must be [S] = [{sequences}] or [N] = {list(scored.shape)}, got {got}."
         )
+    core.real(name, value)
     if value.shape == scored.shape:
         return torch.where(scored, value.detach(), 0.0)
     return torch.where(scored, ragged.spread(value.detach(), cu_seqlens, scored.numel()), 0.0)

@@ -57,7 +57,12 @@ def reference_source(
         tensor = checks.check_tensor(source, given[source])
         checks.check_constant(source, tensor)
         if source != "ref_hidden":
-            _check_finite(source, tensor, targets, ignore_index)
+            check_reference_values(source, tensor, targets, ignore_index)
+    if models.ref_head is not None and source != "ref_hidden":
+        raise ValueError(
+            f"ref_head turns ref_hidden into log-probabilities, got {source or 'no reference'}; "
+            "pass ref_hidden with it, or drop it."
+        )
     wanted = _loss_statistics(terms)
     full = [s for s in wanted if s.partition(":")[0] not in (*ONE_MODEL_STATS, "ref_logp")]
     names = ", ".join(t.record.name for t in terms)
@@ -159,7 +164,7 @@ def _check_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     """Names the reference's tensors where the op, which has one model, would call them hidden."""
     checks.check_float("ref_hidden", hidden)
     rows, width = hidden.shape[:-1], weight.shape[-1]
-    if hidden.shape[-1] != width or rows.numel() != targets.numel():
+    if hidden.dim() not in (2, 3) or hidden.shape[-1] != width or rows.numel() != targets.numel():
         raise ValueError(
             f"ref_hidden must be [..., D] with D = {width}, the width of its head, and a row for "
             f"each of the targets {list(targets.shape)}, got {checks.shape_text(hidden)}."
@@ -191,9 +196,10 @@ def _reads_reference_tokens(term: Term) -> bool:
     return tokenwise or term.record.weights is not None
 
 
-def _check_finite(name: str, value: Tensor, targets: Tensor, ignore_index: int) -> None:
-    """Cached reference values go stale: names the first row that is not a number. CPU only, since
-    reading values would synchronise a GPU."""
+def check_reference_values(name: str, value: Tensor, targets: Tensor, ignore_index: int) -> None:
+    """Refuses log-probabilities that are no constant floats, and names the first that is not a
+    number: cached ones go stale. Reads values on a CPU only, where nobody waits for them."""
+    checks.check_constant(name, checks.check_float(name, value))
     if value.device.type != "cpu" or torch.compiler.is_compiling():
         return
     bad = ~torch.isfinite(value)

@@ -21,7 +21,8 @@ from ..head import HeadLike, as_head
 from ..losses.binding import LossLike
 from ..stats import TokenStats
 from . import segments
-from .models import Models, reference_source, token_statistics
+from .given import check_labels, check_num_items, check_options, checked_weights
+from .models import Models, check_reference_values, reference_source, token_statistics
 from .terms import (
     Objective,
     StateArguments,
@@ -29,7 +30,6 @@ from .terms import (
     bind_terms,
     check_likelihood_targets,
     check_names,
-    check_num_items,
     only_scored,
     reduce,
     term_metrics,
@@ -125,15 +125,18 @@ def preference_loss(
     """
     checks.check_integer_targets("targets", targets)
     checks.check_float("hidden", hidden)
+    checks.check_ignore_index(ignore_index)
+    check_options(layout, metrics, state_arguments)
     models = Models(
         hidden, as_head(head), ref_hidden,
         None if ref_head is None else as_head(ref_head, "ref_head"), ref_logp, ref_seq_logp,
         aux_hidden, None if aux_head is None else as_head(aux_head, "aux_head"), values,
     )  # fmt: skip
     cu_seqlens = segments.sequence_boundaries(targets, cu_seqlens)
+    check_labels(cu_groups, relevance, desirable, cu_seqlens.numel() - 1)
     flat_args = {k: _flatten(v, targets.shape) for k, v in loss_args.items()}
     terms = bind_terms(loss, loss_weights, flat_args, stateful=state_arguments is not None)
-    user = _user_weights(token_weights, terms)
+    user = _user_weights(token_weights, terms, targets)
     counts = check_num_items(num_items)
     source = reference_source(models, terms, user, targets, ignore_index)
     wide = targets if likelihood_targets is None else likelihood_targets
@@ -205,12 +208,15 @@ def loss_from_stats(
         ValueError: as `preference_loss`; a statistic that a loss needs is not there.
     """
     checks.check_integer_targets("targets", targets)
+    checks.check_ignore_index(ignore_index)
+    check_options(layout, metrics, state_arguments)
     cu_seqlens = segments.sequence_boundaries(targets, cu_seqlens)
+    check_labels(cu_groups, relevance, desirable, cu_seqlens.numel() - 1)
     flat_args = {k: _flatten(v, targets.shape) for k, v in loss_args.items()}
     terms = bind_terms(loss, loss_weights, flat_args, stateful=state_arguments is not None)
-    user = _user_weights(token_weights, terms)
+    user = _user_weights(token_weights, terms, targets)
     counts = check_num_items(num_items)
-    _check_statistics(terms, tokens, targets, ref_seq_logp)
+    _check_statistics(terms, tokens, targets, ref_seq_logp, ignore_index)
     with _on(backend):
         objective = Objective(
             tokens, targets, cu_seqlens, layout, cu_groups, relevance, desirable, ignore_index,
@@ -257,9 +263,7 @@ def _total(
     state_arguments: StateArguments | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the terms, and the metrics of all of them."""
-    read = frozenset(
-        s.partition(":")[0] for t in terms for s in ("logp", "ref_logp", *t.call.stats)
-    )
+    read = _read(terms)
     total: Tensor | float = 0.0
     found: dict[str, Tensor] = {}
     for i, term in enumerate(terms):
@@ -276,6 +280,13 @@ def _total(
     return cast(Tensor, total), found if metrics else {}
 
 
+def _read(terms: list[Term]) -> frozenset[str]:
+    """Statistics that the losses read, whose sums are weighted."""
+    return frozenset(
+        s.partition(":")[0] for t in terms for s in ("logp", "ref_logp", *t.call.stats)
+    )
+
+
 def _on(backend: str) -> AbstractContextManager[None]:
     """Every op of the block, those inside losses included, on the backend that a caller named."""
     return nullcontext() if backend == "auto" else use_backend(backend)
@@ -289,7 +300,7 @@ def _flatten(value: Any, shape: torch.Size) -> Any:
 
 
 def _user_weights(
-    token_weights: Tensor | Mapping[str, Tensor] | None, terms: list[Term]
+    token_weights: Tensor | Mapping[str, Tensor] | None, terms: list[Term], targets: Tensor
 ) -> Tensor | dict[str, Tensor] | None:
     """The caller's token weights, refused where a loss does not take any."""
     if token_weights is None:
@@ -300,18 +311,30 @@ def _user_weights(
             f"loss {coupled} is not linear in the tokens, so token_weights have no meaning for it; "
             "mask tokens with ignore_index."
         )
-    if not isinstance(token_weights, Mapping):
-        return checks.check_tensor("token_weights", token_weights)
-    return {
-        name: checks.check_tensor(f"token_weights[{name!r}]", weight)
-        for name, weight in token_weights.items()
-    }
+    return checked_weights(token_weights, targets.shape, _read(terms))
 
 
 def _check_statistics(
-    terms: list[Term], tokens: TokenStats, targets: Tensor, ref_seq_logp: Tensor | None
+    terms: list[Term],
+    tokens: TokenStats,
+    targets: Tensor,
+    ref_seq_logp: Tensor | None,
+    ignore_index: int,
 ) -> None:
-    """Refuses statistics that are missing or have another shape than targets."""
+    """Refuses statistics that are missing or have another shape than targets, and a reference that
+    is no constant, not finite or given twice."""
+    if not isinstance(tokens, TokenStats):
+        raise ValueError(
+            f"tokens must be a prefkern.TokenStats, got {type(tokens).__name__}; build one: "
+            "prefkern.TokenStats(logp=...)."
+        )
+    if tokens.ref_logp is not None and ref_seq_logp is not None:
+        raise ValueError(
+            "the reference must come in one form, got tokens.ref_logp and ref_seq_logp; pass one."
+        )
+    for name, value in (("tokens.ref_logp", tokens.ref_logp), ("ref_seq_logp", ref_seq_logp)):
+        if value is not None:
+            check_reference_values(name, value, targets, ignore_index)
     have = {name for name in tokens._fields if getattr(tokens, name) is not None}
     for term in terms:
         names = {"logp", *(s.partition(":")[0] for s in term.call.stats)}

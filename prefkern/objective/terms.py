@@ -5,7 +5,6 @@ Shapes: N tokens, S sequences, P pairs, G groups.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +18,7 @@ from ..ops import ragged
 from ..ops.segment_sum import segment_sum
 from ..stats import SeqStats, TokenStats
 from . import segments
+from .given import factors_of
 from .metrics import list_metrics, pair_metrics, sequence_metrics, unpaired_metrics
 
 
@@ -32,35 +32,6 @@ class Term(NamedTuple):
 
 # (record, detached statistics of its rows, hyper-parameters) -> arguments from the loss's state.
 StateArguments = Callable[[Loss, list[SeqStats], Mapping[str, Any]], Mapping[str, Any]]
-
-
-# Denominators: the items of some loss, or the tokens of a likelihood term.
-ITEMS = ("pairs", "groups", "sequences", "tokens", "scored_tokens")
-
-
-def check_num_items(num_items: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The caller's denominators; a name that no loss has would be left out in silence.
-
-    Raises:
-        ValueError: something other than a dict, an unknown name, a value that cannot divide.
-    """
-    if num_items is None:
-        return {}
-    if not isinstance(num_items, Mapping) or not set(num_items) <= set(ITEMS):
-        raise ValueError(
-            f"num_items must be a dict with names among {ITEMS}, got "
-            f"{list(num_items) if isinstance(num_items, Mapping) else repr(num_items)}; such as "
-            'num_items={"pairs": 64}.'
-        )
-    for name, count in num_items.items():
-        number = isinstance(count, (int, float, torch.SymInt)) and not isinstance(count, bool)
-        fits = count.numel() == 1 if isinstance(count, Tensor) else number and 0 < count < math.inf
-        if not fits:
-            raise ValueError(
-                f"num_items[{name!r}] must be a number > 0 or a tensor of one, got "
-                f"{checks.shape_text(count) if isinstance(count, Tensor) else repr(count)}."
-            )
-    return dict(num_items)
 
 
 # Tensors of a tokenwise loss that come from the objective.
@@ -113,13 +84,7 @@ def check_names(
     names = list(cast(Sequence[LossLike], loss)) if several else [cast(LossLike, loss)]
     if not names:
         raise ValueError(f"loss must be a name of prefkern.LOSSES or a list of them, got {loss!r}.")
-    factors = [1.0] * len(names) if loss_weights is None else [float(w) for w in loss_weights]
-    if len(factors) != len(names):
-        raise ValueError(
-            f"loss_weights must have one number per loss ({len(names)}), got {len(factors)}."
-        )
-    if not all(map(math.isfinite, factors)):
-        raise ValueError(f"loss_weights must be finite numbers, got {factors}.")
+    factors = factors_of(loss_weights, len(names))
     resolved = [losses.resolve(name) for name in names]
     losses.check_arguments([record for record, _ in resolved], args)
     return resolved, factors
@@ -207,7 +172,10 @@ def weight_stage(term: Term, objective: Objective) -> TokenWeights | None:
         "public_length": public_length,
     }
     given = {name: make() for name, make in makers.items() if name in term.record.inputs.stage}
-    return stage(**given, **term.call.stage)
+    try:
+        return stage(**given, **term.call.stage)
+    except ValueError as error:
+        raise ValueError(f"loss {term.record.name!r}: {error}") from error
 
 
 def with_state(term: Term, seq: SeqStats, objective: Objective, ask: StateArguments | None) -> Term:
@@ -272,6 +240,8 @@ def _weighted(values: Tensor, objective: Objective) -> Tensor:
     if weights is None:
         return values
     checks.check_tensor("item_weights", weights)
+    if weights.is_complex():
+        raise ValueError(f"item_weights must be real numbers, got {weights.dtype}.")
     fits = weights.shape == values.shape
     if not fits and cu is not None and weights.numel() == cu.numel() - 1:
         weights = ragged.spread(weights, cu, objective.num_sequences)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..losses.binding import LossLike
 from ..stats import TokenStats
 from . import segments
+from .given import checked_weights
 from .terms import Objective, bind_terms, weight_stage
 
 
@@ -54,8 +55,8 @@ def token_weights(
         tokens, targets, cu_seqlens, layout, None, None, None, ignore_index, None, None, None
     )
     stage = weight_stage(term, objective)
-    user = dict(token_weights) if isinstance(token_weights, Mapping) else token_weights
     read = dict.fromkeys(("logp", *(stat.partition(":")[0] for stat in term.call.stats)))
+    user = checked_weights(token_weights, targets.shape, frozenset(read))
     there = tuple(name for name in read if name != "ref_logp" and getattr(tokens, name) is not None)
     found = segments.combine_weights(stage, user, there)
     flattened = {id(weight): weight.detach().reshape(-1) for weight in found.values()}

@@ -13,7 +13,8 @@ from ..backends import memory
 
 
 def check_budget(memory_budget: int | None) -> None:
-    if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 0):
+    whole = isinstance(memory_budget, int) and not isinstance(memory_budget, bool)
+    if memory_budget is not None and (not whole or memory_budget < 0):
         raise ValueError(
             f"memory_budget must be a number of bytes >= 0 or None, got {memory_budget!r}; "
             "0 keeps nothing (the backward recomputes), None is a constant of the device."

@@ -206,6 +206,7 @@ def _statistics(call: _Call, values: Values | None, *, aux: bool) -> TokenStats:
         place, heads = sharded.locate([h for _, h in call.models])
         call = call._replace(models=[(x, h) for (x, _), h in zip(call.models, heads, strict=True)])
         hidden, head = call.models[0]
+    checks.check_ignore_index(call.ignore_index)
     _check_models(call)
     budget.check_budget(call.memory_budget)
     tail.check_tail_mass(call.tail_mass)
@@ -348,8 +349,10 @@ def _check_low_rank(prefix: str, hidden: Tensor, head: Head) -> None:
 
 def _check_no_grad(call: _Call) -> frozenset[str]:
     """Statistics without a gradient: all where no backward can follow, which spares the fold."""
-    given = [call.no_grad] if isinstance(call.no_grad, str) else call.no_grad
-    quiet, names = {name.partition(":")[0] for name in given}, {s.name for s in call.stats}
+    given = (call.no_grad,) if isinstance(call.no_grad, str) else call.no_grad
+    names = {s.name for s in call.stats}
+    listed = isinstance(given, (list, tuple, set, frozenset))
+    quiet = {str(name).partition(":")[0] for name in given} if listed else {repr(given)}
     if unknown := sorted(quiet - names):
         raise ValueError(
             f"no_grad_stats must name statistics of this call, got {unknown}; stats has "

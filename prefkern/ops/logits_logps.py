@@ -56,6 +56,7 @@ def logits_logps(
         raise ValueError(f"logits must have at least one column, got {checks.shape_text(logits)}.")
     checks.check_same_device("targets", targets, "logits", logits)
     checks.check_logit_options(1.0, None, temperature)
+    checks.check_ignore_index(ignore_index)
     allowed = tuple(s for s in ONE_MODEL_STATS if s != "xent")
     if ref_logits is not None:
         allowed += tuple(s for s in TWO_MODEL_STATS if s != "ev")
@@ -74,11 +75,15 @@ def logits_logps(
         "logits_logps", logits.device, logits.dtype, None, names, backend,
         shared.shape_for_message(n, v, 0),
     )  # fmt: skip
-    policy = Model(logits=logits.reshape(n, v).contiguous(), temperature=float(temperature))
+    # All three are said: of a default a compiler makes one symbol, which two calls cannot share.
+    policy = Model(
+        logits=logits.reshape(n, v).contiguous(), scale=1.0, softcap=0.0,
+        temperature=float(temperature),
+    )  # fmt: skip
     ref = None
     if ref_logits is not None:
         data = ref_logits.reshape(n, v).to(logits.dtype).contiguous()
-        ref = Model(logits=data, temperature=float(temperature))
+        ref = policy._replace(logits=data)
     flat = targets.reshape(-1).long().contiguous()
     # rows are not gathered: that would copy the logits
     call = HeadCall(policy, ref, None, flat, None, None, None, ignore_index, NO_PLAN)
@@ -118,6 +123,10 @@ def selective_log_softmax(
             f"index must be {list(lead)} or {list(lead)} + [K] to match logits "
             f"{checks.shape_text(logits)}, got {checks.shape_text(index)}."
         )
+    checks.check_logit_options(1.0, None, temperature)
+    if row_mask is not None:
+        checks.check_tensor("row_mask", row_mask)
+        checks.check_same_device("row_mask", row_mask, "logits", logits)
     if row_mask is not None and (tuple(row_mask.shape) != lead or row_mask.dtype != torch.bool):
         raise ValueError(
             f"row_mask must be {list(lead)} bool, got {row_mask.dtype} "

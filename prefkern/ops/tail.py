@@ -38,7 +38,8 @@ COMPUTED, FORMED = -1.0, -2.0  # in `skipped`: the backward's to compute; formed
 
 
 def check_tail_mass(tail_mass: float) -> None:
-    if not isinstance(tail_mass, (int, float)) or not 0.0 <= tail_mass <= 1.0:
+    number = isinstance(tail_mass, (int, float)) and not isinstance(tail_mass, bool)
+    if not number or not 0.0 <= tail_mass <= 1.0:
         raise ValueError(
             f"tail_mass must be a probability mass in [0, 1], got {tail_mass!r}; 0 computes every "
             "unit, 2**-10 stays far below the rounding of bfloat16."

@@ -63,11 +63,13 @@ def more(
         Unreduced loss `[G]`; a group without a strict pair gives 0.
     """
     groups = cu_groups.numel() - 1
-    _check_source(source, groups)
     if source_weights.dim() != 1:
         raise ValueError(
             f"source_weights must be [n], one per source, got {list(source_weights.shape)}."
         )
+    core.real("source_weights", source_weights)
+    core.not_negative("source_weights", source_weights)
+    _check_source(source, groups, len(source_weights))
     loss = list_rank(
         scores, relevance, cu_groups, family="pair", pair_reduction=pair_reduction, backend=backend
     )
@@ -108,7 +110,7 @@ def head_gradients(
         raise ValueError(
             f"features must be [S, D] = [{scores.numel()}, D], got {list(features.shape)}."
         )
-    _check_source(source, cu_groups.numel() - 1)
+    _check_source(source, cu_groups.numel() - 1, sources)
     index = source.long()
     leaf = scores.detach().requires_grad_()
     with torch.enable_grad():
@@ -170,10 +172,12 @@ def source_weights(
     return found
 
 
-def _check_source(source: Tensor, groups: int) -> None:
-    if not isinstance(source, Tensor) or source.is_floating_point() or source.shape != (groups,):
-        got = f"{source.dtype} {list(source.shape)}" if isinstance(source, Tensor) else source
-        raise ValueError(f"source must be integers [G] = [{groups}], one per group, got {got}.")
+def _check_source(source: Tensor, groups: int, sources: int) -> None:
+    core.integers("source", source, 0, sources - 1, "one source per group")
+    if source.shape != (groups,):
+        raise ValueError(
+            f"source must be integers [G] = [{groups}], one per group, got {list(source.shape)}."
+        )
 
 
 def min_norm_weights(gradients: Tensor) -> Tensor:  # [n]

@@ -46,10 +46,12 @@ def soft_pairs(
             f"pairs must be integers [M, 2] (positions of two answers), got {pairs.dtype} "
             f"{list(pairs.shape)}."
         )
+    core.integers("pairs", pairs, 0, scores.numel() - 1, "positions of two answers")
     first, second = pairs.long().unbind(1)
     score = beta * torch.where(relevance.isnan(), 0.0, scores)
     margin = score[first] - score[second]
     q = core.data("pref_prob", pref_prob, margin)
+    core.probability("pref_prob", q)
     values = links.logistic(margin, q, 1.0 - q)
     kept = ~(relevance.isnan()[first] | relevance.isnan()[second])
     group = ragged.owner(cu_groups, scores.numel())[first]

@@ -54,6 +54,7 @@ def dckd(
     Returns:
         Loss `[P]`; its mean over pairs is the published token mean.
     """
+    core.not_negative("distillation_weight", distillation_weight)
     core.same_items(chosen, rejected)
     field = "fkl" if top_k is None else "bkl"
     kl_w = core.per_token(chosen.require(field), chosen.require("length"), chosen_tokens)
@@ -91,6 +92,7 @@ def adpa(
     Returns:
         Loss `[P]`; its mean over pairs is the published token mean.
     """
+    core.not_negative("adpa_weight", adpa_weight)
     core.same_items(chosen, rejected)
     expected = core.per_token(rejected.require("ev"), rejected.require("length"), rejected_tokens)
     return -adpa_weight * expected

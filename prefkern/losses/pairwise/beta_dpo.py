@@ -74,9 +74,9 @@ def beta_dpo(
     if not 0.0 <= ema < 1.0:
         raise ValueError(f"ema must be in [0, 1), got {ema}.")
     gap = core.logratio_gap(chosen, rejected)
-    kept = core.data("keep", keep, gap)
+    kept = core.data("keep", keep, gap, flags=True)
     strength = batch_beta(gap, kept, gap_mean, beta=beta, a=a, ema=ema)
-    return torch.where(kept > 0, kept * links.logistic(strength * gap), 0.0)
+    return torch.where(kept <= 0, 0.0, kept * links.logistic(strength * gap))
 
 
 def batch_beta(

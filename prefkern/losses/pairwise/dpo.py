@@ -45,6 +45,7 @@ def dpo(
     0.693147
     """
     core.positive("beta", beta)
+    core.not_negative("pair_weight", pair_weight)
     gap = core.difference(
         core.sequence_logratio(chosen, reference_free),
         core.sequence_logratio(rejected, reference_free),

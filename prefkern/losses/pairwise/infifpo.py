@@ -64,7 +64,9 @@ def infifpo(
         if not isinstance(sources, Tensor) or sources.dim() != 2 or len(sources) != len(pivot):
             got = list(sources.shape) if isinstance(sources, Tensor) else type(sources).__name__
             raise ValueError(f"{name} must be [P, M] = [{len(pivot)}, models], got {got}.")
-        margins.append(mean - fused_reference(pivot, sources.to(pivot.dtype), side, fusion))
+        core.real(name, sources)
+        sources = sources.detach().to(pivot.dtype)
+        margins.append(mean - fused_reference(pivot, sources, side, fusion))
     return links.logistic(beta * core.difference(*margins))
 
 

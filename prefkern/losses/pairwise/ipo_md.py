@@ -45,6 +45,7 @@ def ipo_md(
         reduction: Log-ratios as "sum" (paper) or "mean" over tokens.
     """
     core.positive("tau", tau)
+    core.probability("preference_prob", preference_prob)
     core.choice("reduction", reduction, ("sum", "mean"))
     field = "logratio" if reduction == "sum" else "mean_logratio"
     margin = core.difference(getattr(chosen, field), getattr(rejected, field))

@@ -56,4 +56,5 @@ def pair_weight(h: Tensor, c_max: float, c_min: float, lam: float, tau: float) -
     """The weight w of reward margins h."""
     scale = (c_max - 1.0) / (1.0 - c_min)
     c = c_min + (c_max - c_min) * torch.sigmoid(-(lam * (h.abs() - tau) + math.log(scale)))
-    return torch.where(h > -tau, torch.exp(logsigmoid(c * h) - logsigmoid(h)), 1.0)
+    # a margin that is no number stays one
+    return torch.where(h <= -tau, 1.0, torch.exp(logsigmoid(c * h) - logsigmoid(h)))

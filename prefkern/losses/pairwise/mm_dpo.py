@@ -44,6 +44,8 @@ def mm_dpo(
         w_anchor: Weight of the anchor.
     """
     core.positive("beta", beta)
+    for name, weight in (("w_text", w_text), ("w_visual", w_visual), ("w_anchor", w_anchor)):
+        core.not_negative(name, weight)
     text = links.logistic(beta * core.logratio_gap(chosen, rejected))
     visual = links.logistic(beta * core.logratio_gap(chosen, cond))
     anchor = links.logistic(beta * chosen.logratio - delta)

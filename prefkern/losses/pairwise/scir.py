@@ -51,6 +51,7 @@ def scir(
             f"judge_logit_gap must be [P] = {list(margin.shape)}, one per pair, got "
             f"{list(judge_logit_gap.shape)}."
         )
+    core.real("judge_logit_gap", judge_logit_gap)
     judge = judge_logit_gap.to(margin.dtype)
     doubt, judge_doubt = links.logistic(margin), links.logistic(judge)
     lose, judge_lose = torch.sigmoid(-margin), torch.sigmoid(-judge)

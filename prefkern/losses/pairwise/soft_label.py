@@ -34,4 +34,5 @@ def soft_label(
     core.positive("beta", beta)
     margin = beta * core.logratio_gap(chosen, rejected)
     q = core.data("pref_prob", pref_prob, margin)
+    core.probability("pref_prob", q)
     return links.logistic(margin, q, 1.0 - q)

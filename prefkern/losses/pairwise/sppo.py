@@ -38,6 +38,8 @@ def sppo(
         half: c = 1/2 as in the authors' code instead of 1 as in TRL.
     """
     core.positive("beta", beta)
+    core.probability("p_win", p_win)
+    core.probability("p_lose", p_lose)
     core.same_items(chosen, rejected)
     a, b = chosen.logratio, rejected.logratio
     loss = links.squared(a - (core.per_item("p_win", p_win, a) - 0.5) / beta)

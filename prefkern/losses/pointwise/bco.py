@@ -58,6 +58,7 @@ def bco(
         Unreduced loss `[S]`; its mean runs over all rows, both labels together.
     """
     core.positive("beta", beta)
+    core.not_negative("undesirable_weight", undesirable_weight)
     reward = beta * seq.logratio
     desirable = core.boolean("desirable", desirable, reward)
     above = reward - core.scalar("delta", delta, reward)

@@ -10,6 +10,7 @@ from ...stats import TokenStats
 from .. import core, links
 from .. import tokens as token
 from ..declare import tokenwise
+from ..weights.steps import STEPS
 
 
 @tokenwise(
@@ -91,6 +92,7 @@ def _segments(
         )
     if step_index is not None:
         core.same_shape("step_index", step_index, "scored", scored)
+        core.integers("step_index", step_index, 0, scored.numel(), STEPS)
         return step_index.long()
     assert cu_segments is not None
     n = scored.numel()

@@ -57,6 +57,8 @@ def grpo(
     core.choice("aggregation", aggregation, AGGREGATIONS)
     core.not_negative("eps", eps)
     core.not_negative("beta", beta)
+    if tokens_per_sequence is not None:
+        core.positive("tokens_per_sequence", tokens_per_sequence)
     if max_length is not None:
         core.positive("max_length", max_length)
     logp = token.field(tokens, "logp", scored)

@@ -75,7 +75,8 @@ def oreo(
     logp = token.field(tokens, "logp", scored)
     rho = logp - token.field(tokens, "ref_logp", scored)
     _reads(kl=kl)
-    core.difference(value, logp)
+    core.same_shape("value", value, "logp", logp)
+    core.real("value", value)
     value = torch.where(scored, value, 0.0).double()
     terminal = core.data("reward", reward, segment_sum(rho.detach(), cu_seqlens))
     divergence = links.kl_estimate(rho, "k3") if kl == "k3" else token.field(tokens, kl, scored)
@@ -114,6 +115,8 @@ def _step_of_token(step_index: Tensor | None, scored: Tensor, owner: Tensor) -> 
             f"level 'step' needs step_index [N] = {list(scored.shape)}, got {got}; number the "
             "steps of each response."
         )
+    largest = torch.iinfo(torch.int64).max
+    core.integers("step_index", step_index, -largest, largest, "the step of each token")
     position = torch.arange(scored.numel(), device=scored.device)
     last = torch.where(scored, position, -1).cummax(0).values  # the latest scored token
     before = torch.cat([last.new_full((1,), -1), last])[:-1].clamp(min=0)

@@ -88,6 +88,7 @@ def tbpo(
     log_ratio = delta - delta[partner]
     if baseline is not None:
         core.same_shape("baseline", baseline, "scored", scored)
+        core.real("baseline", baseline)
         w = torch.where(aligned, baseline.double() - baseline.double()[partner], 0.0)
         owner = ragged.owner(cu_seqlens, scored.numel())
         w = w - (segment_sum(w, cu_seqlens) / shared)[owner]

@@ -66,6 +66,9 @@ def trpa(
     """
     core.positive("beta", beta)
     core.positive("anisotropy", anisotropy)
+    core.not_negative("tr_kl_loss_coef", tr_kl_loss_coef)
+    if pairs_per_sequence is not None:
+        core.not_negative("pairs_per_sequence", pairs_per_sequence)
     logp = token.field(tokens, "logp", scored)
     g = token.sequence_mean(logp - token.field(tokens, "ref_logp", scored), scored, cu_seqlens)
     level = core.data("preference_levels", preference_levels, g)

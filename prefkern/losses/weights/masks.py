@@ -78,6 +78,7 @@ def sparsepo(
     ):
         if mask is not None:
             core.same_shape(name, mask, "scored", scored)
+            core.real(name, mask, flags=True)
             weights[field] = torch.where(scored, mask, 0.0)
     if not weights:
         raise ValueError(
@@ -128,6 +129,9 @@ def mapo(
         raise ValueError(
             f"hook_type must be [M] = [{activations.shape[0]}], got {list(hook_type.shape)}."
         )
+    core.real("activations", activations)
+    largest = torch.iinfo(torch.int64).max
+    core.integers("hook_type", hook_type, -largest, largest, "the type of each hook")
     owner = ragged.owner(cu_seqlens, scored.numel()).expand_as(activations)  # [M, N]
     values = activations.detach().to(torch.float64)
     size = (activations.shape[0], cu_seqlens.numel() - 1)
@@ -139,7 +143,8 @@ def mapo(
     )
     low, high = low.gather(1, owner), high.gather(1, owner)
     span = high - low
-    mask = torch.where(span > 0, (values - low) / torch.where(span > 0, span, 1.0), 1.0)  # [M, N]
+    # an activation that is no number stays one
+    mask = torch.where(span <= 0, 1.0, (values - low) / torch.where(span > 0, span, 1.0))  # [M, N]
     # Mean over types of means over their hooks: every hook votes with 1 / (hooks of its type).
     vote = 1.0 / (hook_type[:, None] == hook_type[None, :]).sum(1)  # [M]
     mask = (vote[:, None] * torch.where(scored, mask, 0.0)).sum(0) / vote.sum()

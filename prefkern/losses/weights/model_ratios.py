@@ -48,6 +48,7 @@ def tgdpo(
     """
     core.same_shape("aux_logp", aux_logp, "ref_logp", ref_logp)
     core.same_shape("sign", sign, "ref_logp", ref_logp)
+    core.real("aux_logp", aux_logp)
     reward = beta * (aux_logp.detach() - ref_logp.detach())
     weights = 1.0 + sign * (alpha * reward)
     if clamp is not None:
@@ -102,6 +103,7 @@ def tisdpo(
     """
     for name, value in (("positive_logp", positive_logp), ("negative_logp", negative_logp)):
         core.same_shape(name, value, "scored", scored)
+        core.real(name, value)
     core.choice("transform", transform, TRANSFORMS)
     if L > U:
         raise ValueError(f"L must not exceed U, got L={L}, U={U}.")
@@ -126,6 +128,7 @@ def tisdpo(
             x = 0.7 + 0.6 * torch.where(count > 1, place / (count - 1).clamp(min=1), 0.5)
         else:
             x = (place >= count - torch.ceil(keep * count)).to(x.dtype)
+        x = torch.where(ratio.isnan(), torch.nan, x)  # of what is no number no rank is known
     return TokenWeights(torch.where(scored, x, 0.0))
 
 
@@ -161,10 +164,14 @@ def sepo(
     """
     for name, value in (("oracle_logp", oracle_logp), ("oracle_ref_logp", oracle_ref_logp)):
         core.same_shape(name, value, "scored", scored)
+        core.real(name, value)
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"keep must be in (0, 1], got {keep}.")
     reward = sign * (oracle_logp.detach() - oracle_ref_logp.detach())
     place = ragged.rank(reward, scored, cu_seqlens, descending=True)  # 0 for the most telling
     length = segment_sum(scored.to(torch.float32), cu_seqlens)
     selected = torch.ceil(keep * ragged.spread(length, cu_seqlens, scored.numel())).clamp(min=1)
-    return TokenWeights(torch.where(scored & (place < selected), 1.0 / selected, 0.0))
+    weights = torch.where(place < selected, 1.0 / selected, 0.0)
+    # of what is no number no rank is known
+    weights = torch.where(reward.isnan(), torch.nan, weights)
+    return TokenWeights(torch.where(scored, weights, 0.0))

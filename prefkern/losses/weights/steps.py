@@ -14,6 +14,9 @@ from ...ops.segment_sum import segment_sum
 from .. import core
 from ..record import TokenWeights
 
+# At most the number of tokens: `_key` would run larger ones together.
+STEPS = "the step of each token, from 1; 0 outside steps"
+
 
 def tree_tpo(
     cu_seqlens: Tensor,  # [S+1]
@@ -42,11 +45,8 @@ def tree_tpo(
     """
     for name, value in (("step_index", step_index), ("cosine", cosine)):
         core.same_shape(name, value, "scored", scored)
-    readable = step_index.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and bool((step_index < 0).any()):
-        raise ValueError(
-            f"step_index must be >= 0 (0 for tokens outside steps), got {int(step_index.min())}."
-        )
+    core.integers("step_index", step_index, 0, step_index.numel(), STEPS)
+    core.real("cosine", cosine)
     counted = scored & (step_index > 0)
     owner = ragged.owner(cu_seqlens, scored.numel())
     step = ragged.distinct(_key(owner, step_index))
@@ -95,6 +95,7 @@ def step_cosine(
     states = states.detach()
     if states.dtype in (torch.float16, torch.bfloat16):
         states = states.float()
+    core.integers("step_index", step_index, 0, step_index.numel(), STEPS)
     counted = scored & (step_index > 0)
     owner = ragged.owner(cu_seqlens, scored.numel())
     group = ragged.owner(cu_groups, sequences)[owner]  # [N]
