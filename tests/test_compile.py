@@ -90,3 +90,25 @@ def test_an_exported_program_loads_in_another_process(tmp_path):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.strip() == "ok", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_numbers_of_a_call_may_be_symbolic(dynamic):
+    """Under dynamic=True every float is, the defaults of our own functions among them."""
+    torch._dynamo.reset()
+    batch = Batch()
+
+    def step(hidden, weight, targets, number):
+        x, y = hidden.flatten(0, 1), targets.flatten().clamp(min=0)
+        z = x @ weight.T
+        found = [
+            prefkern.logits_logps(z, y, temperature=number).logp,
+            prefkern.selective_log_softmax(z, y[:, None], number)[:, 0],
+            prefkern.linear_logps(x, prefkern.Head(weight, scale=number), y, tail_mass=0.1).logp,
+        ]
+        return sum(x.sum() for x in found)
+
+    fast = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for number in (1.0, 0.5, 0.7):
+        args = (batch.hidden, batch.weight, batch.targets, number)
+        torch.testing.assert_close(fast(*args), step(*args))

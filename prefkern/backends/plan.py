@@ -171,8 +171,11 @@ def write_plan(
     compute dtype has 16 bits, so that products are rounded unless a gradient forbids it."""
     moving = {s.name for s in stats} - no_grad - NO_GRADIENT
     exact = short and not moving <= OWN_PROBABILITY
+    # through the number's own type and without !r, which a compiler can turn to text where it is
+    # symbolic
+    tail = float(tail)
     flags = (
-        ("exact", exact), ("frozen", frozen), (f"tail:{tail!r}", tail > 0.0),
+        ("exact", exact), ("frozen", frozen), (f"tail:{tail}", tail > 0.0),
         ("either", either and tail > 0.0 and not exact),
     )  # fmt: skip
     parts = (map(str, stats), sorted(no_grad), (name for name, on in flags if on), tensors)
