@@ -189,6 +189,7 @@ def drop_empty(relevance: Tensor, length: Tensor | None) -> Tensor:  # [S]
 
 def group_sum(values: Tensor, relevance: Tensor, cu_groups: Tensor) -> Tensor:  # [G]
     """Sum over each list's answers whose relevance is a number."""
+    checks.check_cu_seqlens(cu_groups, relevance.shape[0], name="cu_groups", of="items")
     kept = torch.where(relevance.isnan(), 0.0, values)
     return segment_sum(kept, cu_groups).to(values.dtype)
 
@@ -203,6 +204,7 @@ def best_nll(
             "the likelihood term needs logp [S], the summed log-probability of each answer; pass "
             "it, or sft_weight=0."
         )
+    real("logp", logp)
     if logp.shape != relevance.shape:
         raise ValueError(
             f"logp must be [S] = {list(relevance.shape)} to match relevance, got "

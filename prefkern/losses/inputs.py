@@ -134,6 +134,30 @@ def _is_filled(parameter: inspect.Parameter) -> bool:
     return parameter.name in _FIELDS and "Tensor" in str(parameter.annotation)
 
 
+def check_row(name: str, row: object) -> None:
+    """Refuses statistics of different shapes, which would broadcast, and what holds no numbers."""
+    if isinstance(row, Tensor):
+        if row.dtype == torch.bool or row.is_complex():
+            raise ValueError(f"{name} must hold real numbers, got {row.dtype}.")
+    elif isinstance(row, (SeqStats, TokenStats)):
+        first, shape = "", None
+        for field, value in zip(row._fields, row, strict=True):
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{name}.{field} must be a tensor or None, got {type(value).__name__}."
+                )
+            check_row(f"{name}.{field}", value)
+            if shape is None:
+                first, shape = field, value.shape
+            elif value.shape != shape:
+                raise ValueError(
+                    f"{name}.{field} must have the shape of {name}.{first} {list(shape)}, got "
+                    f"{list(value.shape)}."
+                )
+
+
 # ---- messages ------------------------------------------------------------------------------------
 
 

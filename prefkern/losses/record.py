@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import checks, traced
 from .docstrings import meanings
-from .inputs import Inputs, misfit, missing, unknown
+from .inputs import Inputs, check_row, misfit, missing, unknown
 
 
 class TokenWeights(NamedTuple):
@@ -102,11 +102,14 @@ class Loss:
         return f"<{self.family} loss {self.name!r}>"
 
     def check_values(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-        """Refuses a value of a kind that its parameter does not take; unknown names pass."""
-        exact, kinds = self.inputs.exact, self.inputs.kinds
-        given = (*zip(self.inputs.positional, args, strict=False), *kwargs.items())
+        """Refuses a value of a kind that its parameter does not take, statistics that do not
+        belong together and positional tensors that hold no numbers; unknown names pass."""
+        exact, kinds, rows = self.inputs.exact, self.inputs.kinds, self.inputs.positional
+        given = (*zip(rows, args, strict=False), *kwargs.items())
         for name, value in given:
             if name not in exact or type(value) in exact[name] or kinds[name].fits(value):
+                if name in rows:
+                    check_row(name, value)
                 continue
             reads = self.reads if isinstance(self.reads, tuple) else self.reads()
             fields = ["logp", "ref_logp", *reads] if self.needs_reference else reads

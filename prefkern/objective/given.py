@@ -16,7 +16,7 @@ from .. import checks
 
 # Denominators: the items of some loss, or the tokens of a likelihood term.
 ITEMS = ("pairs", "groups", "sequences", "tokens", "scored_tokens")
-LAYOUTS = ("pairs", "halves", "unpaired")
+LAYOUTS = ("pairs", "halves", "lists", "unpaired")  # the last two form no pairs
 
 
 def check_num_items(num_items: Mapping[str, Any] | None) -> dict[str, Any]:

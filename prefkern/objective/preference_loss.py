@@ -87,6 +87,7 @@ def preference_loss(
         aux_hidden, aux_head, values: A of the statistic `ev`, as in `linear_divergence`.
         layout: How sequences form pairs: "pairs" (chosen, rejected neighbours) or "halves"; for
             `sft`, which reads the chosen answer alone, also "unpaired" (every sequence is one).
+            Losses of lists or of single answers form no pairs: "lists" or "unpaired" says so.
         cu_groups: Boundaries of the lists `[G+1]` on the sequence axis, for listwise losses.
         relevance: Per sequence `[S]`, for listwise losses: higher is better, NaN leaves out.
         desirable: Per sequence `[S]` bool, for losses of single answers.

@@ -338,10 +338,10 @@ def _check_models(call: _Call) -> None:
 def _check_low_rank(prefix: str, hidden: Tensor, head: Head) -> None:
     for u, b in head.low_rank:
         lead, v = list(hidden.shape[:-1]), head.weight.shape[0]
-        if list(u.shape[:-1]) != lead or b.dim() != 2 or b.shape != (v, u.shape[-1]):
+        if list(u.shape[:-1]) != lead or b.shape != (v, u.shape[-1]) or u.shape[-1] == 0:
             raise ValueError(
-                f"{prefix}head: low_rank must hold pairs (u {lead} + [r], B [V, r]) with V = {v}, "
-                f"got {checks.shape_text(u)} and {checks.shape_text(b)}."
+                f"{prefix}head: low_rank must hold pairs (u {lead} + [r], B [V, r]) with V = {v} "
+                f"and r > 0, got {checks.shape_text(u)} and {checks.shape_text(b)}."
             )
         for tensor in (u, b):
             checks.check_same_device(f"{prefix}head: low_rank", tensor, "hidden", hidden)
@@ -349,15 +349,12 @@ def _check_low_rank(prefix: str, hidden: Tensor, head: Head) -> None:
 
 def _check_no_grad(call: _Call) -> frozenset[str]:
     """Statistics without a gradient: all where no backward can follow, which spares the fold."""
-    given = (call.no_grad,) if isinstance(call.no_grad, str) else call.no_grad
     names = {s.name for s in call.stats}
+    given = [call.no_grad] if isinstance(call.no_grad, str) else call.no_grad
     listed = isinstance(given, (list, tuple, set, frozenset))
-    quiet = {str(name).partition(":")[0] for name in given} if listed else {repr(given)}
-    if unknown := sorted(quiet - names):
-        raise ValueError(
-            f"no_grad_stats must name statistics of this call, got {unknown}; stats has "
-            f"{sorted(names)}."
-        )
+    quiet = {str(name).partition(":")[0] for name in (given if listed else [given])}
+    if got := sorted(quiet - names):
+        raise ValueError(f"no_grad_stats must be among the call's {sorted(names)}, got {got}.")
     return frozenset(quiet if _trains(call) else names)
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from loss_batch import Batch
-from loss_examples import PAIRWISE, POINTWISE, Example
+from loss_examples import LISTWISE, PAIRWISE, POINTWISE, TOKENWISE, Example
 
 from prefkern import LOSSES, losses
 from prefkern.losses.weights import model_ratios
@@ -130,3 +130,45 @@ def test_ranks_of_what_is_no_number():
         assert found[4] == 0
     found = model_ratios.sepo(bad, n, **stage).weights
     assert found.isnan().tolist() == [False, True, False, False, False, False] and found[4] == 0
+
+
+# ---- statistics of a loss called alone -----------------------------------------------------------
+
+ALONE = [n for n in PAIRWISE + POINTWISE + TOKENWISE if {"logp"} <= set(LOSSES[n].stats)]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_statistics_that_do_not_belong_together(name):
+    """One of another shape would broadcast: over pairs, or to a square of them."""
+    example = Example(name, 4)
+    row = example.rows[-1]
+    for field in ("logp", "ref_logp"):
+        value = getattr(row, field)
+        for bad in (value[:1], value[0], value[:, None], value[None], value[:-1],
+                    value > 0, value.to(torch.complex64)):  # fmt: skip
+            example.rows[-1] = row._replace(**{field: bad})
+            with pytest.raises(ValueError, match=rf"^loss '{name}': \w+\.\w+ must (have|hold|be)"):
+                example()
+
+
+@pytest.mark.parametrize("name", LISTWISE)
+def test_scores_and_labels_hold_numbers(name):
+    example = Example(name, 4)
+    (seq,) = example.rows
+    record, cu = example.record, torch.tensor([0, 2, 4], dtype=torch.int32)
+    scores, relevance = getattr(seq, record.score), torch.arange(4.0).double()
+    filled = {k: getattr(seq, k) for k in record.extra if k not in example.extra} | example.extra
+    for bad in (lambda x: x > 0, lambda x: x.to(torch.complex128)):
+        with pytest.raises(ValueError, match=rf"^loss '{name}': scores must hold real numbers"):
+            record(bad(scores), relevance, cu, **filled)
+        with pytest.raises(ValueError, match=rf"^loss '{name}': relevance must hold real numbers"):
+            record(scores, bad(relevance), cu, **filled)
+    for bad in (
+        cu[:-1],
+        cu[:, None],
+        cu.double(),
+        torch.tensor([0, 2, 5]),
+        torch.tensor([0, 3, 2]),
+    ):
+        with pytest.raises(ValueError, match=rf"^loss '{name}': (cu_groups|source) must"):
+            record(scores, relevance, bad, **filled)

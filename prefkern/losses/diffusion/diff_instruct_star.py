@@ -49,8 +49,7 @@ def diff_instruct_star(
     """
     shared.positive("c", c)
     shared.not_negative("alpha", alpha)
-    if not isinstance(weight, Tensor):
-        shared.not_negative("weight", weight)
+    shared.not_negative("weight", weight)
     for name, value in (("score_dot", score_dot), ("score_gap", score_gap)):
         checks.check_float(name, value)
         core.one_per_sample(name, value)

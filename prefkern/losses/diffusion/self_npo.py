@@ -33,6 +33,5 @@ def self_npo(
     """
     checks.check_float("err", err)
     core.one_per_sample("err", err)
-    if not isinstance(weight, Tensor):
-        shared.not_negative("weight", weight)
+    shared.not_negative("weight", weight)
     return shared.per_item("weight", weight, err) * err

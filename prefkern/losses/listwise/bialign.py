@@ -60,6 +60,7 @@ def bialign(
         are equal their differences count 0, without gradient.
     """
     core.not_negative("lam", lam)
+    core.real("fkl", fkl)
     core.difference(fkl, scores)
     lists = Lists(scores, core.drop_empty(relevance, length), cu_groups, backend)
     q, place = lists.score, lists.rank()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import checks
 from ...ops import ragged
+from ...ops.list_rank import check_lists, check_values
 from .. import core, links
 from ..declare import listwise
 
@@ -46,6 +48,9 @@ def soft_pairs(
             f"pairs must be integers [M, 2] (positions of two answers), got {pairs.dtype} "
             f"{list(pairs.shape)}."
         )
+    check_lists(scores, relevance, cu_groups)
+    if checks.readable(cu_groups):
+        check_values(relevance, cu_groups)
     core.integers("pairs", pairs, 0, scores.numel() - 1, "positions of two answers")
     first, second = pairs.long().unbind(1)
     score = beta * torch.where(relevance.isnan(), 0.0, scores)
