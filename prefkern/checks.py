@@ -26,7 +26,7 @@ def check_tensor(name: str, value: object) -> Tensor:
             f"{name} must be a plain tensor, got a DTensor; pass its local part (.to_local()), and "
             "compute inside the wrapped model's forward."
         )
-    if value.layout != torch.strided or value.is_nested:
+    if value.layout is not torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else str(value.layout)
         raise ValueError(f"{name} must be a dense tensor, got {kind}; pass {name}.to_dense().")
     return value
@@ -162,7 +162,8 @@ def check_logit_options(
     scale: float, softcap: float | None, temperature: float, prefix: str = ""
 ) -> None:
     for name, number in (("scale", scale), ("softcap", softcap), ("temperature", temperature)):
-        check_number(prefix + name, number, or_none=name == "softcap")
+        if type(number) is not float:
+            check_number(prefix + name, number, or_none=name == "softcap")
     for name, value in (("scale", scale), ("temperature", temperature)):
         if not (value == value and abs(value) != float("inf")):
             raise ValueError(f"{prefix}{name} must be a finite number, got {value}.")

@@ -58,7 +58,8 @@ class Head:
         if self.bias is not None:
             checks.check_float("bias", self.bias)
         checks.check_logit_options(self.scale, self.softcap, self.temperature)
-        _check_pairs(self.low_rank)
+        if self.low_rank != ():
+            _check_pairs(self.low_rank)
         if self.shard is not None and not isinstance(self.shard, Shard):
             raise ValueError(
                 f"shard must be a prefkern.Shard or None, got {type(self.shard).__name__}; it says "

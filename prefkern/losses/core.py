@@ -125,34 +125,39 @@ def same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def positive(name: str, value: float | Tensor) -> None:
-    """Refuses a hyper-parameter that is not a finite number > 0."""
-    good = (value > 0) & (value < INF) if isinstance(value, Tensor) else 0.0 < value < INF
-    _hold(name, value, good, "a finite number > 0")
+    """Refuses a hyper-parameter that is not a finite number > 0; tensors off the CPU are taken as
+    they are."""
+    if not isinstance(value, Tensor):
+        _hold(name, value, 0.0 < value < INF, "a finite number > 0")
+    elif checks.readable(value):
+        _hold(name, value, (value > 0) & (value < INF), "a finite number > 0")
 
 
-def finite(name: str, value: float | Tensor) -> None:
-    good = value.isfinite() if isinstance(value, Tensor) else abs(value) < INF
-    _hold(name, value, good, "a finite number")
+def finite(name: str, value: float) -> None:
+    _hold(name, value, abs(value) < INF, "a finite number")
 
 
 def not_negative(name: str, value: float | Tensor) -> None:
-    good = (value >= 0) & (value < INF) if isinstance(value, Tensor) else 0.0 <= value < INF
-    _hold(name, value, good, "a finite number >= 0")
+    if not isinstance(value, Tensor):
+        _hold(name, value, 0.0 <= value < INF, "a finite number >= 0")
+    elif checks.readable(value):
+        _hold(name, value, (value >= 0) & (value < INF), "a finite number >= 0")
 
 
 def probability(name: str, value: float | Tensor) -> None:
-    good = (value >= 0) & (value <= 1) if isinstance(value, Tensor) else 0.0 <= value <= 1.0
-    _hold(name, value, good, "a probability, from 0 to 1")
+    if not isinstance(value, Tensor):
+        _hold(name, value, 0.0 <= value <= 1.0, "a probability, from 0 to 1")
+    elif checks.readable(value):
+        _hold(name, value, (value >= 0) & (value <= 1), "a probability, from 0 to 1")
 
 
 def _hold(name: str, value: float | Tensor, good: bool | Tensor, words: str) -> None:
-    """Refuses a number that is not good, or a tensor that can be read here with one in it."""
-    if not isinstance(value, Tensor):
-        if not good:
-            raise ValueError(f"{name} must be {words}, got {value}.")
-    elif checks.readable(value) and isinstance(good, Tensor) and not bool(good.all()):
-        bad = value.detach()[~good].reshape(-1)[0].item()
-        raise ValueError(f"{name} must be {words}, got {bad}.")
+    if isinstance(good, Tensor) and isinstance(value, Tensor):
+        if not bool(good.all()):
+            bad = value.detach()[~good].reshape(-1)[0].item()
+            raise ValueError(f"{name} must be {words}, got {bad}.")
+    elif not good:
+        raise ValueError(f"{name} must be {words}, got {value}.")
 
 
 def choice(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:

@@ -351,7 +351,7 @@ def _check_no_grad(call: _Call) -> frozenset[str]:
     """Statistics without a gradient: all where no backward can follow, which spares the fold."""
     names = {s.name for s in call.stats}
     given = [call.no_grad] if isinstance(call.no_grad, str) else call.no_grad
-    listed = isinstance(given, (list, tuple, set, frozenset))
+    listed = isinstance(given, (tuple, list, set, frozenset))
     quiet = {str(name).partition(":")[0] for name in (given if listed else [given])}
     if got := sorted(quiet - names):
         raise ValueError(f"no_grad_stats must be among the call's {sorted(names)}, got {got}.")
