@@ -134,6 +134,12 @@ def test_token_weights(loss):
         )
 
 
+def test_the_second_half_has_a_backend_too():
+    tokens = TokenStats(logp=-torch.ones_like(TARGETS, dtype=torch.float32))
+    with pytest.raises(ValueError, match="backend must be one of"):
+        loss_from_stats(tokens, TARGETS, loss="simpo", backend="fast")
+
+
 def test_loss_weights():
     both = ["dpo", "ipo"]
     for value in ("12", ["1", "2"], [True, False], {"dpo": 1.0, "ipo": 2.0}, 0.5, [1.0],

@@ -139,9 +139,8 @@ def linear_divergence(
             A_v = log softmax(aux)_v - log r_v, formed in the tile.
         values: A for `ev`, or the teacher of `xent`, as in `linear_logps`.
         stats: Any of `linear_logps`' names and ref_logp, ref_lse, fkl = KL(r||p), rkl = KL(p||r),
-            "jsd:b", "alpha:a", "renyi:a", tv, "bkl:k" (infinite where the policy's mass outside the
-            set underflows), "mix:b". One parameter per field and call. Default ("logp", "ref_logp",
-            "fkl").
+            "jsd:b", "alpha:a", "renyi:a", tv, "bkl:k", "mix:b". One parameter per field and call.
+            Default ("logp", "ref_logp", "fkl"). bkl is inf where the rest's mass underflows.
         no_grad_stats, num_scored, memory_budget, tail_mass, backend: As in `linear_logps`.
 
     Returns:

@@ -34,8 +34,8 @@ def test_a_beta_in_a_tensor_is_in_range_too(name):
 @pytest.mark.parametrize("name", [n for n in PAIRWISE + POINTWISE if n in BETA])
 def test_also_where_the_loss_is_called_alone(name):
     example = Example(name, 3)
-    for number in (math.nan, -0.5):
-        example.extra["beta"] = torch.tensor(number)
+    for number in (math.inf, torch.tensor(math.nan), torch.tensor(-0.5)):
+        example.extra["beta"] = number
         with pytest.raises(ValueError, match="beta"):
             example()
 

@@ -7,11 +7,13 @@ D = "prefkern/losses/declare.py"
 INPUTS = "prefkern/losses/inputs.py"
 R = "prefkern/losses/record.py"
 C = "prefkern/losses/core.py"
+CHECKS = "prefkern/checks.py"
 DOC = "prefkern/losses/docstrings.py"
 G = "prefkern/ops/ragged.py"
 P = "tests/losses/"
 BROAD = (
     P + "test_declarations.py",
+    P + "test_data.py",
     P + "test_mistakes.py",
     P + "test_bad_input.py",
     P + "test_every_loss.py",
@@ -191,15 +193,15 @@ MUTANTS = [
     ),
     (
         "a_bool_is_a_number",
-        INPUTS,
-        "isinstance(value, numbers.Real) and not _is_bool(value)",
+        CHECKS,
+        "isinstance(value, numbers.Real) and not isinstance(value, bool)",
         "isinstance(value, numbers.Real)",
         *BROAD,
     ),
     (
         "a_vector_is_a_number",
-        INPUTS,
-        "        return value.dim() == 0 and value.dtype != torch.bool\n",
+        CHECKS,
+        "        return value.dim() == 0 and value.dtype != torch.bool and not value.is_complex()\n",
         "        return True\n",
         *BROAD,
     ),
@@ -261,7 +263,7 @@ MUTANTS = [
         "return value.to(like.dtype).reshape(())",
         *BROAD,
     ),
-    ("beta_may_be_infinite", C, '0.0 < value < float("inf")', "0.0 < value", *BROAD),
+    ("beta_may_be_0", C, "value, 0.0 < value < INF,", "value, 0.0 <= value < INF,", *BROAD),
     (
         "the_mean_length_counts_empty_answers_as_one",
         C,

@@ -6,6 +6,7 @@ LOSS = "prefkern/objective/preference_loss.py"
 M = "prefkern/objective/models.py"
 BROAD = (
     "tests/test_objective.py",
+    "tests/test_given.py",
     "tests/test_objective_tail.py",
     "tests/test_metrics.py",
     "tests/test_segments.py",
@@ -81,8 +82,8 @@ MUTANTS = [
     (
         "half_of_the_loss_ignores_its_backend",
         LOSS,
-        "    _check_statistics(terms, tokens, targets, ref_seq_logp)\n    with _on(backend):",
-        '    _check_statistics(terms, tokens, targets, ref_seq_logp)\n    with _on("auto"):',
+        "targets, ref_seq_logp, ignore_index)\n    with _on(backend):",
+        'targets, ref_seq_logp, ignore_index)\n    with _on("auto"):',
         *BROAD,
     ),
     (

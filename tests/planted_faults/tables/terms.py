@@ -5,6 +5,7 @@ from __future__ import annotations
 T = "prefkern/objective/terms.py"
 BROAD = (
     "tests/test_objective.py",
+    "tests/test_given.py",
     "tests/test_metrics.py",
     "tests/test_segments.py",
     "tests/losses/test_every_loss.py",
@@ -214,9 +215,9 @@ MUTANTS = [
     ),
     (
         "too_few_loss_weights_pass",
-        T,
-        "    if len(factors) != len(names):",
-        "    if len(factors) > len(names):",
+        "prefkern/objective/given.py",
+        "    if len(factors) != losses:",
+        "    if len(factors) > losses:",
         *BROAD,
     ),
 ]
