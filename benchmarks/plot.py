@@ -65,8 +65,8 @@ def _where(rows: Rows) -> str:
 
 def _colour(name: str) -> str:
     """Of the last family that is named: in a trainer's step, of what the trainer was given."""
-    own = name.rpartition("+")[2].rpartition(", ")[2] if name.startswith("TRL") else name
-    return next(colour for start, colour in FAMILIES.items() if own.strip().startswith(start))
+    own = name.removeprefix("TRL + ").removeprefix("TRL, full")
+    return next(colour for start, colour in FAMILIES.items() if own.startswith(start))
 
 
 def _measure(row: dict[str, str]) -> tuple[str, str, str]:
