@@ -5,19 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from data_rows import CHAT, load
 from tiny_tokenizer import byte_tokenizer
-
-from prefkern.train.data import load_examples
-
-CHAT = {
-    "prompt": [{"role": "user", "content": "Rain?"}],
-    "chosen": [{"role": "assistant", "content": "Yes."}],
-    "rejected": [{"role": "assistant", "content": "No."}],
-}
-
-
-def load(*rows, chat=False, **options):
-    return load_examples(list(rows), tokenizer=byte_tokenizer(chat=chat), **options)
 
 
 def test_scores_in_another_column_are_named():

@@ -5,21 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from data_rows import CHAT, load
 from tiny_tokenizer import byte_tokenizer
 
 from prefkern.train.data import Loader, load_examples
 from prefkern.train.data.read import raw_rows
 
 PAIR = {"chosen": "Red apples.", "rejected": "The sky."}
-CHAT = {
-    "prompt": [{"role": "user", "content": "Rain?"}],
-    "chosen": [{"role": "assistant", "content": "Yes."}],
-    "rejected": [{"role": "assistant", "content": "No."}],
-}
-
-
-def load(*rows, chat=False, **options):
-    return load_examples(list(rows), tokenizer=byte_tokenizer(chat=chat), **options)
 
 
 @pytest.mark.parametrize(
