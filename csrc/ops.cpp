@@ -26,7 +26,8 @@ STABLE_TORCH_LIBRARY(prefkern_native, m) {
         "-> Tensor[]");
   m.def("forward(" PK_RECORD ", int kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("backward(" PK_RECORD
-        ", Tensor d_out, Tensor out, Tensor saved, Tensor cache, str needed) -> Tensor[]");
+        ", Tensor d_out, Tensor out, Tensor saved, Tensor cache, Tensor factors, str needed) "
+        "-> Tensor[]");
 #undef PK_RECORD
   m.def("merge(Tensor fields, Tensor starts, str plan, bool rounded) -> Tensor");
   m.def("norms(Tensor sums, Tensor? top, bool wide) -> Tensor");

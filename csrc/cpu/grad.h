@@ -23,6 +23,15 @@ struct GradRow {
   }
 };
 
+template <class T>
+GradRow<T> read_coefficients(const HeadCall& call, int64_t slot) {
+  const Coefficients& from = call.coefficients;
+  const T* row = static_cast<const T*>(from.data) + slot * from.by_slot;
+  GradRow<T> g{&call.stats, {}};
+  for (int i = 0; i < from.count; ++i) g.c[int(from.kind[i])] = row[from.at[i]];
+  return g;
+}
+
 // p (a0 [+ ent (lp + H)] [+ col (p - C)])
 template <class T, bool entropy, bool collision>
 PK_HOT void grad_one(const GradRow<T>& g, const TileRow<T>& t, T* d, int64_t d_stride) {

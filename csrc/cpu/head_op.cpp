@@ -103,6 +103,44 @@ int count_factors(const HeadCall& call) {
   return 1 + s.grows(Stat::ent) + s.grows(Stat::fkl) + s.grows(Stat::rkl);
 }
 
+// Gradients of the policy's tensors that `needed` names, yet to be written.
+Tensors new_gradients(Record& record, const std::string& needed) {
+  HeadCall& call = record.call;
+  Tensors found;
+  each_word(needed, ',', [&](std::string_view word) {
+    const int k = find_name(kInputNames, word);
+    const bool own = k <= int(Input::low_out) || k == int(Input::logits);
+    STD_TORCH_CHECK(k < kInputs && own && record.has(Input(k)),
+                    "needed must name tensors of the policy in the record, got '",
+                    std::string(word), "'.");
+    found.push_back(torch::stable::empty_like(record[Input(k)]));
+    void* to = found.back().mutable_data_ptr();
+    void** place = gradient_of(call.d, Input(k));
+    STD_TORCH_CHECK(*place == nullptr, "needed names '", std::string(word), "' twice.");
+    *place = to;
+  });
+  return found;
+}
+
+// A whole frozen head's: from normalised factors, without a product.
+Tensors frozen_gradient(Record& record, const Coefficients& coefficients, const Tensor& factors,
+                        const Tensor& saved, const std::string& needed) {
+  HeadCall& call = record.call;
+  check_shape(factors, "factors", {count_factors(call), call.slots, record.depth()});
+  STD_TORCH_CHECK(factors.scalar_type() == (record.wide() ? ScalarType::Double : ScalarType::Float),
+                  "factors must be in the fold's dtype.");
+  call.factors = const_cast<void*>(factors.const_data_ptr());
+  call.saved_zy =
+      static_cast<const double*>(saved.const_data_ptr()) + int64_t(Saved::zy) * call.slots;
+  call.coefficients = coefficients;
+  const Tensors found = new_gradients(record, needed);
+  STD_TORCH_CHECK(call.d.weight == nullptr && call.d.bias == nullptr && call.d.low_out == nullptr,
+                  "a frozen head has no gradient, got needed = '", needed, "'.");
+  call.pool = torch_pool();
+  if (!found.empty()) check_done(kernels().frozen_gradient(call));
+  return found;
+}
+
 }  // namespace
 
 Folded run_fold(Record& record, int64_t kept) {
@@ -152,19 +190,7 @@ Tensors run_unfold(Record& record, const Coefficients& coefficients, const Tenso
   STD_TORCH_CHECK(!call.frozen, "a frozen head's gradient is made of what its fold kept.");
   call.coefficients = coefficients;
   take_cache(record, cache);
-  Tensors found;
-  each_word(needed, ',', [&](std::string_view word) {
-    const int k = find_name(kInputNames, word);
-    const bool own = k <= int(Input::low_out) || k == int(Input::logits);
-    STD_TORCH_CHECK(k < kInputs && own && record.has(Input(k)),
-                    "needed must name tensors of the policy in the record, got '",
-                    std::string(word), "'.");
-    found.push_back(torch::stable::empty_like(record[Input(k)]));
-    void* to = found.back().mutable_data_ptr();
-    void** place = gradient_of(call.d, Input(k));
-    STD_TORCH_CHECK(*place == nullptr, "needed names '", std::string(word), "' twice.");
-    *place = to;
-  });
+  const Tensors found = new_gradients(record, needed);
   call.pool = torch_pool();
   if (!found.empty()) check_done(kernels().head_unfold(call));
   return found;
@@ -218,14 +244,16 @@ Results forward(const Tensors& tensors, const Numbers& numbers, const std::strin
   }
   const auto [out, saved] = finish(sums, at, second, top, record.like(), rows, teacher,
                                    ignore_index, call.vocab, text, call.rounds(), record.wide());
+  if (call.frozen && call.count > 0) check_done(kernels().frozen_normalise(call));
   return {out, saved, cache, factors, chunks};
 }
 
 Tensors backward(const Tensors& tensors, const Numbers& numbers, const std::string& plan,
                  int64_t ignore_index, const Tensor& d_out, const Tensor& out, const Tensor& saved,
-                 const Tensor& cache, const std::string& needed) {
+                 const Tensor& cache, const Tensor& factors, const std::string& needed) {
   Record record(tensors, numbers, plan, ignore_index);
   const auto [data, coefficients] = pull_close(record, ignore_index, d_out, out, saved);
+  if (record.call.frozen) return frozen_gradient(record, coefficients, factors, saved, needed);
   return run_unfold(record, coefficients, cache, needed);
 }
 

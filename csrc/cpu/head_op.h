@@ -35,16 +35,17 @@ Tensors unfold(const Tensors& tensors, const Numbers& numbers, const std::string
 Tensors run_unfold(Record& record, const Coefficients& coefficients, const Tensor& cache,
                    const std::string& needed);
 
-// All of a forward in one op: fold, the second sweep where the plan has one, finish. Refuses labels
-// outside [0, V). (out [n, M], saved [SAVED, M], cache, factors, chunks)
+// All of a forward in one op: fold, the second sweep where the plan has one, finish; the factors of
+// a frozen head are normalised. Refuses labels outside [0, V). (out [n, M], saved [SAVED, M],
+// cache, factors, chunks)
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Results forward(const Tensors& tensors, const Numbers& numbers, const std::string& plan,
                 int64_t ignore_index, int64_t kept);
 
-// All of a backward: pull and unfold.
+// All of a backward: pull and unfold, or what takes its place under a frozen head.
 Tensors backward(const Tensors& tensors, const Numbers& numbers, const std::string& plan,
                  int64_t ignore_index, const Tensor& d_out, const Tensor& out, const Tensor& saved,
-                 const Tensor& cache, const std::string& needed);
+                 const Tensor& cache, const Tensor& factors, const std::string& needed);
 
 // Nanoseconds per logit of the epilogue alone, see EpilogueTimes: [forward, with entropy, backward,
 // with entropy].

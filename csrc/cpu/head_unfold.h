@@ -174,18 +174,10 @@ struct HeadUnfold {
     }
   }
 
-  GradRow<T> coefficients(int64_t slot) const {
-    const Coefficients& from = call.coefficients;
-    const T* row = static_cast<const T*>(from.data) + slot * from.by_slot;
-    GradRow<T> g{&call.stats, {}};
-    for (int i = 0; i < from.count; ++i) g.c[int(from.kind[i])] = row[from.at[i]];
-    return g;
-  }
-
   // dL/dx of one computed row, to dst (t.z's stride).
   void gradient(int64_t row, TileRow<T> t, T* dst, int thread, const Span& s) const {
     const int64_t token = logits.token(row), y = call.targets[token] - s.v0;
-    const GradRow<T> g = coefficients(call.live[row]);
+    const GradRow<T> g = read_coefficients<T>(call, call.live[row]);
     if (given_adv) {
       T* a = adv + thread * logits.columns;
       read_advantage(a, call, token, s);

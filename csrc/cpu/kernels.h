@@ -74,13 +74,15 @@ struct HeadCall {
   double* top = nullptr;                  // [2, top_kept, M]: last members of bkl's top set
   int64_t top_kept = 0;
   double* teacher = nullptr;  // [N] or null: sum_k q_k of xent's teacher
-  void* factors = nullptr;    // [factors, M, depth + rank] float (double)
-  void* chunks = nullptr;     // [tail_models, C, M] float (double): log-sum-exp
+  // [factors, M, depth + rank] float (double): relative to maxima, then normalised
+  void* factors = nullptr;
+  void* chunks = nullptr;  // [tail_models, C, M] float (double): log-sum-exp
   // the second reads and writes
   const void* norms = nullptr;  // [NORMS, M] float (double)
   double* second = nullptr;     // [SECOND, M]
   // the backward reads and writes
   Coefficients coefficients;
+  const double* saved_zy = nullptr;  // [M] the target's logit, where a frozen head's is capped
   Gradients d;
   // Of a chunk c, the computed rows whose units the backward computes: picked[picked_at[c]] to
   // before picked[picked_at[c + 1]], rising; null: every row of every chunk.
@@ -167,6 +169,8 @@ struct Kernels {
   bool (*head_fold)(const HeadCall&);
   bool (*head_fold_again)(const HeadCall&);
   bool (*head_unfold)(const HeadCall&);
+  bool (*frozen_normalise)(const HeadCall&);
+  bool (*frozen_gradient)(const HeadCall&);
   bool (*list_rank)(const ListCall&);
   bool (*error_forward)(const ErrorCall&);
   bool (*error_backward)(const ErrorCall&);

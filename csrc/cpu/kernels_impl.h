@@ -5,6 +5,7 @@
 #include <ctime>
 
 #include "cpu/error_rows.h"
+#include "cpu/frozen_rows.h"
 #include "cpu/head_fold.h"
 #include "cpu/head_unfold.h"
 #include "cpu/list_rows.h"
@@ -98,9 +99,16 @@ inline EpilogueTimes bench_epilogue(int64_t rows, int64_t cols, int64_t repeats)
 }
 
 extern const Kernels table;
-const Kernels table = {
-    PK_NAME,    &run_head<HeadFold>, &run_head<HeadFoldAgain>, &run_head<HeadUnfold>,
-    &list_rank, &error_forward,      &error_backward,          &bench_epilogue};
+const Kernels table = {PK_NAME,
+                       &run_head<HeadFold>,
+                       &run_head<HeadFoldAgain>,
+                       &run_head<HeadUnfold>,
+                       &run_head<FrozenNormalise>,
+                       &run_head<FrozenGradient>,
+                       &list_rank,
+                       &error_forward,
+                       &error_backward,
+                       &bench_epilogue};
 
 }  // namespace PK_ISA
 }  // namespace prefkern

@@ -276,8 +276,9 @@ class Backend(Protocol):
 
     COMPACTS: bool
     FOLDS_WIDE: bool
-    # It may have PICKS_SCHEME = True: a call with a tail whose head is frozen looks at some rows
-    # first, and takes the frozen scheme where nearly all their units are needed.
+    # It may have PICKS_SCHEME = True, beside `forward` and `backward`: a call with a tail whose
+    # head is frozen looks at some rows first, and takes the frozen scheme where nearly all their
+    # units are needed.
     # It may have KEEPS_UNITS = False: with a tail its products are of other rows and have other
     # bits, so its backward reads nothing that was kept, and nothing is.
 

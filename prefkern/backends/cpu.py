@@ -126,7 +126,7 @@ def unfold(
 def forward(
     tensors: list[Tensor], numbers: list[float], plan: str, ignore_index: int, kept: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """fold to finish in one op: (out [n, N], saved, cache, factors, chunks)."""
+    """fold to finish in one op: (out [n, N], saved, cache, normalised factors, chunks)."""
     return _ops().forward(tensors, numbers, plan, ignore_index, kept)
 
 
@@ -139,10 +139,12 @@ def backward(
     out: Tensor,
     saved: Tensor,
     cache: Tensor,
+    factors: Tensor,
     needed: str,
 ) -> list[Tensor]:
     """pull and unfold in one op: the gradients that `needed` names."""
-    return _ops().backward(tensors, numbers, plan, ignore_index, d_out, out, saved, cache, needed)
+    record = (tensors, numbers, plan, ignore_index)
+    return _ops().backward(*record, d_out, out, saved, cache, factors, needed)
 
 
 def _record(call: HeadCall) -> tuple[list[Tensor], list[float], str, int]:

@@ -102,10 +102,9 @@ class Plan(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """One step may take such a call from its record to its results: every column of a live head
-        is here, and the backend finds its rows."""
-        alone = self.shard is None and self.tail == 0.0
-        return alone and not self.frozen and "rows" not in self.tensors
+        """One step may take such a call from its record to its results: every column of the head is
+        here, and the backend finds its rows."""
+        return self.shard is None and self.tail == 0.0 and "rows" not in self.tensors
 
     @property
     def saved_rows(self) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import choice, frozen
 from ..backends.contract import HeadCall, unpack
-from ..backends.plan import read_plan
+from ..backends.plan import Plan, read_plan
 from . import scored, sharded, shared, tail, transforms
 
 LEAVES = ("hidden", "weight", "bias", "low_in", "low_out", "logits")
@@ -48,7 +48,9 @@ def _forward(
     skipped [tail_models, C, M] or [0]). With a tail, out has one row more: the share of units
     computed."""
     module = choice.load_backend(backend)
-    if num_scored is None and hasattr(module, "forward") and read_plan(plan).whole:
+    if _in_one_step(module, read_plan(plan)):
+        if num_scored is not None:
+            _check_labels(unpack(tensors, numbers, plan, ignore_index), num_scored)
         try:
             return module.forward(tensors, numbers, plan, ignore_index, kept)
         except RuntimeError:
@@ -59,10 +61,9 @@ def _forward(
     with shared.no_autocast(call.targets.device.type):
         if call.shard is not None:
             return sharded.forward(module, call, kept)
-        asked, flat = call, tail.is_flat(module, call)
-        if flat:
-            call = call._replace(plan=call.plan.one_pass)
-        folded = module.fold(call, 0 if flat else kept)
+        if tail.is_flat(module, call):
+            return _flat(module, call, kept)
+        folded = module.fold(call, kept)
         second = None
         if call.plan.second:
             second = module.fold_again(call, module.arithmetic.norms(call, folded), folded.cache)
@@ -70,18 +71,29 @@ def _forward(
         factors = folded.factors
         if call.plan.frozen:
             factors = frozen.normalise(call, factors, folded.sums, folded.sums)
-        cache = folded.cache
-        if asked.plan.either:  # both schemes' results have one shape; nothing touches the other's
-            shape = (asked.kept_models, kept, asked.V)
-            cache = cache.new_empty(shape, dtype=asked.cache_dtype) if flat else cache
-            factors = factors if flat else out.new_empty(_factors_shape(asked))
-        skipped = tail.all_formed(asked) if flat else tail.choose(call, call, folded)
-        out = tail.with_share(asked, out, skipped)
+        if call.plan.either:  # both schemes' results have one shape; nothing touches the other's
+            factors = out.new_empty(_factors_shape(call))
+        skipped = tail.choose(call, call, folded)
+        out = tail.with_share(call, out, skipped)
         if call.rows is not None:
             out = out.new_zeros((out.shape[0], call.N)).index_copy_(1, call.rows, out)
         if call.rows is not None and num_scored is not None:
             out = scored.poison(out, call)
-    return out, saved, cache, factors, skipped
+    return out, saved, folded.cache, factors, skipped
+
+
+def _in_one_step(module: Any, plan: Plan) -> bool:
+    return plan.whole and hasattr(module, "forward")
+
+
+def _flat(module: Any, call: HeadCall, kept: int) -> tuple[Tensor, ...]:
+    """A call with a tail by the frozen scheme, which skips nothing."""
+    one_pass = call.plan.one_pass.text
+    record = (*call.pack(), one_pass, call.ignore_index)
+    out, saved, _, factors, _ = module.forward(*record, 0)
+    cache = out.new_empty((call.kept_models, kept, call.V), dtype=call.cache_dtype)
+    skipped = tail.all_formed(call)
+    return tail.with_share(call, out, skipped), saved, cache, factors, skipped
 
 
 def _check_labels(call: HeadCall, num_scored: int | None) -> None:
@@ -111,20 +123,23 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of the tensors that `needed` names, in its order."""
     module = choice.load_backend(backend)
-    if hasattr(module, "backward") and read_plan(plan).whole:
-        record = (tensors, numbers, plan, ignore_index)
-        return module.backward(*record, d_out.contiguous(), out, saved, cache, needed)
+    kind = read_plan(plan)
+    if kind.tail > 0.0:
+        d_out, out = d_out[:-1], out[:-1]  # the share has no gradient
+        if kind.either and tail.is_formed(skipped):
+            kind = kind.one_pass
+    if _in_one_step(module, kind):
+        record = (tensors, numbers, kind.text, ignore_index)
+        return module.backward(
+            *record, d_out.contiguous(), out.contiguous(), saved, cache, factors, needed
+        )
     call = unpack(tensors, numbers, plan, ignore_index)
     names = needed.split(",")
-    if call.plan.tail > 0.0:
-        d_out, out = d_out[:-1], out[:-1]  # the share has no gradient
     with shared.no_autocast(call.targets.device.type):
         if call.shard is not None:
             made = (d_out, out, saved, cache, factors, skipped)
             found = sharded.backward(module, call, *made, frozenset(names))
             return [getattr(found, name) for name in names]
-        if call.plan.either and tail.is_formed(skipped):
-            call = call._replace(plan=call.plan.one_pass)
         if call.rows is not None:
             d_out, out = (x.index_select(1, call.rows) for x in (d_out, out))
         coefficients = module.arithmetic.pull(call, d_out.contiguous(), out.contiguous(), saved)

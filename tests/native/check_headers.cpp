@@ -178,6 +178,12 @@ struct Passes {
     pull(up);
     REQUIRE(checked::run_head<HeadUnfold>(call), "unfold");
   }
+  void frozen_backward(const std::vector<T>& up) {
+    REQUIRE(checked::run_head<FrozenNormalise>(call), "sums of head rows");
+    pull(up);
+    call.saved_zy = saved.data() + int64_t(Saved::zy) * call.slots;
+    REQUIRE(checked::run_head<FrozenGradient>(call), "frozen gradient");
+  }
 };
 
 static void one_by_one(int count, void (*fn)(void*, int), void* arg) {
@@ -274,6 +280,37 @@ static void pick_units(HeadCall& call, std::vector<int64_t>& rows, std::vector<i
   call.picked = rows.data(), call.picked_at = starts.data();
 }
 
+// The gradient made of sums of head rows is that of products, up to their operands' rounding.
+template <class T>
+static void check_frozen(HeadCall& call, Passes<T>& pass) {
+  const Model& m = call.model[0];
+  const int64_t sizes[] = {call.tokens * m.depth, call.tokens * m.rank};
+  std::vector<char> found[2], want[2];
+  for (int i = 0; i < 2; ++i) {
+    found[i].assign(size_t(sizes[i] * dtype_bytes(call.working)), 0x7f), want[i] = found[i];
+  }
+  const auto to = [&](std::vector<char>* d) {
+    call.d.hidden = d[0].data(), call.d.low_in = d[1].data();
+  };
+  to(found);
+  pass.frozen_backward(pass.out);
+  to(want);
+  call.frozen = false, call.exact = true;
+  pass.backward(pass.out);
+  const int64_t bytes = dtype_bytes(call.working);
+  const double bound = bytes == 8 ? 1e-11 : bytes == 4 ? 1e-4 : 5e-2;
+  for (int i = 0; i < 2; ++i) {
+    double off = 0.0, size = 1e-30;
+    for (int64_t j = 0; j < sizes[i]; ++j) {
+      const double a = element<double>(found[i].data(), call.working, j);
+      const double b = element<double>(want[i].data(), call.working, j);
+      off += (a - b) * (a - b), size += b * b;
+    }
+    REQUIRE(off <= bound * bound * size + 1e-30, "frozen gradient %d is off by %g of %g", i,
+            std::sqrt(off), std::sqrt(size));
+  }
+}
+
 // Every element type through all sweeps, with low-rank terms, a teacher, given logits, the sums of a
 // frozen head and a tail: memory errors, and equal bits for any budget and where no unit is skipped.
 template <class T>
@@ -334,7 +371,10 @@ static void check_types(Dtype type, int64_t n, int64_t v, int64_t d, int64_t ran
       std::vector<char> cache(size_t(2 * call.kept * v) * sizeof(T));
       call.cache = cache.data();
       pass.forward();
-      if (frozen) continue;
+      if (frozen) {
+        check_frozen<T>(call, pass);
+        continue;
+      }
       for (const int64_t i : pass.live) {
         OnlineLse all;
         for (int64_t c = 0; call.tail && c < call.chunk_count(); ++c)

@@ -237,12 +237,38 @@ RECORD = ([HIDDEN, WEIGHT, TARGETS], NUMBERS, "logp;;;hidden,weight,targets", -1
 )
 def test_a_backward_of_wrong_shapes(place, wrong):
     ops = torch.ops.prefkern_native
-    out, saved, cache, *_ = ops.forward(*RECORD, N)
-    given = [torch.ones(1, N), out, saved, cache]
+    out, saved, cache, factors, _ = ops.forward(*RECORD, N)
+    given = [torch.ones(1, N), out, saved, cache, factors]
     assert ops.backward(*RECORD, *given, "hidden,weight")[0].shape == (N, D)
     given[place] = wrong
     with pytest.raises(RuntimeError, match="must"):
         ops.backward(*RECORD, *given, "hidden,weight")
+
+
+FROZEN = (*RECORD[:2], "logp,ent;;frozen;hidden,weight,targets", RECORD[3])
+
+
+@native
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        (4, torch.zeros(1, N, D)),
+        (4, torch.zeros(2, N, D - 1)),
+        (4, torch.zeros(2, N, D, dtype=torch.float64)),
+        (4, torch.zeros(2, N, 2 * D)[..., ::2]),
+        (2, torch.zeros(3, N - 1, dtype=torch.float64)),
+        (5, "hidden,weight"),
+        (5, "hidden,hidden"),
+    ],
+)
+def test_a_frozen_backward_of_wrong_shapes(place, wrong):
+    ops = torch.ops.prefkern_native
+    out, saved, cache, factors, _ = ops.forward(*FROZEN, 0)
+    given = [torch.ones(2, N), out, saved, cache, factors, "hidden"]
+    assert ops.backward(*FROZEN, *given)[0].shape == (N, D)
+    given[place] = wrong
+    with pytest.raises(RuntimeError, match=r"must|has no gradient|twice"):
+        ops.backward(*FROZEN, *given)
 
 
 @native

@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +24,21 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 GREEN, RED = 0, 1  # pytest's exit codes; any other is no verdict
+# In the changed copy: Python reads it as it starts. PYTHONPATH alone would lose to the folder that
+# `python -c` and `python -m` put first, which is the repository.
+SITE = """import sys
+from importlib.machinery import PathFinder
+
+
+class Copy:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, [{folder!r}]) if name == "prefkern" else None
+
+
+sys.meta_path.insert(0, Copy)
+"""
+WHERE = "import importlib.util as u; print(u.find_spec('prefkern').origin)"
 
 
 class Mutant(NamedTuple):
@@ -75,13 +91,15 @@ def verdict(row: Mutant | None, tests: Iterable[str], folder: Path) -> int:
     if row is not None:
         apply(row, copy)
     sys.path.insert(0, str(copy))
+    (copy / "sitecustomize.py").write_text(SITE.format(folder=str(copy)), encoding="utf-8")
     os.environ["PYTHONPATH"] = str(copy)  # tests that start ranks or commands see the copy too
     import prefkern
 
-    assert str(prefkern.__file__).startswith(str(copy)), prefkern.__file__
+    os.chdir(ROOT)
+    started = subprocess.check_output([sys.executable, "-c", WHERE], text=True).strip()
+    assert str(prefkern.__file__) == started == str(copy / "prefkern" / "__init__.py"), started
     import pytest
 
-    os.chdir(ROOT)
     return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *tests]))
 
 
