@@ -25,9 +25,8 @@ inline void check_dense(const torch::stable::Tensor& t, const char* name) {
 }
 
 // size < 0 accepts any length in that place.
-inline void check_shape(const torch::stable::Tensor& t, const char* name,
+inline void check_sizes(const torch::stable::Tensor& t, const char* name,
                         std::initializer_list<int64_t> sizes) {
-  check_dense(t, name);
   bool good = t.dim() == int64_t(sizes.size());
   int64_t i = 0;
   std::string want = "[";
@@ -36,6 +35,12 @@ inline void check_shape(const torch::stable::Tensor& t, const char* name,
     want += (i++ ? ", " : "") + (s < 0 ? std::string("any") : std::to_string(s));
   }
   STD_TORCH_CHECK(good, name, " must have shape ", want, "], got ", shape_text(t), ".");
+}
+
+inline void check_shape(const torch::stable::Tensor& t, const char* name,
+                        std::initializer_list<int64_t> sizes) {
+  check_dense(t, name);
+  check_sizes(t, name, sizes);
 }
 
 inline Dtype check_float(const torch::stable::Tensor& t, const char* name) {
@@ -58,17 +63,6 @@ inline Dtype check_float(const torch::stable::Tensor& t, const char* name) {
 inline void check_long(const torch::stable::Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Long, name,
                   " must be int64; cast it with .long().");
-}
-
-inline void check_targets(const torch::stable::Tensor& t, int64_t n, int64_t vocab,
-                          int64_t ignore) {
-  check_shape(t, "targets", {n});
-  check_long(t, "targets");
-  const int64_t* y = static_cast<const int64_t*>(t.const_data_ptr());
-  for (int64_t i = 0; i < n; ++i) {
-    STD_TORCH_CHECK(y[i] == ignore || (y[i] >= 0 && y[i] < vocab), "targets must lie in [0, ",
-                    vocab, ") or be the ignore_index ", ignore, ", got ", y[i], " at row ", i, ".");
-  }
 }
 
 }  // namespace prefkern

@@ -6,6 +6,7 @@
 #include "cpu/head_op.h"
 #include "cpu/list_rank.h"
 #include "cpu/segment_sum.h"
+#include "row_schemas.h"
 
 namespace prefkern {
 
@@ -29,15 +30,7 @@ STABLE_TORCH_LIBRARY(prefkern_native, m) {
         ", Tensor d_out, Tensor out, Tensor saved, Tensor cache, Tensor factors, str needed) "
         "-> Tensor[]");
 #undef PK_RECORD
-  m.def("merge(Tensor fields, Tensor starts, str plan, bool rounded) -> Tensor");
-  m.def("norms(Tensor sums, Tensor? top, bool wide) -> Tensor");
-  m.def(
-      "finish(Tensor sums, Tensor at, Tensor? second, Tensor? top, Tensor targets, Tensor? rows, "
-      "Tensor? teacher, int ignore_index, int vocabulary, str plan, bool rounded, bool wide) "
-      "-> (Tensor, Tensor)");
-  m.def(
-      "pull(Tensor d_out, Tensor out, Tensor saved, Tensor targets, Tensor? rows, "
-      "int ignore_index, float slope, str plan) -> Tensor");
+  prefkern::define_row_ops(m);
   m.def(
       "error_sum_fwd(Tensor pred, Tensor target, Tensor? ref, Tensor? segments, int num_segments, "
       "str stats) "
@@ -46,15 +39,6 @@ STABLE_TORCH_LIBRARY(prefkern_native, m) {
       "error_sum_bwd(Tensor d_out, Tensor pred, Tensor target, Tensor? ref, Tensor? segments, str "
       "stats) "
       "-> Tensor");
-  m.def(
-      "list_rank_fwd(Tensor scores, Tensor labels, Tensor cu_groups, Tensor? topk, str family, str "
-      "options) "
-      "-> (Tensor, Tensor)");
-  m.def("segment_sum_fwd(Tensor values, Tensor? weights, Tensor cu_seqlens) -> Tensor");
-  m.def(
-      "segment_sum_bwd(Tensor d_out, Tensor values, Tensor? weights, Tensor cu_seqlens, bool "
-      "need_values, "
-      "bool need_weights) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(prefkern_native, CompositeExplicitAutograd, m) {

@@ -9,7 +9,7 @@
 
 #include <torch/headeronly/util/Exception.h>
 
-#include "numerics/stats.h"
+#include "numerics/online.h"
 
 namespace prefkern {
 
@@ -108,6 +108,19 @@ inline PlanText parse_plan(const std::string& text) {
     rest = part < 3 ? rest.substr(end + 1) : std::string_view{};
   }
   return found;
+}
+
+inline FoldPlan fold_plan(const std::string& text, bool rounded) {
+  const PlanText read = parse_plan(text);
+  FoldPlan plan;
+  plan.stats = read.stats;
+  plan.rounded = rounded;
+  for (const Input t : read.tensors) {
+    plan.two = plan.two || t == Input::ref_hidden || t == Input::ref_logits;
+    plan.third = plan.third || t == Input::aux_hidden;
+  }
+  plan.third = plan.third && plan.stats.has(Stat::ev);
+  return plan;
 }
 
 }  // namespace prefkern

@@ -12,19 +12,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-FoldPlan fold_plan(const std::string& text, bool rounded) {
-  const PlanText read = parse_plan(text);
-  FoldPlan plan;
-  plan.stats = read.stats;
-  plan.rounded = rounded;
-  for (const Input t : read.tensors) {
-    plan.two = plan.two || t == Input::ref_hidden || t == Input::ref_logits;
-    plan.third = plan.third || t == Input::aux_hidden;
-  }
-  plan.third = plan.third && plan.stats.has(Stat::ev);
-  return plan;
-}
-
 void check_type(const Tensor& t, const char* name, ScalarType type) {
   STD_TORCH_CHECK(t.scalar_type() == type, name, " has another dtype than the op expects.");
 }

@@ -70,9 +70,6 @@ inline void round_row(T* dst, int64_t dst_stride, const T* x, int64_t stride, in
   for (int64_t k = 0; k < blocks; ++k)
     store(dst + k * dst_stride, round_to(load(x + k * stride), type));
 }
-PK_INLINE bool is_short(Dtype type) {
-  return type == Dtype::bf16 || type == Dtype::f16;
-}
 
 // Tile row <-> plain memory of any dtype. Whole blocks of fp32 and bf16 move as vectors, and kept
 // logits go past the caches: they come back only after the whole forward.

@@ -8,6 +8,7 @@
 #include "cuda/list_ops.h"
 #include "cuda/row_ops.h"
 #include "cuda/tile_ops.h"
+#include "row_schemas.h"
 
 STABLE_TORCH_LIBRARY(prefkern_cuda, m) {
   m.def(
@@ -31,22 +32,7 @@ STABLE_TORCH_LIBRARY(prefkern_cuda, m) {
       "gradient(Tensor x, Tensor? xr, Tensor? xa, Tensor? adv, Tensor? bias, Tensor? ref_bias, "
       "Tensor? aux_bias, Tensor targets, Tensor coefficients, Tensor(a!) dx, int v0, int ignore, "
       "bool small, bool rounds, float[] numbers) -> ()");
-  m.def("merge(Tensor fields, Tensor starts, str plan, bool rounded) -> Tensor");
-  m.def("norms(Tensor sums, Tensor? top, bool wide) -> Tensor");
-  m.def(
-      "finish(Tensor sums, Tensor at, Tensor? second, Tensor? top, Tensor targets, Tensor? rows, "
-      "Tensor? teacher, int ignore_index, int vocabulary, str plan, bool rounded, bool wide) "
-      "-> (Tensor, Tensor)");
-  m.def(
-      "pull(Tensor d_out, Tensor out, Tensor saved, Tensor targets, Tensor? rows, "
-      "int ignore_index, float slope, str plan) -> Tensor");
-  m.def(
-      "list_rank_fwd(Tensor scores, Tensor labels, Tensor cu_groups, Tensor? topk, str family, "
-      "str options) -> (Tensor, Tensor)");
-  m.def("segment_sum_fwd(Tensor values, Tensor? weights, Tensor cu_seqlens) -> Tensor");
-  m.def(
-      "segment_sum_bwd(Tensor d_out, Tensor values, Tensor? weights, Tensor cu_seqlens, "
-      "bool need_values, bool need_weights) -> (Tensor, Tensor)");
+  prefkern::define_row_ops(m);
   m.def("launches(str kernel) -> int");
 #if defined(PREFKERN_EMULATED)
   m.def("reverse_threads(bool on) -> ()");

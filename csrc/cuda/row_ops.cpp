@@ -6,19 +6,6 @@
 namespace prefkern {
 namespace {
 
-FoldPlan fold_plan(const std::string& text, bool rounded) {
-  const PlanText read = parse_plan(text);
-  FoldPlan plan;
-  plan.stats = read.stats;
-  plan.rounded = rounded;
-  for (const Input t : read.tensors) {
-    plan.two = plan.two || t == Input::ref_hidden || t == Input::ref_logits;
-    plan.third = plan.third || t == Input::aux_hidden;
-  }
-  plan.third = plan.third && plan.stats.has(Stat::ev);
-  return plan;
-}
-
 Table table(const Tensor& t, const char* name, int64_t rows, int64_t m) {
   check(t, name, {rows, m});
   const bool wide = t.scalar_type() == ScalarType::Double;
@@ -53,7 +40,7 @@ Tensor cuda_merge(const Tensor& fields, const Tensor& starts, const std::string&
                   bool rounded) {
   MergeArgs a;
   a.plan = fold_plan(plan, rounded);
-  STD_TORCH_CHECK(fields.dim() == 3, "fields must be [F, C, M], got ", sizes_text(fields), ".");
+  STD_TORCH_CHECK(fields.dim() == 3, "fields must be [F, C, M], got ", shape_text(fields), ".");
   a.ranges = fields.size(1), a.m = fields.size(2);
   for (int k = 0; k < kFields; ++k) {
     STD_TORCH_CHECK(!a.plan.writes(Field(k)) || k < fields.size(0), "fields must hold those of ",
@@ -75,7 +62,7 @@ Tensor cuda_merge(const Tensor& fields, const Tensor& starts, const std::string&
 
 Tensor cuda_norms(const Tensor& sums, const OptTensor& top, bool wide) {
   NormArgs a;
-  STD_TORCH_CHECK(sums.dim() == 2, "sums must be [FIELDS, M], got ", sizes_text(sums), ".");
+  STD_TORCH_CHECK(sums.dim() == 2, "sums must be [FIELDS, M], got ", shape_text(sums), ".");
   a.m = sums.size(1);
   a.sums = table(sums, "sums", kFields, a.m);
   a.top = table(top, "top", 2, a.m);

@@ -14,6 +14,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "checks.h"
 #include "cuda/sweep.h"
 
 namespace prefkern {
@@ -21,12 +22,6 @@ namespace prefkern {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
-
-inline std::string sizes_text(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
 
 inline bool on_this_device(const Tensor& t) {
 #if defined(PREFKERN_EMULATED)
@@ -53,14 +48,7 @@ inline Dtype float_type(const Tensor& t, const char* name) {
 // A tensor of these sizes (negative: any) on the op's device whose last dimension is contiguous.
 inline const Tensor& check(const Tensor& t, const char* name,
                            std::initializer_list<int64_t> sizes) {
-  bool good = t.dim() == int64_t(sizes.size());
-  int64_t i = 0;
-  std::string want = "[";
-  for (const int64_t s : sizes) {
-    if (good && s >= 0) good = t.size(i) == s;
-    want += (i++ ? ", " : "") + (s < 0 ? std::string("any") : std::to_string(s));
-  }
-  STD_TORCH_CHECK(good, name, " must have shape ", want, "], got ", sizes_text(t), ".");
+  check_sizes(t, name, sizes);
   STD_TORCH_CHECK(on_this_device(t), name, " must be a CUDA tensor; move it with .cuda().");
   STD_TORCH_CHECK(t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, name,
                   " must have a contiguous last dimension; call .contiguous() first.");
@@ -86,9 +74,6 @@ inline const float* const_floats(const Tensor& t, const char* name) {
 inline const int64_t* longs(const Tensor& t, const char* name) {
   check_type(t, name, ScalarType::Long, "int64");
   return static_cast<const int64_t*>(t.const_data_ptr());
-}
-inline Tensor empty_floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
 
 // torch's current stream of the tensor's device, made the current device while this lives.

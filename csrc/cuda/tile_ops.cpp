@@ -69,7 +69,7 @@ void set_fields(Args& a, const Tensor& fields, int64_t count) {
 
 // Fills what all tile kernels share; returns the tile's element type.
 Dtype set_tile(TileArgs& a, const Tensor& x, const Tensor& targets, int64_t v0, int64_t ignore) {
-  STD_TORCH_CHECK(x.dim() == 2, "a tile must be [rows, columns], got ", sizes_text(x), ".");
+  STD_TORCH_CHECK(x.dim() == 2, "a tile must be [rows, columns], got ", shape_text(x), ".");
   a.m = x.size(0), a.w = x.size(1), a.v0 = v0, a.ignore = ignore;
   STD_TORCH_CHECK(a.w <= kMostColumns, "a tile has at most ", kMostColumns, " columns, got ", a.w,
                   "; pass narrower tiles.");
@@ -254,7 +254,7 @@ void tile_fold_frozen(const Tensor& x, const OptTensor& xr, const OptTensor& bia
   set_terms(a.terms, out, n[Param::slope]);
   set_totals(a.totals, totals, {true, log, gap, cross});
   STD_TORCH_CHECK(a.totals.m == a.fold.m, "totals must have a row for each of the tile's, got ",
-                  sizes_text(totals), ".");
+                  shape_text(totals), ".");
   a.moves = moves;
   check(maxima, "maxima", {2, a.fold.m});
   a.maxima = floats(maxima, "maxima");

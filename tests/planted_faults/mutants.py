@@ -25,7 +25,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 GREEN, RED = 0, 1  # pytest's exit codes; any other is no verdict
 # In the changed copy: Python reads it as it starts. PYTHONPATH alone would lose to the folder that
-# `python -c` and `python -m` put first, which is the repository.
+# `python -c` and `python -m` put first, which is the repository; its folder kernels/ is not the
+# package of that name.
 SITE = """import sys
 from importlib.machinery import PathFinder
 
@@ -37,6 +38,7 @@ class Copy:
 
 
 sys.meta_path.insert(0, Copy)
+sys.modules["kernels"] = None
 """
 WHERE = "import importlib.util as u; print(u.find_spec('prefkern').origin)"
 
