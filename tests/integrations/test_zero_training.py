@@ -44,7 +44,7 @@ CHECKED = {2: ("masks",), 3: ("tdpo2", "masks")}  # runs from start to end under
 def start(tmp_path_factory):
     """Runs of one process, and what every run is made of."""
     folder = tmp_path_factory.mktemp("zero")
-    model, data = save_model(folder / "model"), write_data(folder / "pairs.jsonl", rows=11)
+    model, data = save_model(folder / "model"), write_data(folder / "pairs.jsonl", rows=13)
     tied = save_model(folder / "tied", tie_word_embeddings=True)
 
     def made(name: str, where: str, accumulate: int, middle: str = "", **more):

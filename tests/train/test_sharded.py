@@ -35,7 +35,7 @@ LONG = 400  # seconds, on a machine that much else runs on
 def runs(tmp_path_factory):
     """Runs by name in one process and in two that share the model, and what they were made of."""
     folder = tmp_path_factory.mktemp("sharded")
-    model, data = save_model(folder / "model"), write_data(folder / "pairs.jsonl", rows=11)
+    model, data = save_model(folder / "model"), write_data(folder / "pairs.jsonl", rows=13)
     tied = save_model(folder / "tied", tie_word_embeddings=True)
 
     def made(name: str, where: str, accumulate: int, **more):
@@ -155,7 +155,7 @@ def test_a_rank_that_is_killed_leaves_what_can_be_continued(runs):
 def test_two_ranks_of_tensor_parallelism_are_one_process(tmp_path):
     """A vocabulary of 261 entries: the second rank has one fewer."""
     model = save_model(tmp_path / "model", vocab_size=261)
-    data = write_data(tmp_path / "pairs.jsonl", rows=11)
+    data = write_data(tmp_path / "pairs.jsonl", rows=13)
 
     def made(where: str, **more):
         options = COMMON | CASES["masks"] | {"gradient_accumulation_steps": 4} | more
@@ -175,7 +175,7 @@ def test_two_ranks_of_tensor_parallelism_are_one_process(tmp_path):
 
 
 def test_an_error_in_one_rank_is_every_ranks(tmp_path):
-    model, data = save_model(tmp_path / "model"), write_data(tmp_path / "pairs.jsonl", rows=11)
+    model, data = save_model(tmp_path / "model"), write_data(tmp_path / "pairs.jsonl", rows=13)
     options = COMMON | CASES["tdpo2"] | {"overwrite_output_dir": True}
     settings = config(tmp_path / "out", model, data, **options)
     (tmp_path / "run.json").write_text(json.dumps(settings.as_dict()))
