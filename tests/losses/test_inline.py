@@ -43,5 +43,7 @@ def test_what_cannot_be_read_is_refused(text):
 def test_resolve_puts_them_above_what_an_alias_fixes():
     record, fixed = losses.resolve("aot_unpaired:beta=0.3")
     assert record.name == "aot" and fixed == {"paired": False, "beta": 0.3}
+    bound = losses.bind("aot_unpaired:beta=0.3", {"paired": True, "beta": 0.5})
+    assert bound.args == {"paired": True, "beta": 0.5}, "what a call says stands above both"
     with pytest.raises(ValueError, match="nearest"):
         losses.resolve("tdpo9:alpha=1")

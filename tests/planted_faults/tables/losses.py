@@ -37,14 +37,14 @@ MUTANTS = [
         B,
         "given = {**fixed, **given}",
         "given = {**given, **fixed}",
-        *BROAD,
+        P + "test_inline.py",
     ),
     (
         "a_reference_free_loss_needs_one",
         B,
         'unused = hyper.get("reference_free", False) or (',
         "unused = False or (",
-        *BROAD,
+        P + "test_properties.py::test_shared_arguments_go_to_both",
     ),
     (
         "a_reference_of_weight_0_is_needed",
@@ -58,7 +58,7 @@ MUTANTS = [
         B,
         "            weight *= hyper[record.supervised.scale]\n",
         "            pass\n",
-        *BROAD,
+        P + "test_pair_golden.py",
     ),
     (
         "statistics_of_the_defaults",
