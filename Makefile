@@ -109,7 +109,7 @@ mutants: setup
 	$(VENV)/bin/python tests/planted_faults/mutants.py $(MUTANTS_ARGS)
 
 sanitize: setup
-	$(VENV)/bin/python -m pytest -m sanitize $(PYTEST_ARGS) tests/native/test_sanitized_ops.py
+	$(VENV)/bin/python -m pytest -m sanitize $(PYTEST_ARGS) tests/native
 
 # The site is made from sources alone: neither torch nor prefkern is installed for it.
 $(DOCS_VENV)/.deps: requirements/docs.txt

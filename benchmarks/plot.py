@@ -63,7 +63,7 @@ def _where(rows: Rows) -> str:
     )
 
 
-def _colour(name: str) -> str:
+def colour_of(name: str) -> str:
     """Of the last family that is named: in a trainer's step, of what the trainer was given."""
     own = name.removeprefix("TRL + ").removeprefix("TRL, full")
     return next(colour for start, colour in FAMILIES.items() if own.startswith(start))
@@ -164,16 +164,16 @@ def _overview(cases: dict[str, Rows], folder: Path) -> Path:
         _, ratio, what = _measure(rows[0])
         labels.append(f"{name} ({what})")
         for row in rows:
-            ours = _colour(row["variant"]) == OURS
+            ours = colour_of(row["variant"]) == OURS
             default = row["variant"] in OURS_BY_DEFAULT
             if row["variant"] == LIMIT or not row[ratio] or (ours and not default):
                 continue
             values.append(float(row[ratio]))
             axis.plot(
-                values[-1], y, "D" if ours else "o", color=_colour(row["variant"]),
+                values[-1], y, "D" if ours else "o", color=colour_of(row["variant"]),
                 ms=8 if ours else 6, alpha=1.0 if ours else 0.8, zorder=3 if ours else 2,
             )  # fmt: skip
-    drawn = {_colour(r["variant"]) for rows in cases.values() for r in rows}
+    drawn = {colour_of(r["variant"]) for rows in cases.values() for r in rows}
     for start, colour in FAMILIES.items():
         if colour in drawn:
             marker = "D" if colour == OURS else "o"

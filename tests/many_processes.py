@@ -15,8 +15,8 @@ from tiny_models import config, save_model, write_data
 from prefkern.train import train
 from prefkern.train.config import TrainConfig
 
-# 13 rows in micro-batches of 2, four to a step: an epoch ends with three, and the second of two ranks
-# has none of its own for its last
+# 13 rows in micro-batches of 2, four to a step: an epoch ends with three, and the second of two
+# ranks has none of its own for its last
 COMMON = dict(
     per_device_train_batch_size=2, max_steps=4, learning_rate=1e-3, weight_decay=0.1,
     max_grad_norm=0.5, save_steps=2,
