@@ -183,7 +183,13 @@ MUTANTS = [
         "        if False:\n",
         *BROAD,
     ),
-    ("the_register_is_in_no_order", R, "iter(sorted(self._all()))", "iter(self._all())", *BROAD),
+    (
+        "the_register_is_in_no_order",
+        R,
+        "iter(sorted(self._all()))",
+        "iter(self._all())",
+        P + "test_core.py",
+    ),
     (
         "an_optional_statistic_is_not_filled",
         INPUTS,
@@ -247,14 +253,14 @@ MUTANTS = [
         C,
         "    if chosen.shape != rejected.shape:\n",
         "    if chosen.dim() != rejected.dim():\n",
-        *BROAD,
+        P + "test_core.py",
     ),
     (
         "a_constant_of_the_caller_is_trained",
         C,
         "    return value.detach().to(like.dtype)\n\n\ndef scalar",
         "    return value.to(like.dtype)\n\n\ndef scalar",
-        *BROAD,
+        P + "test_core.py",
     ),
     (
         "a_baseline_is_trained",
@@ -269,7 +275,7 @@ MUTANTS = [
         C,
         "return total * (length.numel() / length.sum().clamp(min=1.0))",
         "return total * (length.numel() / length.clamp(min=1.0).sum())",
-        *BROAD,
+        P + "test_core.py",
     ),
     (
         "an_empty_answer_stays_in_its_list",
