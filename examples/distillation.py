@@ -15,7 +15,8 @@ import torch
 
 import prefkern
 from prefkern.integrations.collate import PairCollator
-from prefkern.integrations.head import at_head, shifted
+from prefkern.integrations.head import at_head
+from prefkern.integrations.head_view import shifted
 from prefkern.integrations.preference_model import PreferenceModel
 
 

@@ -14,7 +14,7 @@ import tiny
 import torch
 
 from prefkern.integrations.collate import PairCollator
-from prefkern.integrations.head import shifted
+from prefkern.integrations.head_view import shifted
 from prefkern.integrations.preference_model import PreferenceModel
 
 BETA = 0.5

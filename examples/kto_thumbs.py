@@ -16,7 +16,7 @@ import torch
 
 from prefkern import SeqStats, losses
 from prefkern.integrations.collate import PairCollator
-from prefkern.integrations.head import shifted
+from prefkern.integrations.head_view import shifted
 from prefkern.integrations.loss_at_head import read_other
 from prefkern.integrations.preference_model import PreferenceModel
 

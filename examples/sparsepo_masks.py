@@ -16,7 +16,8 @@ import tiny
 import torch
 
 from prefkern.integrations.collate import PairCollator
-from prefkern.integrations.head import at_head, shifted
+from prefkern.integrations.head import at_head
+from prefkern.integrations.head_view import shifted
 from prefkern.integrations.loss_at_head import loss_at_head, read_other
 from prefkern.integrations.token_pictures import write_html, write_png
 from prefkern.integrations.token_view import view_pair

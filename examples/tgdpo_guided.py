@@ -15,7 +15,7 @@ from typing import Any
 import tiny
 
 from prefkern.integrations.collate import PairCollator
-from prefkern.integrations.head import shifted
+from prefkern.integrations.head_view import shifted
 from prefkern.integrations.loss_at_head import read_other
 from prefkern.integrations.preference_model import PreferenceModel
 from prefkern.integrations.token_pictures import write_png

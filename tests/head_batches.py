@@ -13,7 +13,7 @@ from families import VOCAB
 from torch import Tensor
 
 import prefkern
-from prefkern.integrations.head import shifted
+from prefkern.integrations.head_view import shifted
 
 
 def batch(rows: int = 3, length: int = 11, *, left: bool = False) -> tuple[dict, Tensor]:

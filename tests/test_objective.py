@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import prefkern
 from prefkern import Head, PreferenceLoss, preference_loss
@@ -357,9 +359,29 @@ def test_weights_of_groups_reach_sequences_and_tokens(loss):
     assert mixed.item() == pytest.approx((2 * each[0] + 0.5 * each[2]).item(), rel=1e-6)
 
 
+class FloatOps(TorchDispatchMode):
+    """Notes every operator that reads floating-point numbers: boundaries of sequences and labels,
+    which are checked first, are integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        leaves = tree_leaves((args, kwargs))
+        if any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in leaves):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 def test_a_diffusion_loss_is_refused_before_any_work():
-    with pytest.raises(ValueError, match="prediction errors"):
-        Inputs().call(loss="diff_dpo")
+    x = Inputs()
+    with FloatOps() as ran, pytest.raises(ValueError, match="prediction errors"):
+        x.call(loss="diff_dpo")
+    assert ran.names == []
+    with FloatOps() as ran:
+        x.call(loss="dpo", **x.ref)
+    assert any(name.startswith("prefkern.head_fwd") for name in ran.names), ran.names
 
 
 @pytest.mark.parametrize("shared", [True, False])

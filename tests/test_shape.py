@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
+from source_files import PACKAGE, ROOT, sources, tree
+
 from prefkern.backends.list_options import FAMILIES
 from prefkern.losses.record import LOSSES
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "prefkern"
 MOST_ARGUMENTS = 12
 
 # A room imports from rooms of a lower storey, and within itself. Rooms of one storey do not know
@@ -34,15 +35,6 @@ STOREYS = {
     "integrations.axolotl": 10,
     "cli": 9,
 }
-
-
-@cache
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def sources(*roots: str) -> list[Path]:
-    return sorted(p for root in roots for p in (ROOT / root).rglob("*.py"))
 
 
 def room(parts: tuple[str, ...]) -> str:
@@ -116,28 +108,45 @@ def test_no_long_argument_lists():
     assert not long, "\n".join(long)
 
 
+# Words of English too: they name a loss only as a whole string or after a dot.
+PLAIN_WORDS = {"hinge", "more", "robust", "softmax"}
+
+
+def default_losses(path: Path) -> set[int]:
+    """ids of the constants that are the default of something called `loss`."""
+    found: list[ast.AST] = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef):
+            a = node.args
+            last = a.args[len(a.args) - len(a.defaults) :]
+            pairs = [*zip(last, a.defaults, strict=True)]
+            pairs += zip(a.kwonlyargs, a.kw_defaults, strict=True)
+            found += [default for name, default in pairs if default and name.arg == "loss"]
+        elif isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "loss" and node.value:
+            found += ast.walk(node.value)
+    return {id(node) for node in found}
+
+
 def names_of_losses(path: Path) -> list[str]:
-    """String constants and attributes in code (docstrings aside) that are the name of a loss."""
-    docs = {
-        id(node.body[0].value)
-        for node in ast.walk(tree(path))
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        and node.body
-        and isinstance(node.body[0], ast.Expr)
-    }
-    return [
-        f"line {node.lineno}: {node.value}"
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.Constant)
-        and id(node) not in docs
-        and isinstance(node.value, str)
-        and node.value in LOSSES
-        and node.value not in FAMILIES  # of list_rank: plackett_luce, softmax
-    ]
+    """Losses named in code: as a string, a word of a text, an attribute or an import. What stands
+    alone as a string is documentation, of a function or of a field."""
+    aside = {id(node.value) for node in ast.walk(tree(path)) if isinstance(node, ast.Expr)}
+    aside |= default_losses(path)
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in aside:
+            whole = {node.value} - set(FAMILIES)  # of list_rank: plackett_luce, softmax
+            said = set(re.findall(r"\w+", node.value)) - PLAIN_WORDS - set(FAMILIES)
+            found += [(node.lineno, name) for name in whole | said]
+        elif isinstance(node, ast.Attribute):
+            found.append((node.lineno, node.attr))
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            full = [getattr(node, "module", None) or "", *(name.name for name in node.names)]
+            found += [(node.lineno, part) for name in full for part in name.split(".")]
+    return [f"line {line}: {name}" for line, name in found if name in LOSSES]
 
 
-# Where a loss may be named beside losses/: what one method alone needs, tables of methods, and the
-# default of the option.
+# Where a loss may be named beside losses/: what one method alone needs and tables of methods.
 MAY_NAME_LOSSES = ("train/recipes/", "train/demo", "integrations/", "cli/", "prep/")
 
 
@@ -145,13 +154,32 @@ def test_generic_code_names_no_loss():
     found = {}
     for path in sources("prefkern"):
         place = path.relative_to(PACKAGE).as_posix()
-        below = place.startswith(("backends/", "ops/"))
+        below = place.startswith(("backends/", "ops/", "objective/"))
         generic = place.startswith("train/") and not place.startswith(MAY_NAME_LOSSES)
         if (below or generic) and (names := names_of_losses(path)):
             found[place] = names
-    # the default loss of a run
-    assert found.pop("train/config.py", ["line 0: dpo"])[0].endswith(": dpo")
     assert not found, found
+
+
+def test_every_way_to_name_a_loss_is_seen(tmp_path):
+    said = {
+        'x = record.name == "dpo"': "dpo",
+        "raise ValueError(\"has none; add 'sft'.\")": "sft",
+        'f"for {x} or kto alone"': "kto",
+        "y = losses.tdpo2(1)": "tdpo2",
+        "from ..losses.pairwise.simpo import simpo": "simpo",
+        "import prefkern.losses.pairwise.ipo": "ipo",
+    }
+    quiet = (
+        '"""As dpo does."""', 'def f(*, loss="dpo"): ...', 'loss: tuple = ("dpo",)',
+        'say("two more")',
+    )  # fmt: skip
+    for i, text in enumerate((*said, *quiet)):
+        path = tmp_path / f"{i}.py"
+        path.write_text(text, encoding="utf-8")
+        assert {line.split(": ")[1] for line in names_of_losses(path)} == (
+            {said[text]} if text in said else set()
+        ), text
 
 
 def test_no_device_above_the_backends():
@@ -169,23 +197,83 @@ def test_no_device_above_the_backends():
 
 # A statistic's value and its gradient coefficients have one eager and one native home.
 HOMES = {"prefkern/backends/eager/finish.py", "csrc/numerics/finish.h"}
-# What only a formula of a divergence contains: (1 - S) / (a (1 - a)) of alpha, log S / (a - 1) of
-# renyi, the square's log-sum of col.
-FORMULA = re.compile(
-    r"/\s*\(\s*(?:\w+\.)?(?:a|alpha|param)\s*\*\s*\(1(?:\.0)?\s*-\s*(?:\w+\.)?(?:a|alpha|param)\s*\)"
-)
+_ONE = r"1(?:\.0)?f?"
+_ORDER = r"(?:\w+\.)?(?:a|alpha|param|order)"
+_POWER = rf"\(?\s*{_ONE}\s*-\s*{_ORDER}\s*\)?"
+_LOG_P, _LOG_R = r"(?:lp|logp|log_p)", r"(?:lr|logr|log_r|ref_lp|ref_logp)"
+_P, _R, _SUM = r"\b(?:p|probs?)", r"\b(?:r|ref_probs?)", r"\S*sum\b"
+# What only the formula of a statistic contains, written with a fold's sums or with probabilities;
+# each with lines that must be found. (1 - S) / (a (1 - a)) of alpha; log S / (a - 1) of renyi; the
+# log of a sum of squares of col; a cross sum over a sum of rkl and fkl; log of the sum less a mean
+# of ent.
+FORMULAS = {
+    "alpha": (
+        rf"/\s*\(\s*{_ORDER}\s*\*\s*{_POWER}\s*\)",
+        ("return -torch.expm1(s) / (a * (1.0 - a))", "-pk_expm1(o) / (p.alpha * (1 - p.alpha));"),
+    ),
+    "renyi": (
+        rf"/\s*\(\s*{_ORDER}\s*-\s*{_ONE}\s*\)|/\s*\(\s*{_ONE}\s*-\s*{_ORDER}\s*\)",
+        ("return overlap.log() / (a - 1.0)", "give(log_overlap(s, a) / (plan.order - 1.0f));"),
+    ),
+    "col": (
+        r"log\w*\([^()]*\bsq\b[^()]*\)|\bsq\b[^+\-;]*\.log\(\)"
+        rf"|\blogsumexp\(2(?:\.0)?\s*\*|{_P}\s*\*\s*{_P}\s*\)\.sum\("
+        rf"|{_P}\.(?:square\(\)|pow\(2\))\.sum\(",
+        (
+            'return s["sq"].log() - 2.0 * log_s', "pk_log(s.sq) - 2.0 * log_s",
+            "torch.logsumexp(2 * lp, -1)", "(p * p).sum(-1).log()", "p.square().sum(1).log()",
+        ),
+    ),
+    "rkl": (
+        rf"pol_cross\S*\s*/\s*{_SUM}|{_P}\s*\*\s*\(\s*{_LOG_P}\s*-\s*{_LOG_R}\s*\)\s*\)\s*\.sum",
+        (
+            'return s["pol_cross"] / s["sum"] + (log_r - log_s)', "s.pol_cross / s.pol.sum",
+            "(p * (lp - lr)).sum(1)", "(probs * (logp - ref_logp)).sum(-1)",
+        ),
+    ),
+    "fkl": (
+        rf"ref_cross\S*\s*/\s*{_SUM}|{_R}\s*\*\s*\(\s*{_LOG_R}\s*-\s*{_LOG_P}\s*\)\s*\)\s*\.sum",
+        ('s["ref_cross"] / s["ref_sum"]', "s.ref_cross / s.ref.sum", "(r * (lr - lp)).sum(1)"),
+    ),
+    "ent": (
+        rf"(?:log_s|lse|log\(\w*\)|\.log\(\))\s*-\s*[^\s(]*\bx\b\S*\s*/\s*{_SUM}"
+        rf"|{_P}\s*\*\s*{_LOG_P}\s*\)\s*\.sum|\bentr\(|\.entropy\(\)",
+        (
+            'return log_s - s["x"] / s["sum"]', "give(log_s - s.x / s.pol.sum);",
+            "-(p * lp).sum(-1)", "torch.special.entr(p).sum(1)", "Categorical(logits=z).entropy()",
+        ),
+    ),
+}  # fmt: skip
 
 
-def test_a_statistic_has_two_homes():
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_statistic_has_two_homes(name):
+    pattern, planted = FORMULAS[name]
+    unseen = [text for text in planted if not re.search(pattern, text)]
+    assert not unseen, unseen
     found = {
         path.relative_to(ROOT).as_posix()
-        for folder, pattern in (("prefkern", "*.py"), ("kernels", "*.py"), ("csrc", "*.[hc]*"))
-        for path in (ROOT / folder).rglob(pattern)
-        if "losses" not in path.parts
-        and path.suffix != ".so"
-        and FORMULA.search(path.read_text(encoding="utf-8"))
-    }
+        for folder, pattern_of_files in (
+            ("prefkern", "*.py"), ("kernels", "*.py"), ("csrc", "*.[hc]*"), ("benchmarks", "*.py"),
+        )
+        for path in (ROOT / folder).rglob(pattern_of_files)
+        if "losses" not in path.parts and re.search(pattern, code_of(path))
+    }  # fmt: skip
     assert found == HOMES, found
+
+
+@cache
+def code_of(path: Path) -> str:
+    """The text without comments and, of Python, without documentation."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return re.sub(r"//[^\n]*", "", text)
+    lines = re.sub(r"#[^\n]*", "", text).split("\n")
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            assert node.end_lineno is not None
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    return "\n".join(lines)
 
 
 def test_files_stay_short():

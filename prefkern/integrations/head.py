@@ -17,45 +17,15 @@ import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..head import Head
 from . import hf, packed_attention
+from .head_view import NOTE, Compute, HeadState, Result, View, state_of
 from .output_layer import OutputLayer, replaced, resolve, through
-
-IGNORE = -100
-
-
-class View(NamedTuple):
-    """What a computation at the head reads; the head is valid inside the head's call only."""
-
-    hidden: Tensor  # [B, T, D]
-    head: Head  # weight, bias, scale, soft cap, adapters as low_rank terms
-    layers: Tensor | None  # [L, B, T, D] after every block, with output_hidden_states=True
-    source: OutputLayer
-
-
-class Result(NamedTuple):
-    """What a call with at_head= returns."""
-
-    value: Any  # what fn returned
-    aux_loss: Tensor | None  # of a mixture's routers, where they are asked for
-
-
-Compute = Callable[[View], Any]
-
-
-class _State:
-    """What at_head notes of a model."""
-
-    def __init__(self, plain: Callable[..., Any]) -> None:
-        self.plain = plain  # the forward that was there
-        self.packed = False
-        self.probed = False
-        self.guard: Callable[[], None] | None = None
+from .verify import verify_head
 
 
 def at_head(model: Any, *, packed: bool = False) -> None:
@@ -82,19 +52,16 @@ def at_head(model: Any, *, packed: bool = False) -> None:
     resolve(base)  # says early what it cannot read
     if packed:
         _check_packing(model, base)
-    state = _state(base)
+    state = state_of(base)
     if state is None:
-        state = base.__dict__[_NOTE] = _State(base.forward)
+        state = base.__dict__[NOTE] = HeadState(base.forward)
         base.forward = _forward(base)
     state.packed = packed
-    if packed:
-        from .verify import verify_head
-
-        if verify_head(model) is None:
-            raise ValueError(
-                "packed=True tries the model on two short rows, and its weights are not here "
-                "(meta tensors, ZeRO-3 partitions, not finite); use packed=False."
-            )
+    if packed and verify_head(model) is None:
+        raise ValueError(
+            "packed=True tries the model on two short rows, and its weights are not here "
+            "(meta tensors, ZeRO-3 partitions, not finite); use packed=False."
+        )
 
 
 def ensure_head(model: Any, *, backend: str = "auto") -> None:
@@ -104,57 +71,16 @@ def ensure_head(model: Any, *, backend: str = "auto") -> None:
     Raises:
         ValueError: as `at_head` and `verify_head`.
     """
-    if _state(hf.causal_lm(model)) is None:
-        from .verify import verify_head
-
+    if state_of(hf.causal_lm(model)) is None:
         at_head(model)
         verify_head(model, backend=backend)
-
-
-def guard(model: Any, check: Callable[[], None] | None) -> None:
-    """`check` runs before every call with at_head=: an adapter raises there where it was called in
-    a way that would train wrongly. None takes it away."""
-    _installed(model).guard = check
-
-
-@contextmanager
-def padded(model: Any) -> Iterator[bool]:
-    """Within the block padding stays in; gives whether it is taken out outside."""
-    state = _installed(model)
-    packed, state.packed = state.packed, False
-    try:
-        yield packed
-    finally:
-        state.packed = packed
-
-
-_NOTE = "_prefkern_at_head"  # where a model carries its _State
-
-
-def _state(base: Any) -> _State | None:
-    """What at_head noted of this model itself: a deep copy of it has its own."""
-    found: _State | None = base.__dict__.get(_NOTE)
-    return found
-
-
-def _installed(model: Any) -> _State:
-    state = _state(hf.causal_lm(model))
-    if state is None:
-        raise ValueError(f"{type(model).__name__} has no at_head=; call at_head(model) before.")
-    return state
-
-
-def shifted(labels: Tensor) -> Tensor:
-    """labels [B, T] -> the next token's label at every position [B, T], IGNORE at the last."""
-    last = labels.new_full((labels.shape[0], 1), IGNORE)
-    return torch.cat([labels[:, 1:], last], 1)
 
 
 def _forward(base: Any) -> Callable[..., Any]:
     own = type(base).forward
 
     def forward(self: Any, *args: Any, at_head: Compute | None = None, **kwargs: Any) -> Any:
-        state = self.__dict__[_NOTE]
+        state = self.__dict__[NOTE]
         if at_head is None:
             return state.plain(*args, **kwargs)
         named = inspect.signature(own).bind_partial(self, *args).arguments
@@ -172,7 +98,7 @@ def _forward(base: Any) -> Callable[..., Any]:
 
 
 @functools.partial(torch.compiler.disable, recursive=False)
-def _run(model: Any, state: _State, fn: Compute, kwargs: dict[str, Any]) -> Result:
+def _run(model: Any, state: HeadState, fn: Compute, kwargs: dict[str, Any]) -> Result:
     if kwargs.pop("labels", None) is not None:
         raise ValueError("labels and at_head= exclude each other: give the labels to fn.")
     if state.guard is not None:

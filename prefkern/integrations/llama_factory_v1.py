@@ -22,7 +22,8 @@ from torch import Tensor
 from ..ops.linear_stats import linear_logps
 from ..stats import TokenStats
 from . import signatures
-from .head import IGNORE, View, ensure_head, shifted
+from .head import ensure_head
+from .head_view import IGNORE, View, shifted
 from .llama_factory import replace_class, sequence_sums
 
 TESTED = "llamafactory at ff6d4d1"

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..objective.preference_loss import preference_loss
 from ..ops.linear_stats import linear_logps
 from . import hf
-from .head import Compute, Result, View
+from .head_view import Compute, Result, View
 from .reference import Constant, constant
 
 Other = Constant | Tensor | None

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..ops.linear_stats import linear_logps
 from . import signatures
-from .head import IGNORE, View, ensure_head
+from .head import ensure_head
+from .head_view import IGNORE, View
 
 TESTED = "ms-swift 4.6.0"
 FACTORY = "swift.trainers.trainer_factory:TrainerFactory"

@@ -21,7 +21,7 @@ from .. import losses
 from ..objective.preference_loss import loss_from_stats
 from ..stats import TokenStats
 from . import signatures
-from .head import IGNORE
+from .head_view import IGNORE
 
 TESTED = "NeMo-RL at 7ea279a"
 _INTERFACES = "nemo_rl.algorithms.loss.interfaces"

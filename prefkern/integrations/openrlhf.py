@@ -20,7 +20,8 @@ from torch import Tensor
 from ..ops.linear_stats import linear_logps
 from ..stats import TokenStats
 from . import signatures
-from .head import IGNORE, View, ensure_head
+from .head import ensure_head
+from .head_view import IGNORE, View
 
 TESTED = "openrlhf 0.11.2"
 _FORWARD = (

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .. import losses
 from ..stats import ONE_MODEL_STATS
 from . import hf, packed_attention
-from .head import at_head, shifted
+from .head import at_head
+from .head_view import shifted
 from .loss_at_head import Other, loss_at_head, read_other, with_router_loss
 from .verify import verify_head
 

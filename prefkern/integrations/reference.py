@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..head import Head
 from ..shard import is_distributed
-from .head import View
+from .head_view import View
 from .output_layer import OutputLayer
 
 

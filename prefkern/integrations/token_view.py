@@ -16,7 +16,8 @@ from ..objective.token_weights import token_weights
 from ..ops.linear_stats import linear_divergence, linear_logps
 from ..stats import TokenStats
 from .collate import PairCollator
-from .head import Compute, View, at_head, shifted
+from .head import at_head
+from .head_view import Compute, View, shifted
 from .loss_at_head import read_other
 from .reference import Constant
 

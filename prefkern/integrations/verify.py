@@ -15,7 +15,7 @@ from torch import Tensor
 from ..head import Head
 from ..ops.linear_stats import linear_logps
 from . import hf
-from .head import IGNORE, View, padded, shifted
+from .head_view import IGNORE, View, padded, shifted
 
 TOKENS = 8
 LIMIT = 1e-4  # nats

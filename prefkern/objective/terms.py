@@ -281,8 +281,9 @@ def check_likelihood_targets(
     checks.check_integer_targets("likelihood_targets", wide)
     if not any(t.record.supervised is not None or t.record.whole for t in terms):
         names = ", ".join(t.record.name for t in terms)
+        plain = " or ".join(repr(name) for name, record in losses.LOSSES.items() if record.alone)
         raise ValueError(
-            f"likelihood_targets serve likelihood terms, and loss {names} has none; add 'sft'."
+            f"likelihood_targets serve likelihood terms, and loss {names} has none; add {plain}."
         )
     if wide.shape != targets.shape:
         raise ValueError(

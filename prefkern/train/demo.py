@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from .. import linear_logps
-from ..integrations.head import View, at_head
+from ..integrations.head import at_head
+from ..integrations.head_view import View
 from ..integrations.token_pictures import write_html, write_png
 from ..integrations.token_view import view_pair
 from . import demo_task

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..integrations import hf
-from ..integrations.head import Compute
+from ..integrations.head_view import Compute
 from ..integrations.loss_at_head import loss_at_head, with_router_loss
 from ..losses.record import Loss
 from ..stats import SeqStats

@@ -7,7 +7,8 @@ import torch
 from families import VOCAB, family_model
 from head_batches import batch, fused_logps
 
-from prefkern.integrations.head import at_head, ensure_head, guard
+from prefkern.integrations.head import at_head, ensure_head
+from prefkern.integrations.head_view import guard
 from prefkern.integrations.verify import verify_head
 
 

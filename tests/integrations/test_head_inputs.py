@@ -14,7 +14,8 @@ from head_batches import (
 )
 
 from prefkern.integrations import packed_attention
-from prefkern.integrations.head import at_head, shifted
+from prefkern.integrations.head import at_head
+from prefkern.integrations.head_view import shifted
 
 peft = pytest.importorskip("peft")
 

@@ -19,7 +19,7 @@ from ranks import run_ranks
 
 import prefkern
 from prefkern.integrations.collate import PairCollator
-from prefkern.integrations.head import shifted
+from prefkern.integrations.head_view import shifted
 from prefkern.integrations.preference_model import PreferenceModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

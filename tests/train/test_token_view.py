@@ -16,7 +16,7 @@ from tiny_tokenizer import byte_tokenizer
 import prefkern
 from prefkern.cli import main as cli
 from prefkern.integrations.collate import PairCollator
-from prefkern.integrations.head import shifted
+from prefkern.integrations.head_view import shifted
 from prefkern.integrations.token_pictures import lines, number, scales_of, write_html, write_png
 from prefkern.integrations.token_view import view_pair
 from prefkern.objective.token_weights import token_weights

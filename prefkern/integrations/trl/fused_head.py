@@ -23,7 +23,8 @@ from ...ops.budget import check_budget
 from ...ops.linear_stats import linear_logps
 from ...stats import TokenStats
 from .. import hf, packed_attention
-from ..head import IGNORE, View, at_head, guard, shifted
+from ..head import at_head
+from ..head_view import IGNORE, View, guard, shifted
 from ..verify import verify_head
 from .versions import swapped
 

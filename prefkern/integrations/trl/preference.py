@@ -17,7 +17,8 @@ from trl.trainer.utils import use_adapter
 
 from ...ops.segment_sum import segment_sum
 from .. import hf
-from ..head import IGNORE, refuse_prompt_learning, shifted
+from ..head import refuse_prompt_learning
+from ..head_view import IGNORE, shifted
 from ..loss_at_head import Other, loss_at_head, read_other
 from . import batches, logs
 from .data import LossData
