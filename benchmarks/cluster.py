@@ -58,7 +58,7 @@ TABLE_SIZE = V * D  # of the head, and of the embedding
 ADAPTERS = LAYERS * RANK * (2 * 2 * D + 2 * (D + KEYS) + 3 * (D + FFN))
 
 
-class Plan(NamedTuple):
+class ParallelPlan(NamedTuple):
     """How a model lies on R ranks; the body is always sharded over all of them."""
 
     name: str
@@ -68,10 +68,10 @@ class Plan(NamedTuple):
 
 
 PLANS = (
-    Plan("gathered", 1, "same", False),
-    Plan("rows, own tokens", 8, "own", False),
-    Plan("rows, same tokens", 8, "same", True),
-    Plan("rows, sequence", 8, "sequence", True),
+    ParallelPlan("gathered", 1, "same", False),
+    ParallelPlan("rows, own tokens", 8, "own", False),
+    ParallelPlan("rows, same tokens", 8, "same", True),
+    ParallelPlan("rows, sequence", 8, "sequence", True),
 )
 REFERENCES = ("precomputed", "shared", "sharded")
 
@@ -80,7 +80,7 @@ class Rank:
     """A rank of R under a plan; `reference`: "precomputed" log-probabilities, "shared" with the
     policy (its adapters off), "sharded" as a second model."""
 
-    def __init__(self, gpus: int, plan: Plan, full: bool, reference: str) -> None:
+    def __init__(self, gpus: int, plan: ParallelPlan, full: bool, reference: str) -> None:
         self.gpus, self.plan, self.full, self.reference = gpus, plan, full, reference
 
     @cached_property

@@ -112,7 +112,7 @@ def kernels(s: Stage) -> None:
                 def one(kernel=kernel, backend=backend, m=m, w=w) -> Row:
                     call = inside.kernel_call(kernel, backend, m, w, s.device.tensors)
                     seconds = s.device.replayed(call, rounds=3)
-                    moved = model.Counts(backend).numbers[kernel.name, "bytes"] * m * w
+                    moved = model.KernelCounts(backend).numbers[kernel.name, "bytes"] * m * w
                     return {"us": 1e6 * seconds, "tb_per_s": moved / seconds / 1e12}
 
                 s.timed((f"{kernel.name} {m} x {w}", f"prefkern {backend}"), one)

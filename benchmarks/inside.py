@@ -14,7 +14,7 @@ from torch import Tensor
 from prefkern.backends import choice, list_options, memory, tables
 from prefkern.backends.contract import HeadCall, Model, Problem
 from prefkern.backends.plan import NO_PLAN, read_plan, write_plan
-from prefkern.backends.tiled.epilogue import FrozenSums, LogitOptions, Sweep, Tile
+from prefkern.backends.tiled.epilogue import FrozenSums, LogitOptions, ProductTile, Sweep
 from prefkern.backends.tiled.operands import tile_itemsize
 from prefkern.backends.tiled.tiling import Kept, make_tiling
 from prefkern.ops.budget import rows_kept
@@ -67,14 +67,16 @@ def kept_share(backend: str, budget: int | None, case: Case) -> float:
     return min(case.scored, budget // per_row) / case.scored
 
 
-class Schedule(NamedTuple):
+class TileSchedule(NamedTuple):
     """How a head op on a GPU goes through the logits."""
 
     tiles: int
     kept: float  # share of the logits that the backward reads as the forward left them
 
 
-def schedule(case: Case, device_memory: int, budget: int | None, chunk: int, size: int) -> Schedule:
+def schedule(
+    case: Case, device_memory: int, budget: int | None, chunk: int, size: int
+) -> TileSchedule:
     """On a GPU of that much memory, for chunks of `chunk` columns and `size` bytes of a logit in
     the tiles that live at once; budget None is the default."""
     defaults, v = memory.row("cuda", device_memory), case.shape.V
@@ -85,7 +87,7 @@ def schedule(case: Case, device_memory: int, budget: int | None, chunk: int, siz
     rows = rows_kept(case.scored, v, heads * itemsize, budget, torch.device("cuda"))
     cache = Kept(tiling, heads, torch.empty(heads * rows * v, device="meta"))
     kept = sum(step.m * step.w for step in steps if cache.place(step))
-    return Schedule(len(steps), kept / (case.scored * v))
+    return TileSchedule(len(steps), kept / (case.scored * v))
 
 
 def tile_units(case: Case, backend: str) -> tuple[int, int]:
@@ -198,7 +200,7 @@ def kernel_call(kernel: Kernel, backend: str, m: int, w: int, device: str) -> Ca
 
     out = torch.empty(m, w, dtype=call.working, device=device)
     if kernel.what in ("fold", "frozen"):
-        tile = Tile(0, 0, tuple(draw() for _ in call.models))
+        tile = ProductTile(0, 0, tuple(draw() for _ in call.models))
         shape = (sweep.fields, -(-w // kernels.chunk_columns(sweep)), m)
         fields = torch.empty(shape, dtype=call.fold_dtype, device=device)
         at = torch.zeros((len(tables.AT), m), dtype=torch.float64, device=device)
@@ -210,7 +212,7 @@ def kernel_call(kernel: Kernel, backend: str, m: int, w: int, device: str) -> Ca
             sums = FrozenSums(("mass",), totals, maxima, started=True)
             return lambda: kernels.fold_frozen(sweep, tile, fields, at, sums, out)
         return lambda: kernels.fold(sweep, tile, fields, at, out if sweep.rounded else None)
-    tile = Tile(0, 0, tuple(draw() for _ in range(sweep.backward_models)))
+    tile = ProductTile(0, 0, tuple(draw() for _ in range(sweep.backward_models)))
     if kernel.what == "factor":
         maxima = torch.full((2, m), 8.0, device=device)
         return lambda: kernels.factor(sweep, tile, maxima, "mass", out)

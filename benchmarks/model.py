@@ -44,7 +44,7 @@ MACHINES = {
 }
 
 
-class Counts:
+class KernelCounts:
     """results/counts.csv of one backend."""
 
     def __init__(self, backend: str, file: Path = RESULTS / "counts.csv") -> None:
@@ -67,7 +67,7 @@ class Counts:
 
 def predict(case: Case, backend: str, machine: Machine, budget: int | None) -> dict[str, Row]:
     """Of the "forward" and the "step" (with the backward): time, ratio to its products."""
-    counts = Counts(backend)
+    counts = KernelCounts(backend)
     n, (v, d) = case.scored, (case.shape.V, case.shape.D)
     logits, one = float(n) * v, case.flops_per_product / machine.flops
     two, wide = case.models == 2, case.step in ("ent", "tdpo")
@@ -115,7 +115,7 @@ def rows() -> Iterator[Row]:
                             "machine": machine, "what": part, "case": case.name,
                             "variant": f"prefkern {backend}{label}", **found,
                         }  # fmt: skip
-            counts = Counts(backend)
+            counts = KernelCounts(backend)
             for m, w in TILES:
                 for kernel in inside.KERNELS:
                     yield {

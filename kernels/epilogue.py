@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prefkern.backends import cuda, eager, tables
 from prefkern.backends.contract import Arithmetic, Folded, HeadCall
-from prefkern.backends.tiled.epilogue import FLAGS, FrozenSums, Sweep, Tile, fold_in_steps
+from prefkern.backends.tiled.epilogue import FLAGS, FrozenSums, ProductTile, Sweep, fold_in_steps
 
 from . import tiles
 from .launches import launch
@@ -35,7 +35,7 @@ def _biases(sweep: Sweep, v0: int, count: int) -> list[Tensor]:
     return found
 
 
-def _flags(sweep: Sweep, tile: Tile, *, keep: bool = False) -> int:
+def _flags(sweep: Sweep, tile: ProductTile, *, keep: bool = False) -> int:
     call = sweep.call
     there = {name: call.plan.has(name) for name in FLAGS}
     there |= {
@@ -47,7 +47,7 @@ def _flags(sweep: Sweep, tile: Tile, *, keep: bool = False) -> int:
     return sum(1 << i for i, name in enumerate(FLAGS) if there[name])
 
 
-def _values(sweep: Sweep, tile: Tile) -> tuple[Tensor, int]:
+def _values(sweep: Sweep, tile: ProductTile) -> tuple[Tensor, int]:
     """Given values and the stride of their rows, 0 where one row serves all."""
     if tile.adv is None:
         return sweep.params, 0
@@ -97,7 +97,7 @@ class Kernels:
         return found[0].blocks["BLOCK_V"]
 
     def fold(
-        self, sweep: Sweep, tile: Tile, fields: Tensor, at: Tensor, keep: Tensor | None
+        self, sweep: Sweep, tile: ProductTile, fields: Tensor, at: Tensor, keep: Tensor | None
     ) -> None:
         x, (m, w) = tile.x[0], tile.x[0].shape
         lent = keep
@@ -124,7 +124,7 @@ class Kernels:
             fields.stride(1), at.stride(0), must=must, **constants,
         )  # fmt: skip
 
-    def fold_again(self, sweep: Sweep, tile: Tile, norms: Tensor, fields: Tensor) -> None:
+    def fold_again(self, sweep: Sweep, tile: ProductTile, norms: Tensor, fields: Tensor) -> None:
         (x, xr), (m, w) = tile.x, tile.x[0].shape
         launch(
             "fold_second", _grid(m, w), x, xr, *_biases(sweep, tile.v0, 2),
@@ -134,11 +134,19 @@ class Kernels:
         )  # fmt: skip
 
     def fold_frozen(
-        self, sweep: Sweep, tile: Tile, fields: Tensor, at: Tensor, sums: FrozenSums, out: Tensor
+        self,
+        sweep: Sweep,
+        tile: ProductTile,
+        fields: Tensor,
+        at: Tensor,
+        sums: FrozenSums,
+        out: Tensor,
     ) -> None:
         fold_in_steps(self, sweep, tile, fields, at, sums, out)
 
-    def factor(self, sweep: Sweep, tile: Tile, maxima: Tensor, name: str, out: Tensor) -> None:
+    def factor(
+        self, sweep: Sweep, tile: ProductTile, maxima: Tensor, name: str, out: Tensor
+    ) -> None:
         x, xr, (m, w) = tile.x[0], tile.x[min(1, len(tile.x) - 1)], tile.x[0].shape
         launch(
             "factor", _grid(m, w), x, xr, out, *_biases(sweep, tile.v0, 2),
@@ -155,7 +163,7 @@ class Kernels:
             totals, shift, present, m, depth, totals.stride(0), totals.stride(1), shift.stride(0),
         )  # fmt: skip
 
-    def gradient(self, sweep: Sweep, tile: Tile, coefficients: Tensor, dx: Tensor) -> None:
+    def gradient(self, sweep: Sweep, tile: ProductTile, coefficients: Tensor, dx: Tensor) -> None:
         x, (m, w) = tile.x[0], tile.x[0].shape
         values, values_stride = _values(sweep, tile)
         full = not sweep.small_gradient

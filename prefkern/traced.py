@@ -8,7 +8,7 @@ from typing import TypeVar
 F = TypeVar("F", bound=Callable[..., object])
 
 
-def constant(fn: F) -> F:
+def constant_result(fn: F) -> F:
     """Called while a graph is traced, with what the call then has; its result is a constant of the
     graph. torch.compiler.assume_constant_result without its import of torch._dynamo, which takes
     1.2 s and brings triton."""

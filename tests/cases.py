@@ -1,4 +1,4 @@
-"""Regimes, arguments and inputs of the head ops: what the checks (tests/checks.py) run on."""
+"""Regimes, arguments and inputs of the head ops: what the checks (tests/op_checks.py) run on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Test-wide setup: Triton's interpreter, uninitialised memory full of NaN, seeds, the backends.
 
 Run from the repository root: `python -m pytest`. The modules of this folder (oracles, closeness,
-baseline, cases, checks) are imported by plain name.
+baseline, cases, op_checks) are imported by plain name.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 
 import prefkern
 from prefkern import Head, SeqStats, TokenStats, loss_from_stats, preference_loss
-from prefkern.objective.token_weights import token_weights as weights_of
+from prefkern.objective.token_weights import stage_weights as weights_of
 
 B, T, D, V = 4, 3, 4, 9
 G = torch.Generator().manual_seed(0)

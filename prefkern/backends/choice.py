@@ -96,7 +96,7 @@ def _set_override(name: str) -> str:
     return before
 
 
-# Evaluated while tracing, like the choice itself (ops/shared.resolve).
+# Evaluated while tracing, like the choice itself (ops/shared.choose_backend).
 _set_override._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

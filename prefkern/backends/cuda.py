@@ -19,7 +19,7 @@ from .. import env
 from . import tables, tiled
 from .contract import Arithmetic, Problem
 from .native import NativeArithmetic
-from .tiled.epilogue import FrozenSums, Sweep, Tile, fold_in_steps
+from .tiled.epilogue import FrozenSums, ProductTile, Sweep, fold_in_steps
 
 LIBRARY = Path(__file__).parents[1].joinpath("_ops_cuda.so")
 RAN_ON = Path(__file__).parents[1].joinpath("cuda_ran_on.json")
@@ -206,7 +206,7 @@ class Kernels:
         return min(widest, sweep.widest_chunk)
 
     def fold(
-        self, sweep: Sweep, tile: Tile, fields: Tensor, at: Tensor, keep: Tensor | None
+        self, sweep: Sweep, tile: ProductTile, fields: Tensor, at: Tensor, keep: Tensor | None
     ) -> None:
         x, xr, xa = (*tile.x, None, None)[:3]
         code = CODES[sweep.call.working] if sweep.rounded else CODES[torch.float32]
@@ -216,7 +216,7 @@ class Kernels:
             sweep.call.plan.text, sweep.numbers,
         )  # fmt: skip
 
-    def fold_again(self, sweep: Sweep, tile: Tile, norms: Tensor, fields: Tensor) -> None:
+    def fold_again(self, sweep: Sweep, tile: ProductTile, norms: Tensor, fields: Tensor) -> None:
         _ops().fold_again(
             *tile.x, *_biases(sweep)[:2], sweep.targets[tile.rows], norms, fields, tile.v0,
             self.chunk_columns(sweep), sweep.call.ignore_index, sweep.call.plan.text,
@@ -224,7 +224,13 @@ class Kernels:
         )  # fmt: skip
 
     def fold_frozen(
-        self, sweep: Sweep, tile: Tile, fields: Tensor, at: Tensor, sums: FrozenSums, out: Tensor
+        self,
+        sweep: Sweep,
+        tile: ProductTile,
+        fields: Tensor,
+        at: Tensor,
+        sums: FrozenSums,
+        out: Tensor,
     ) -> None:
         x, xr = tile.x[0], tile.x[1] if len(tile.x) > 1 else None
         plain = sweep.small_fold or (xr is None and x.dtype == torch.float32)
@@ -238,7 +244,9 @@ class Kernels:
             sweep.small_fold, sums.started, *there, sweep.numbers,
         )  # fmt: skip
 
-    def factor(self, sweep: Sweep, tile: Tile, maxima: Tensor, name: str, out: Tensor) -> None:
+    def factor(
+        self, sweep: Sweep, tile: ProductTile, maxima: Tensor, name: str, out: Tensor
+    ) -> None:
         x, xr = (*tile.x, None)[:2]
         _ops().factor(
             x, xr, *_biases(sweep)[:2], sweep.targets[tile.rows], maxima, out, tile.v0,
@@ -249,7 +257,7 @@ class Kernels:
         there = (name in names for name in tables.FACTORS[1:])
         _ops().raise_rows(totals, shift, *there)
 
-    def gradient(self, sweep: Sweep, tile: Tile, coefficients: Tensor, dx: Tensor) -> None:
+    def gradient(self, sweep: Sweep, tile: ProductTile, coefficients: Tensor, dx: Tensor) -> None:
         x, xr, xa = (*tile.x, None, None)[:3]
         _ops().gradient(
             x, xr, xa, tile.adv, *_biases(sweep), sweep.targets[tile.rows], coefficients, dx,

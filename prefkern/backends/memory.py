@@ -58,7 +58,7 @@ def _row_at(kind: str, index: int | None) -> Row:
 
 
 # The device is known while a graph is traced, and what it answers is then a constant of the graph.
-@traced.constant
+@traced.constant_result
 def default_budget(device: torch.device) -> int:
     """Bytes of logits kept for a backward where the caller names none."""
     return _row_at(device.type, device.index).budget

@@ -82,10 +82,6 @@ NUMBERS = (
     "scale", "softcap", "temperature", "ref_scale", "ref_softcap", "ref_temperature",
     "aux_scale", "aux_softcap", "aux_temperature",
 )  # fmt: skip
-# exact: the backward reads fp32 products      frozen: the forward keeps sums of head rows
-# tail: the fold keeps the log-sum-exp of every chunk, the backward skips units of small mass
-# either: of a call with a tail, no gradient reaches the head: the op may take the frozen scheme
-FLAGS = ("exact", "frozen", "tail", "either")
 
 # Columns of a chunk, counted from the first row of the head at hand; the last may be shorter. A
 # unit, one row of one chunk, is what a backward computes or skips.

@@ -22,7 +22,7 @@ from . import cond as conditions
 from . import methods
 from .batches import Batch, Pairs, Ranked
 from .noised import Draw, Noised, Source, cat, source_of
-from .reference import adapters_off, constant, has_adapters
+from .reference import adapters_off, evaluating, has_adapters
 from .schedule import Schedule
 from .walk import Denoiser
 
@@ -171,7 +171,7 @@ class DiffusionPreference(nn.Module):
 
     def _from_source(self, clean: Tensor, cond: Any, level: Tensor, noise: Tensor) -> Noised:
         reference = self._reference if self.record.needs_reference else None
-        with constant(self.denoiser):
+        with evaluating(self.denoiser):
             return self.source(
                 Draw(clean, cond, level, noise, self.schedule, self.denoiser, reference)
             )
@@ -192,9 +192,9 @@ class DiffusionPreference(nn.Module):
         """The reference's prediction, without gradient."""
         (ref,) = self._ref
         if ref is not None:
-            with constant(ref):
+            with evaluating(ref):
                 return ref(x, time, cond)
-        with constant(self.denoiser), adapters_off(self.denoiser):
+        with evaluating(self.denoiser), adapters_off(self.denoiser):
             return self.denoiser(x, time, cond)
 
     def _ask(self, denoiser: Denoiser, noised: Noised, cond: Any) -> Tensor:

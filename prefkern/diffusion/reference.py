@@ -54,7 +54,7 @@ def _of_diffusers(denoiser: object) -> list[Any]:
 
 
 @contextmanager
-def constant(denoiser: object) -> Iterator[None]:
+def evaluating(denoiser: object) -> Iterator[None]:
     """A block in which a module is called without gradient and without dropout."""
     training = [m for m in _modules(denoiser) if getattr(m, "training", False)]
     for module in training:

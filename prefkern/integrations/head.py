@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import hf, packed_attention
 from .head_view import NOTE, Compute, HeadState, Result, View, state_of
-from .output_layer import OutputLayer, replaced, resolve, through
+from .output_layer import OutputLayer, output_layer_of, replaced, through
 from .verify import verify_head
 
 
@@ -49,7 +49,7 @@ def at_head(model: Any, *, packed: bool = False) -> None:
     """
     base = hf.causal_lm(model)
     hf.refuse_unsupported(model)
-    resolve(base)  # says early what it cannot read
+    output_layer_of(base)  # says early what it cannot read
     if packed:
         _check_packing(model, base)
     state = state_of(base)
@@ -103,7 +103,7 @@ def _run(model: Any, state: HeadState, fn: Compute, kwargs: dict[str, Any]) -> R
         raise ValueError("labels and at_head= exclude each other: give the labels to fn.")
     if state.guard is not None:
         state.guard()
-    layer = resolve(model)
+    layer = output_layer_of(model)
     outer = layer.chain[0]
     own = type(model).forward
     settings = {"use_cache": False, "return_dict": True, "logits_to_keep": 0}

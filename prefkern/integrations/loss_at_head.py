@@ -16,9 +16,9 @@ from ..objective.preference_loss import preference_loss
 from ..ops.linear_stats import linear_logps
 from . import hf
 from .head_view import Compute, Result, View
-from .reference import Constant, constant
+from .reference import FrozenView, frozen_view
 
-Other = Constant | Tensor | None
+Other = FrozenView | Tensor | None
 
 
 @torch.no_grad()
@@ -30,21 +30,21 @@ def read_other(
     distribution: bool,
     layers: bool = False,
     backend: str = "auto",
-) -> Constant | Tensor:
+) -> FrozenView | Tensor:
     """What losses read of a frozen model, one forward of it without gradient.
 
     Args:
         model: The reference or a third model, given `at_head`; inside its wrapper if it has one.
         inputs: Its forward's arguments.
         targets: Labels already shifted.
-        distribution: Its whole distribution is wanted, in the policy's call: a `Constant`.
+        distribution: Its whole distribution is wanted, in the policy's call: a `FrozenView`.
             Otherwise its log-probabilities `[B, T]`, and nothing else is kept.
         layers: Its hidden states after every block as well.
         backend: As in `linear_logps`.
     """
     if distribution:
         more = {"output_hidden_states": True} if layers else {}
-        return model(**inputs, **more, at_head=constant).value
+        return model(**inputs, **more, at_head=frozen_view).value
 
     def logps(view: View) -> Tensor | None:
         at = targets.to(view.hidden.device)
@@ -80,7 +80,7 @@ def loss_at_head(
             given |= states(view.hidden)
         at = targets.to(view.hidden.device)
         with ExitStack() as stack:
-            if isinstance(reference, Constant):
+            if isinstance(reference, FrozenView):
                 given["ref_hidden"] = reference.hidden
                 given["ref_head"] = stack.enter_context(reference.gathered())
                 if masks is not None:
@@ -88,7 +88,7 @@ def loss_at_head(
                     given |= masks(reference.layers, (at != -100).flatten())
             elif reference is not None:
                 given["ref_logp"] = reference
-            if isinstance(aux, Constant):
+            if isinstance(aux, FrozenView):
                 given["aux_hidden"] = aux.hidden
                 given["aux_head"] = stack.enter_context(aux.gathered())
             elif aux is not None:

@@ -74,7 +74,7 @@ class OutputLayer:
         return Head(weight, bias, low_rank=pairs, shard=shard, **self.options)
 
 
-def resolve(model: Any) -> OutputLayer:
+def output_layer_of(model: Any) -> OutputLayer:
     """The output embedding of a causal model as it is at this moment.
 
     isinstance throughout: FSDP2 swaps a module's class, so that its type no longer lies in peft.

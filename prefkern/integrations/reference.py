@@ -18,8 +18,8 @@ from .head_view import View
 from .output_layer import OutputLayer
 
 
-class Constant(NamedTuple):
-    """What `constant` keeps of a frozen model's call."""
+class FrozenView(NamedTuple):
+    """What `frozen_view` keeps of a frozen model's call."""
 
     hidden: Tensor  # [B, T, D]
     left: list[Tensor]  # [B, T, r] left factors of the adapters on its head
@@ -45,12 +45,12 @@ class Constant(NamedTuple):
                 yield self.source.head([_plain(p) for p in parameters], self.left)
 
 
-def constant(view: View) -> Constant:
+def frozen_view(view: View) -> FrozenView:
     """For at_head=: what a two-model statistic needs of a reference, without gradient."""
     left = [u.detach() for u, _ in view.head.low_rank]
     layers = None if view.layers is None else view.layers.detach()
     parallel = view.head.shard is not None
-    return Constant(view.hidden.detach(), left, view.source, layers, parallel)
+    return FrozenView(view.hidden.detach(), left, view.source, layers, parallel)
 
 
 def _plain(parameter: Any) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .token_view import Answer, Measure, TokenView
+from .token_view import AnswerTokens, Measure, TokenView
 
 _SOURCE = "prefkern view"  # in each file: such a one may be drawn again
 LINE = 92  # characters of a line, numbers and gaps counted; an eighth more to spare a line
@@ -133,7 +133,7 @@ def _scale(measures: list[Measure]) -> Scale:
     return Scale(0.0, high, colour, colour, f"0 (white) to {high:.2g} ({name})")
 
 
-def sums(answer: Answer) -> str:
+def sums(answer: AnswerTokens) -> str:
     """What a sum over the answer is of each measure, and of the log-ratio under its weight."""
     found = {m.name: m.values for m in answer.measures}
     signs = {"signed": "+", "positive": ""}
@@ -152,11 +152,11 @@ def sums(answer: Answer) -> str:
     return f"{len(answer.tokens)} tokens; sums in nats: " + ", ".join(parts)
 
 
-def width(answer: Answer, i: int) -> int:
+def width(answer: AnswerTokens, i: int) -> int:
     return max(len(_short(answer.tokens[i])), NARROW) + 1
 
 
-def lines(answer: Answer) -> list[list[int]]:
+def lines(answer: AnswerTokens) -> list[list[int]]:
     """Positions of the tokens of each line, lines of about one length."""
     found = _filled(answer, LINE + LINE // 8)
     for limit in range(LINE, 0, -1):
@@ -167,7 +167,7 @@ def lines(answer: Answer) -> list[list[int]]:
     return found
 
 
-def _filled(answer: Answer, limit: int) -> list[list[int]]:
+def _filled(answer: AnswerTokens, limit: int) -> list[list[int]]:
     found: list[list[int]] = []
     used = limit
     for i in range(len(answer.tokens)):
@@ -243,7 +243,7 @@ class _Row(NamedTuple):
     height: float
     kind: str  # "text", "tokens", "measure"
     label: str
-    answer: Answer | None = None
+    answer: AnswerTokens | None = None
     part: tuple[int, ...] = ()
     measure: Measure | None = None
     indent: int = 0

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ..losses.binding import LossLike
-from ..objective.token_weights import token_weights
+from ..objective.token_weights import stage_weights
 from ..ops.linear_stats import linear_divergence, linear_logps
 from ..stats import TokenStats
 from .collate import PairCollator
 from .head import at_head
 from .head_view import Compute, View, shifted
 from .loss_at_head import read_other
-from .reference import Constant
+from .reference import FrozenView
 
 WORDS = {
     "logratio": "log-ratio", "logp": "log-probability", "fkl": "KL(ref to policy)",
@@ -35,7 +35,7 @@ class Measure(NamedTuple):
     values: list[float]  # nats; weights have no unit
 
 
-class Answer(NamedTuple):
+class AnswerTokens(NamedTuple):
     name: str  # "chosen", "rejected" ...
     tokens: list[str]
     measures: list[Measure]
@@ -46,7 +46,7 @@ class TokenView(NamedTuple):
 
     title: str
     prompt: str
-    answers: list[Answer]
+    answers: list[AnswerTokens]
 
 
 def view_pair(
@@ -87,7 +87,7 @@ def view_pair(
     with torch.no_grad():
         tokens = policy(**inputs, at_head=statistics(targets, states)).value
     policy.train(training)
-    weights = token_weights(tokens, targets, loss=loss, **loss_args)
+    weights = stage_weights(tokens, targets, loss=loss, **loss_args)
     name = loss if isinstance(loss, str) else "weights"
     return TokenView(
         title or name,
@@ -96,12 +96,12 @@ def view_pair(
     )
 
 
-def statistics(targets: Tensor, reference: Constant | Tensor | None) -> Compute:
+def statistics(targets: Tensor, reference: FrozenView | Tensor | None) -> Compute:
     """For at_head=: the statistics that a view shows, of what is known of the reference."""
 
     def compute(view: View) -> TokenStats:
         at = targets.to(view.hidden.device)
-        if isinstance(reference, Constant):
+        if isinstance(reference, FrozenView):
             with reference.gathered() as head:
                 return linear_divergence(
                     view.hidden, view.head, at, reference.hidden, head,
@@ -120,8 +120,8 @@ def answers(
     tokenizer: Any,
     names: Sequence[str],
     bounds: Sequence[int] | None = None,  # [S+1]
-) -> list[Answer]:
-    """One `Answer` per sequence: the scored tokens with their numbers.
+) -> list[AnswerTokens]:
+    """One `AnswerTokens` per sequence: the scored tokens with their numbers.
 
     Args:
         tokens, targets, weights: Of the same rows; targets are the tokens themselves.
@@ -137,7 +137,7 @@ def answers(
         scored = [i for i in range(start, end) if int(flat[i]) >= 0]
         rows = torch.tensor(scored, dtype=torch.long, device=flat.device)
         measures = list(_measures(tokens, weights, rows))
-        found.append(Answer(name, [_text(tokenizer, int(flat[i])) for i in scored], measures))
+        found.append(AnswerTokens(name, [_text(tokenizer, int(flat[i])) for i in scored], measures))
     return found
 
 

@@ -35,7 +35,7 @@ else:  # a loss is imported when it is asked for
         return [*globals(), *LOSSES]
 
 
-@traced.constant  # so that a compiled function may be the first to ask
+@traced.constant_result  # so that a compiled function may be the first to ask
 def _function(name: str) -> Callable[..., Any] | None:
     """The loss of that name, an attribute from now on; None where there is none, and for a module
     of this folder, which Python asks for here before it imports it."""

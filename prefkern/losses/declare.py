@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import core, docstrings
-from .diffusion import core as diffusion_core
+from .diffusion import errors
 from .record import LOSSES, Labels, Loss, Part, Supervised, TokenWeights
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -109,7 +109,7 @@ listwise = Family(
 tokenwise = Family(
     "tokenwise", ("logp",), "logp", "sequences", (core.logratio_rewards, core.logp_rewards)
 )
-diffusion = Family("diffusion", (), "", "", (diffusion_core.rewards, diffusion_core.error_rewards))
+diffusion = Family("diffusion", (), "", "", (errors.rewards, errors.error_rewards))
 
 
 def formula(loss: F) -> F:

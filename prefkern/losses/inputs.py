@@ -83,7 +83,7 @@ def kind_of(annotation: Any) -> Kind:
     return Kind(frozenset(exact), parts)
 
 
-class Inputs(NamedTuple):
+class LossInputs(NamedTuple):
     """Everything a loss takes, by who gives it."""
 
     positional: tuple[str, ...]
@@ -97,7 +97,9 @@ class Inputs(NamedTuple):
     exact: dict[str, frozenset[type]]  # types of each that need no further look
 
     @classmethod
-    def of(cls, fn: Callable[..., Any], stage: Callable[..., Any] | None, weight: Any) -> Inputs:
+    def of(
+        cls, fn: Callable[..., Any], stage: Callable[..., Any] | None, weight: Any
+    ) -> LossInputs:
         """Read off the signatures; `weight` is the Supervised of the loss, or None."""
         own = inspect.signature(fn).parameters
         of_stage = {} if stage is None else dict(inspect.signature(stage).parameters)

@@ -42,7 +42,7 @@ def smoothed_logistic(margin: Tensor, label_smoothing: float) -> Tensor:
     return logistic(margin, 1.0 - label_smoothing, label_smoothing)
 
 
-def hinge(margin: Tensor, delta: float = 1.0) -> Tensor:
+def hinge_loss(margin: Tensor, delta: float = 1.0) -> Tensor:
     """l = max(0, delta - m); l' = -1 where m < delta, 0 at the kink."""
     return torch.relu(delta - margin)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import checks, traced
 from .docstrings import meanings
-from .inputs import Inputs, check_row, misfit, missing, unknown
+from .inputs import LossInputs, check_row, misfit, missing, unknown
 
 
 class TokenWeights(NamedTuple):
@@ -90,10 +90,10 @@ class Loss:
     # Lowest and highest relevance that the formula is made for, or a function of the
     # hyper-parameters that gives them; None: any.
     labels: Labels = None
-    inputs: Inputs = field(init=False)
+    inputs: LossInputs = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "inputs", Inputs.of(self.fn, self.weights, self.supervised))
+        object.__setattr__(self, "inputs", LossInputs.of(self.fn, self.weights, self.supervised))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs)
@@ -242,7 +242,7 @@ class Register(Mapping[str, Loss]):
 _CATALOGUE = f"{__package__}.catalogue"
 
 
-@traced.constant  # so that a compiled function may be the first to look
+@traced.constant_result  # so that a compiled function may be the first to look
 def import_losses() -> None:
     """Imports every loss of the package, which registers them; at the second call a look-up."""
     if _CATALOGUE not in sys.modules:

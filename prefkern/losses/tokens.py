@@ -46,7 +46,7 @@ def sequence_mean(values: Tensor, scored: Tensor, cu_seqlens: Tensor) -> Tensor:
     return total / count(scored, cu_seqlens).clamp(min=1.0)
 
 
-def spread(name: str, value: Tensor, scored: Tensor, cu_seqlens: Tensor) -> Tensor:  # [N]
+def per_token(name: str, value: Tensor, scored: Tensor, cu_seqlens: Tensor) -> Tensor:  # [N]
     """A constant per sequence [S] or per token [N], as one number per token."""
     sequences = cu_seqlens.numel() - 1
     if not isinstance(value, Tensor) or tuple(value.shape) not in ((sequences,), scored.shape):

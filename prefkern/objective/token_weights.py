@@ -17,7 +17,7 @@ from .given import checked_weights
 from .terms import Objective, bind_terms, weight_stage
 
 
-def token_weights(
+def stage_weights(
     tokens: TokenStats,  # each field like targets
     targets: Tensor,  # [N] or [B, T]
     cu_seqlens: Tensor | None = None,  # [S+1]

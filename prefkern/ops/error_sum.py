@@ -92,7 +92,7 @@ def error_sum(
         shape = (pred.shape[0], math.prod(before), pred.shape[segment_dim], math.prod(after))
     text = ",".join(names)
     transforms.refuse_forward_mode(pred)
-    chosen = shared.resolve("error_sum", pred.device, pred.dtype, None, "", backend, None)
+    chosen = shared.choose_backend("error_sum", pred.device, pred.dtype, None, "", backend, None)
     sums = _FORWARD(
         pred.reshape(shape).contiguous(),
         target.detach().reshape(shape).contiguous(),

@@ -218,7 +218,7 @@ def _statistics(call: _Call, values: Values | None, *, aux: bool) -> TokenStats:
     dtype = shared.compute_dtype(hidden)
     n, v = targets.numel(), head.weight.shape[0]
     names = ",".join(map(str, call.stats))
-    chosen = shared.resolve(
+    chosen = shared.choose_backend(
         call.op, hidden.device, dtype, head.weight.dtype, names, call.backend,
         shared.shape_for_message(n, v, head.weight.shape[1]),
     )  # fmt: skip

@@ -61,7 +61,9 @@ def list_rank(
     cu_groups = check_lists(scores, relevance, cu_groups)
     text = list_options.pack(family, options)
     transforms.refuse_forward_mode(scores)
-    chosen = shared.resolve("list_rank", scores.device, scores.dtype, None, "", backend, None)
+    chosen = shared.choose_backend(
+        "list_rank", scores.device, scores.dtype, None, "", backend, None
+    )
     loss, _ = _FORWARD(
         scores.contiguous(),
         relevance.to(scores.dtype).contiguous(),

@@ -71,7 +71,7 @@ def logits_logps(
     parsed = parse_stats(stats, allowed=allowed)
     n, v = targets.numel(), logits.shape[-1]
     names = ",".join(str(s) for s in parsed)
-    chosen = shared.resolve(
+    chosen = shared.choose_backend(
         "logits_logps", logits.device, logits.dtype, None, names, backend,
         shared.shape_for_message(n, v, 0),
     )  # fmt: skip

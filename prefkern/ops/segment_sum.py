@@ -56,7 +56,7 @@ def segment_sum(
     if weights is not None and weights.dtype in (torch.bfloat16, torch.float16):
         weights = weights.float()
     transforms.refuse_forward_mode(values, weights)
-    chosen = shared.resolve(
+    chosen = shared.choose_backend(
         "segment_sum",
         values.device,
         rows.dtype,

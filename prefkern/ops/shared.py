@@ -44,8 +44,8 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@traced.constant
-def resolve(
+@traced.constant_result
+def choose_backend(
     op: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -68,19 +68,19 @@ def shape_for_message(n: int, v: int, d: int) -> tuple[int, int, int] | None:
     return None if torch.compiler.is_compiling() else (n, v, d)
 
 
-@traced.constant
+@traced.constant_result
 def compacts(backend: str) -> bool:
     """Whether a backend leaves ignored rows out by itself."""
     return choice.load_backend(backend).COMPACTS
 
 
-@traced.constant
+@traced.constant_result
 def keeps_units(backend: str) -> bool:
     """Whether a backward with a tail reads what a backend's forward kept."""
     return getattr(choice.load_backend(backend), "KEEPS_UNITS", True)
 
 
-@traced.constant
+@traced.constant_result
 def picks_scheme(backend: str) -> bool:
     """Whether a call with a tail and a frozen head may take either scheme."""
     return getattr(choice.load_backend(backend), "PICKS_SCHEME", False)

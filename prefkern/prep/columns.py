@@ -16,7 +16,7 @@ PROMPT_BOUND = (
 )  # fmt: skip
 
 
-class Ranked(NamedTuple):
+class RankedRow(NamedTuple):
     """One ranked list."""
 
     texts: list[Text]  # K responses, as stored
@@ -84,7 +84,7 @@ def ranked(
     aligned: Sequence[str] = (),
     least: int = 2,
     distinct: bool = True,
-) -> Ranked:
+) -> RankedRow:
     """Reads a ranked list.
 
     Columns: `prompt` or `context`; `completions` or `responses`; scores as in `cells.list_scores`.
@@ -95,7 +95,7 @@ def ranked(
     rest = {"prompt": text_of(data, cells.list_prompt(data))}
     rest |= {k: v for k, v in data.items() if k not in used and k != "prompt"}
     further = {name: list_of(data, name, len(texts)) for name in aligned}
-    return Ranked(texts, scores, rest, further, column)
+    return RankedRow(texts, scores, rest, further, column)
 
 
 def refuse_prompt_bound(data: Row) -> None:

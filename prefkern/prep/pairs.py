@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from .cells import BadRow, number
-from .columns import TIES, Ranked, list_of, one_of, ranked, responses_of, text_of
+from .columns import TIES, RankedRow, list_of, one_of, ranked, responses_of, text_of
 from .table import Row, Table, map_rows
 
 PAIRS = ("all", "best_vs_rest", "adjacent", "best_vs_worst")
@@ -56,7 +56,7 @@ def pairs_from_lists(
     return map_rows(table, made)
 
 
-def strict_pairs(found: Ranked, pairs: str) -> list[tuple[int, int]]:
+def strict_pairs(found: RankedRow, pairs: str) -> list[tuple[int, int]]:
     """(winner, loser) indices of a list."""
     order = found.order()
     last = len(order) - 1
@@ -70,7 +70,7 @@ def strict_pairs(found: Ranked, pairs: str) -> list[tuple[int, int]]:
     return [(win, lose) for win, lose in two if found.scores[win] > found.scores[lose]]
 
 
-def pair_row(found: Ranked, winner: int, loser: int) -> Row:
+def pair_row(found: RankedRow, winner: int, loser: int) -> Row:
     row = found.rest | {
         "chosen": found.texts[winner],
         "rejected": found.texts[loser],
@@ -120,7 +120,7 @@ def pairs_from_judgements(
         # Places, not means, are the scores here: every two responses form a pair, equal means too.
         order = sorted(k, key=lambda a: -means[a])
         places = [float(-order.index(a)) for a in k]
-        for win, lose in strict_pairs(Ranked(texts, places, rest, {}, column), pairs):
+        for win, lose in strict_pairs(RankedRow(texts, places, rest, {}, column), pairs):
             row = {"chosen": texts[win], "rejected": texts[lose], "pref_prob": q[win][lose]}
             yield rest | row
 
@@ -175,7 +175,7 @@ def drop_duplicates(
     return map_rows(table, first_ones)
 
 
-def select(found: Ranked, keep: Sequence[int]) -> Row:
+def select(found: RankedRow, keep: Sequence[int]) -> Row:
     """The list row with the responses `keep`, in that order."""
     return (
         found.rest
@@ -187,7 +187,7 @@ def select(found: Ranked, keep: Sequence[int]) -> Row:
     )
 
 
-def nothing_preferred(found: Ranked, score_column: str | None, ties: str) -> bool:
+def nothing_preferred(found: RankedRow, score_column: str | None, ties: str) -> bool:
     if min(found.scores) < max(found.scores):
         return False
     if ties == "error":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..integrations import hf
-from ..integrations.output_layer import resolve
+from ..integrations.output_layer import output_layer_of
 from . import zero
 from .config import TrainConfig
 from .data import Loaded
@@ -27,7 +27,7 @@ def facts_of(
     eval_data: Loaded | None,
 ) -> dict[str, Any]:
     """The model's head, where the reference comes from, columns and counts, as plain values."""
-    layer = resolve(step.policy)
+    layer = output_layer_of(step.policy)
     weight, bias = layer.parameters[:2]
     inner = hf.causal_lm(step.policy)
     parameters = list(step.parameters())

@@ -27,7 +27,7 @@ from .deal import deal
 from .evaluate import evaluate
 from .logs import History, Meter, Shares, performance, postfix, total_flos, trainer_state
 from .optimizer import clip, make_scheduler, rounded_away, take_step
-from .output import LOG, TRAINER_STATE, Output, owner, writing
+from .output import LOG, TRAINER_STATE, Output, run_of, writing
 from .run import Run
 
 
@@ -126,7 +126,7 @@ class Loop:
         if run.is_main:
             self.output = Output(
                 self.output_dir,
-                owner(run.resume),
+                run_of(run.resume),
                 overwrite=run.resume is None and config.overwrite_output_dir,
                 continues=config.resume_from_checkpoint is not None,
             )

@@ -176,7 +176,7 @@ class Output:
 
     def checkpoints(self) -> list[Path]:
         """Those of this run, oldest first."""
-        return [p for p in list_checkpoints(self.folder) if _owner(p) == self.run]
+        return [p for p in list_checkpoints(self.folder) if run_of(p) == self.run]
 
     def install(self, building: Path) -> None:
         """Moves the files of `building` into the folder. The folder is no model before the last of
@@ -296,7 +296,7 @@ def _check_continued(
 ) -> None:
     """Refuses to continue a checkpoint in a folder of another run."""
     own = resume.resolve().parent == folder.resolve()
-    if mark is not None and mark["run"] != _owner(resume):
+    if mark is not None and mark["run"] != run_of(resume):
         other = bool(mark.get("made")) or bool(list_checkpoints(folder))
     else:
         other = mark is None and not own and any(os.path.lexists(folder / n) for n in names)
@@ -310,22 +310,18 @@ def _check_continued(
 def _refuse_foreign(folder: Path) -> None:
     """A folder named checkpoint-N that is none of this trainer's is nobody's to remove here."""
     for path in list_checkpoints(folder):
-        if path.is_symlink() or _owner(path) is None:
+        if path.is_symlink() or run_of(path) is None:
             raise ValueError(
                 f"{path} was not written by this trainer and is not removed; move it away, or "
                 "choose another --output-dir."
             )
 
 
-def _owner(checkpoint: Path) -> str | None:
-    """The run that wrote a checkpoint; None: not one of this trainer's."""
-    mark = read_mark(checkpoint)
+def run_of(checkpoint: Path | None) -> str | None:
+    """The id of the run that wrote a checkpoint; None: not one of this trainer's, or no
+    checkpoint."""
+    mark = None if checkpoint is None else read_mark(checkpoint)
     return None if mark is None else str(mark["run"])
-
-
-def owner(checkpoint: Path | None) -> str | None:
-    """The id of the run that wrote a checkpoint."""
-    return None if checkpoint is None else _owner(checkpoint)
 
 
 def _lock(file: TextIO, folder: Path, kind: int) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from ..integrations import hf, packed_attention
 from ..integrations.head import at_head
-from ..integrations.output_layer import resolve
+from ..integrations.output_layer import output_layer_of
 from ..integrations.verify import verify_head
 from . import models
 from .config import TrainConfig
@@ -212,7 +212,7 @@ def check_pictures(name: str, config: TrainConfig) -> None:
 
 def check_pairing(name: str, model: hf.Model, policy: hf.Model) -> None:
     """Refuses a model whose log-probabilities cannot be compared with the policy's."""
-    own, other = (resolve(m).vocabulary for m in (policy, model))
+    own, other = (output_layer_of(m).vocabulary for m in (policy, model))
     if own != other:
         raise ValueError(
             f"{name} has a head of {other} entries, the policy's has {own}: their "

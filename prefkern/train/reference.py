@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..integrations import hf
 from ..integrations.loss_at_head import read_other
-from ..integrations.reference import Constant
+from ..integrations.reference import FrozenView
 from ..objective.segments import segment_sum, sequence_boundaries
 from .config import TrainConfig
 from .data import PreferenceBatch
@@ -33,7 +33,7 @@ class ReferenceRows:
     """What the reference says of one batch; every tensor is a constant."""
 
     # hidden states and head of a model; its layers [L, B, T, D] where a provider wants them
-    states: Constant | None = None
+    states: FrozenView | None = None
     logp: Tensor | None = None  # [B, T]
     seq_logp: Tensor | None = None  # [S]
 
@@ -176,7 +176,7 @@ class Reference:
                 stack.enter_context(watch(model))
             inputs = stack.enter_context(inputs_of(model, batch))
             states = read_other(model, inputs, batch.targets, distribution=True, layers=self.layers)
-        return ReferenceRows(states=cast(Constant, states))
+        return ReferenceRows(states=cast(FrozenView, states))
 
     @torch.no_grad()
     def logratio(self, batch: PreferenceBatch) -> Tensor:  # [S] fp64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..integrations.token_view import TokenView, answers, statistics
-from ..objective.token_weights import token_weights
+from ..objective.token_weights import stage_weights
 from .data import Example
 from .forward import inputs_of
 from .models import autocast
@@ -33,7 +33,7 @@ def view_example(run: Run, example: Example, *, title: str | None = None) -> Tok
     given |= {k: v for p in run.providers for k, v in p.learned(batch).items()}
     with autocast(run.config, run.device.type), inputs_of(step.policy, batch) as inputs:
         tokens = step.policy(**inputs, at_head=statistics(batch.targets, reference)).value
-    weights = token_weights(
+    weights = stage_weights(
         tokens, batch.targets, batch.cu_seqlens, loss=list(run.config.loss), layout=run.layout,
         token_weights=batch.token_weights, **{**step.loss_args, **given},
     )  # fmt: skip

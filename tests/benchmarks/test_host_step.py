@@ -9,7 +9,7 @@ from benchmarks import host_step, model
 
 @pytest.mark.parametrize("name", host_step.STEPS)
 def test_kernels_beside_the_products_are_as_counted(name):
-    counts = model.Counts("cuda")
+    counts = model.KernelCounts("cuda")
     found = host_step.kernels_beside_the_products(name)
     # the suite fills what the package allocates empty (conftest.py)
     forward, backward = (sum(n for k, n in x.items() if k != "fill_") for x in found)

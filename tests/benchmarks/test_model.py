@@ -23,7 +23,7 @@ def test_counts_hold_the_tiles_of_the_kernels(name, monkeypatch):
     monkeypatch.setattr(tiles, "arch_of", lambda device: "sm_90")
     for case in GPU_FIRST:
         step = "frozen" if case.frozen else case.step
-        assert model.Counts(name).tile_units(step) == inside.tile_units(case, name)
+        assert model.KernelCounts(name).tile_units(step) == inside.tile_units(case, name)
 
 
 def test_the_table_of_the_text_is_what_is_predicted():
@@ -57,7 +57,7 @@ def test_a_default_call_at_the_target_shape_keeps_everything():
     """On GPUs of 80 and 140 GB; on a smaller one three products become 3.6."""
     case = GPU_FIRST[0]
     for backend in ("cuda", "triton"):
-        units = model.Counts(backend).tile_units("logp")
+        units = model.KernelCounts(backend).tile_units("logp")
         for speed in model.MACHINES.values():
             assert inside.schedule(case, speed.memory, None, *units) == (3, 1.0)
             assert model.predict(case, backend, speed, None)["step"]["ratio"] < 1.1

@@ -19,7 +19,7 @@ import prefkern
 from prefkern.backends import cuda, eager, tables
 from prefkern.backends.contract import Folded, Model, written
 from prefkern.backends.plan import read_plan
-from prefkern.backends.tiled.epilogue import FrozenSums, Tile, fold_in_steps
+from prefkern.backends.tiled.epilogue import FrozenSums, ProductTile, fold_in_steps
 
 OPS = torch.ops.prefkern_cuda
 ONE = ("logp", "ent", "col", "top1", "zmean")
@@ -50,7 +50,7 @@ def fold(sweep, z, chunk):
     m, w = z[0].shape
     fields = torch.full((sweep.fields, -(-w // chunk), m), math.nan)
     at = torch.zeros((len(tables.AT), m), dtype=torch.float64)
-    in_chunks(chunk).fold(sweep, Tile(0, 0, tuple(z)), fields, at, None)
+    in_chunks(chunk).fold(sweep, ProductTile(0, 0, tuple(z)), fields, at, None)
     names = written(sweep.call.plan, False)
     used = fields[[tables.FIELDS.index(name) for name in names]]
     assert not used.isnan().any(), "a field of a finite tile is not written, or not a number"
@@ -101,7 +101,7 @@ def test_alignment_changes_roundings_alone(dtype, by):
     coefficients, places = some_coefficients(3), []
     for x in (z, off):
         dx = shifted(torch.full_like(z[0], math.nan), by[0]) if x is not z else x[0].clone()
-        KERNELS.gradient(sweep, Tile(0, 0, tuple(x)), coefficients, dx)
+        KERNELS.gradient(sweep, ProductTile(0, 0, tuple(x)), coefficients, dx)
         places.append(dx)
     assert_same_bits(places[1], places[0])
     assert (places[0][sweep.targets == -100] == 0).all()
@@ -140,7 +140,7 @@ def test_a_tile_of_a_frozen_head_in_one_kernel(stats, dtype, softcap):
         maxima = torch.full((2, m), torch.finfo(FP32).min)
         found = []
         for v0 in (0, w):
-            tile = Tile(0, v0, tuple(shifted(x[:, v0 : v0 + w], 3) for x in z))
+            tile = ProductTile(0, v0, tuple(shifted(x[:, v0 : v0 + w], 3) for x in z))
             fields = torch.full((sweep.fields, -(-w // KERNELS.chunk_columns(sweep)), m), math.nan)
             at = torch.zeros((len(tables.AT), m), dtype=torch.float64)
             out = shifted(torch.full((m, w), math.nan, dtype=dtype), 3)
@@ -180,7 +180,7 @@ def test_chunks_of_a_tail_are_kept_apart():
     assert sweep.call.plan.tail == 0.1 and KERNELS.chunk_columns(sweep) == tables.CHUNK
     fields = torch.full((sweep.fields, 3, 5), math.nan)
     at = torch.zeros((len(tables.AT), 5), dtype=torch.float64)
-    KERNELS.fold(sweep, Tile(0, 0, tuple(z)), fields, at, None)
+    KERNELS.fold(sweep, ProductTile(0, 0, tuple(z)), fields, at, None)
     most, total = (fields[tables.FIELDS.index(name)] for name in ("max", "sum"))
     live = sweep.targets != -100
     for c, part in enumerate(z[0].split(tables.CHUNK, 1)):
@@ -232,13 +232,13 @@ def test_rows_past_2_to_the_31_elements():
     for name in want:
         assert_same_bits(got[name], want[name])
     coefficients, near = some_coefficients(m), torch.empty_like(z[0])
-    there = Tile(0, 0, tuple(views[:2]))
-    KERNELS.gradient(sweep, Tile(0, 0, tuple(z)), coefficients, near)
+    there = ProductTile(0, 0, tuple(views[:2]))
+    KERNELS.gradient(sweep, ProductTile(0, 0, tuple(z)), coefficients, near)
     KERNELS.gradient(sweep, there, coefficients, views[2])
     assert_same_bits(views[2].clone(), near)
     norms = torch.randn(len(tables.NORMS), m)
     sums = [torch.empty(len(tables.SECOND), 1, m) for _ in range(2)]
-    KERNELS.fold_again(sweep, Tile(0, 0, tuple(z)), norms, sums[0])
+    KERNELS.fold_again(sweep, ProductTile(0, 0, tuple(z)), norms, sums[0])
     KERNELS.fold_again(sweep, there, norms, sums[1])
     assert_same_bits(*sums)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import bench_package  # noqa: F401
 import cases
-import checks
+import op_checks
 import pytest
 import torch
 
@@ -74,10 +74,10 @@ def _remembered(function):
 def _one_oracle():
     """The oracle of a call takes seconds and does not depend on the backend; tests that share one
     stay in one process (groups below)."""
-    before = checks.run_oracle, checks.run_baseline
-    checks.run_oracle, checks.run_baseline = map(_remembered, before)
+    before = op_checks.run_oracle, op_checks.run_baseline
+    op_checks.run_oracle, op_checks.run_baseline = map(_remembered, before)
     yield
-    checks.run_oracle, checks.run_baseline = before
+    op_checks.run_oracle, op_checks.run_baseline = before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,7 +20,7 @@ from cases import (
     Regime,
     upstream_for,
 )
-from checks import (
+from op_checks import (
     assert_same_run,
     check_closeness,
     check_masked_rows,

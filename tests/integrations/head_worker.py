@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 import prefkern
 from benchmarks.traffic import traffic
 from prefkern.integrations.head import at_head
-from prefkern.integrations.reference import constant
+from prefkern.integrations.reference import frozen_view
 
 LAYOUTS = ("head in the root", "head alone", "norm and head kept", "norm and head resharded")
 
@@ -59,7 +59,7 @@ def rows(rank: int, world: int = 2) -> tuple[dict, Tensor]:
 def loss_of(model: nn.Module, reference: nn.Module, rank: int, weight=None) -> Tensor:
     """A rank's loss. `weight`: read the head from outside its call, as others do."""
     inputs, targets = rows(rank, dist.get_world_size())
-    kept = reference(**inputs, at_head=constant).value
+    kept = reference(**inputs, at_head=frozen_view).value
 
     def objective(view):
         with kept.gathered() as head:

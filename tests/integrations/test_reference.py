@@ -11,7 +11,7 @@ from head_batches import assert_same_gradients, batch, gradients
 
 import prefkern
 from prefkern.integrations.head import at_head
-from prefkern.integrations.reference import constant
+from prefkern.integrations.reference import frozen_view
 
 peft = pytest.importorskip("peft")
 
@@ -76,13 +76,13 @@ def test_kl_from_a_reference(family, packed, kind):
     with torch.no_grad():
         if kind == "adapter":
             policy.set_adapter("ref")
-            kept = reference(**inputs, at_head=constant).value
+            kept = reference(**inputs, at_head=frozen_view).value
             policy.set_adapter("default")
         elif kind == "model":
-            kept = reference(**inputs, at_head=constant).value
+            kept = reference(**inputs, at_head=frozen_view).value
         else:
             with policy.disable_adapter():
-                kept = reference(**inputs, at_head=constant).value
+                kept = reference(**inputs, at_head=frozen_view).value
     got = policy(**inputs, at_head=fused_kl(kept, targets)).value
     assert own.max() > 0.1 and (got - own).abs().max() < 1e-4 * own.max()
     assert_same_gradients(gradients(policy, got), want, 1e-4)
@@ -94,7 +94,7 @@ def test_equal_models_give_exactly_zero():
     reference = copy.deepcopy(policy).requires_grad_(False)
     at_head(policy)
     at_head(reference)
-    kept = reference(**inputs, at_head=constant).value
+    kept = reference(**inputs, at_head=frozen_view).value
 
     def objective(view):
         with kept.gathered() as head:
@@ -116,6 +116,6 @@ def test_a_reference_whose_head_is_offloaded_is_refused():
     at_head(reference)
     accelerate.cpu_offload(reference, execution_device=torch.device("cpu"))
     with torch.no_grad():
-        kept = reference(**inputs, at_head=constant).value
+        kept = reference(**inputs, at_head=frozen_view).value
     with pytest.raises(ValueError, match="reference's head is offloaded"):
         policy(**inputs, at_head=fused_kl(kept, targets))

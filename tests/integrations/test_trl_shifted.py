@@ -12,7 +12,7 @@ import torch
 import trl_runs as runs
 from trl.trainer.utils import add_fused_lm_head as stock
 
-from prefkern.integrations.trl.fused_head import FIELDS, add_fused_lm_head
+from prefkern.integrations.trl.fused_head import OUR_STATISTICS, add_fused_lm_head
 
 
 def test_halves_of_a_sequence_score_as_trl_scores_them():
@@ -32,7 +32,7 @@ def test_halves_of_a_sequence_score_as_trl_scores_them():
             "labels": labels[:, half], "shift_labels": shift[:, half],
         }  # fmt: skip
         found = [m(**inputs, fused_lm_head=True, num_items_in_batch=18) for m in (policy, other)]
-        for name in FIELDS:
+        for name in OUR_STATISTICS:
             if (value := getattr(found[1], name)) is not None:
                 assert value.shape == (2, 6)
                 assert torch.allclose(getattr(found[0], name).float(), value.float(), atol=1e-5)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import BF16, FP32, MANY_ROWS, Regime, backends_on, upstream_for
-from checks import check_closeness, check_masked_rows, inputs_of, run_op, run_oracle
 from closeness import assert_same_bits
+from op_checks import check_closeness, check_masked_rows, inputs_of, run_op, run_oracle
 from prefkern.kernels.epilogue import Kernels
 
 import prefkern

@@ -23,8 +23,8 @@ from cases import (
     backends_on,
     upstream_for,
 )
-from checks import check_closeness, check_masked_rows, inputs_of, run_op, stats_of
 from closeness import assert_same_bits
+from op_checks import check_closeness, check_masked_rows, inputs_of, run_op, stats_of
 from oracles import top_k
 from prefkern.kernels.epilogue import KERNELS, Kernels
 from tile_calls import sweep_of
@@ -33,7 +33,7 @@ import prefkern
 from prefkern.backends import memory, tables
 from prefkern.backends.contract import Model
 from prefkern.backends.tiled import operands, tiles, tiling, topset
-from prefkern.backends.tiled.epilogue import LogitOptions, Tile
+from prefkern.backends.tiled.epilogue import LogitOptions, ProductTile
 from prefkern.backends.tiled.topset import TopSet
 
 pytestmark = pytest.mark.skipif("triton" not in backends_on(), reason="the triton backend is off")
@@ -288,9 +288,9 @@ def test_rows_further_apart_than_2_to_31_elements():
         chunks = -(-w // KERNELS.chunk_columns(sweep))
         fields = torch.zeros(sweep.fields, chunks, 2)
         at = torch.zeros(len(tables.AT), 2, dtype=FP64)
-        KERNELS.fold(sweep, Tile(0, 0, (z,)), fields, at, None)
+        KERNELS.fold(sweep, ProductTile(0, 0, (z,)), fields, at, None)
         coefficients = torch.full((len(tables.COEFFICIENTS), 2), 0.5)
-        KERNELS.gradient(sweep, Tile(0, 0, (z,)), coefficients, z)
+        KERNELS.gradient(sweep, ProductTile(0, 0, (z,)), coefficients, z)
         found.append((fields, at, z.clone()))
     for a, b in zip(*found, strict=True):
         assert_same_bits(a, b)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import BF16, FP32, Regime, backends_on, upstream_for
-from checks import inputs_of, run_op
+from op_checks import inputs_of, run_op
 
 from prefkern.backends import memory, tables
 from prefkern.backends.tiled import tiling, units

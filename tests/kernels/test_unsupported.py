@@ -66,7 +66,9 @@ def test_the_tensors_own_device_is_asked(compiled, monkeypatch):
 def test_the_problem_of_a_call_knows_its_device(monkeypatch):
     seen = []
     monkeypatch.setattr(choice, "select_backend", lambda p, _: seen.append(p) or "eager")
-    shared.resolve("linear_logps", torch.device("cuda", 3), torch.float32, None, "", "auto", None)
+    shared.choose_backend(
+        "linear_logps", torch.device("cuda", 3), torch.float32, None, "", "auto", None
+    )
     assert (seen[0].device, seen[0].index) == ("cuda", 3)
 
 

@@ -24,8 +24,8 @@ def slope(fn, x, *args):
         (links.logistic, 1e4, (), 0.0, 0.0),
         (links.logistic, 1e4, (1.0, 0.5), 5e3, 0.5),
         (links.smoothed_logistic, 0.0, (0.2,), math.log(2), 0.5 - 0.8),
-        (links.hinge, 1.0, (), 0.0, 0.0),
-        (links.hinge, 0.0, (), 1.0, -1.0),
+        (links.hinge_loss, 1.0, (), 0.0, 0.0),
+        (links.hinge_loss, 0.0, (), 1.0, -1.0),
         (links.squared, -3.0, (), 9.0, -6.0),
         (links.zero_one, 0.0, (), 0.5, -0.25),
         (links.zero_one, 40.0, (), math.exp(-40.0), -math.exp(-40.0)),
@@ -68,7 +68,7 @@ def test_logistic_keeps_its_digits_beyond_twenty():
 def test_everything_is_finite_far_out(x, dtype):
     functions = [
         links.logistic,
-        links.hinge,
+        links.hinge_loss,
         links.squared,
         links.zero_one,
         links.forward_kl_score,

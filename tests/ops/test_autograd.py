@@ -22,8 +22,8 @@ from cases import (
     ops,
     upstream_for,
 )
-from checks import assert_same_run, call, inputs_of, run_op, stats_of, weighted_sum
 from closeness import assert_same_bits
+from op_checks import assert_same_run, call, inputs_of, run_op, stats_of, weighted_sum
 from torch.utils.checkpoint import checkpoint
 
 import prefkern

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prefkern
 from prefkern.backends import memory
-from prefkern.backends.tiled.tiling import Kept, Step, Tiling, make_tiling
+from prefkern.backends.tiled.tiling import Kept, TileRange, Tiling, make_tiling
 from prefkern.ops import budget
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -37,7 +37,7 @@ def test_a_budget_for_everything_keeps_the_one_tile_of_a_ragged_vocabulary(v):
     kept = budget.rows_kept(rows, v, 2, 1 << 30, GPU)
     plan = Tiling(rows, v, rows, v)
     cache = torch.empty(kept * v, dtype=torch.bfloat16)
-    assert Kept(plan, 1, cache).place(Step(0, rows, 0, v)) is not None
+    assert Kept(plan, 1, cache).place(TileRange(0, rows, 0, v)) is not None
 
 
 def test_a_budget_of_four_tiles_keeps_four():

@@ -25,7 +25,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import torch
 from cases import DTYPES, ONE_MODEL, OPTIONS, TWO_MODEL, Regime, make_inputs
-from checks import check_closeness, check_masked_rows, inputs_of
+from op_checks import check_closeness, check_masked_rows, inputs_of
 from prefkern.backends import cpu
 assert cpu.isa() == {isa!r}, cpu.isa()
 for dtype in DTYPES:

@@ -25,8 +25,8 @@ from cases import (
     options,
     regimes,
 )
-from checks import check_closeness, check_masked_rows, run_op
 from closeness import assert_no_worse, assert_same_bits, stat_dtype
+from op_checks import check_closeness, check_masked_rows, run_op
 
 import prefkern
 from prefkern import Head

@@ -24,8 +24,8 @@ from cases import (
     regimes,
     upstream_for,
 )
-from checks import check_closeness, check_masked_rows, run_op
 from closeness import assert_same_bits
+from op_checks import check_closeness, check_masked_rows, run_op
 
 import prefkern
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import BF16, FP16, FP32, OPTIONS, PARTIAL, PLAIN, Regime, dtypes, ops, upstream_for
-from checks import assert_same_run, call, inputs_of, run_op, stats_of
+from op_checks import assert_same_run, call, inputs_of, run_op, stats_of
 
 
 @ops

@@ -12,7 +12,7 @@ import baseline
 import pytest
 import torch
 from cases import BF16, FP16, FP32, FP64, IGNORE, Inputs, Options, device_of, dtypes, field_of
-from checks import run_op
+from op_checks import run_op
 
 import prefkern
 

@@ -19,10 +19,10 @@ from cases import (
     make_inputs,
     upstream_for,
 )
-from checks import check_closeness, run_op
 from closeness import assert_same_bits
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from op_checks import check_closeness, run_op
 
 import prefkern
 from prefkern import Head

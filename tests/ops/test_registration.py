@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 from cases import BF16, FP32, IGNORE, OPS, OPTIONS, PLAIN, SMALL, Regime, ops, upstream_for
-from checks import call, inputs_of, run_op, stats_of, weighted_sum
 from closeness import assert_same_bits
+from op_checks import call, inputs_of, run_op, stats_of, weighted_sum
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prefkern

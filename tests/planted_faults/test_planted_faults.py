@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cases import BF16, FP32, FP64, OPTIONS, REGIMES, Regime, make_inputs
-from checks import check_closeness, check_masked_rows
+from op_checks import check_closeness, check_masked_rows
 
 STATS = ("logp", "lse", "ent")
 # 67 rows and 1,003 columns: both axes end in a ragged tile of the twin (8 x 16), 63 tiles to merge

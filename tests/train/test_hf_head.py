@@ -9,7 +9,7 @@ from torch import nn
 
 from prefkern.integrations import hf, packed_attention
 from prefkern.integrations.head import at_head
-from prefkern.integrations.output_layer import resolve
+from prefkern.integrations.output_layer import output_layer_of
 from prefkern.integrations.verify import verify_head
 from prefkern.train.data import Encoded, Example, collate
 from prefkern.train.forward import inputs_of, target_logps
@@ -50,10 +50,10 @@ def test_logps_at_the_head_are_those_of_the_models_own_logits(family):
 
 
 def test_what_is_said_of_the_head():
-    phi, llama = (resolve(tiny_model(name)) for name in ("phi", "llama"))
+    phi, llama = (output_layer_of(tiny_model(name)) for name in ("phi", "llama"))
     assert phi.parameters[1] is not None and llama.parameters[1] is None
     assert phi.vocabulary == llama.vocabulary == VOCAB
-    assert resolve(tiny_model("cohere")).options == {"scale": 0.25, "softcap": None}
+    assert output_layer_of(tiny_model("cohere")).options == {"scale": 0.25, "softcap": None}
 
 
 def test_unused_logit_scale_of_mpt_is_not_applied():

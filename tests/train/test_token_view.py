@@ -19,7 +19,7 @@ from prefkern.integrations.collate import PairCollator
 from prefkern.integrations.head_view import shifted
 from prefkern.integrations.token_pictures import lines, number, scales_of, write_html, write_png
 from prefkern.integrations.token_view import view_pair
-from prefkern.objective.token_weights import token_weights
+from prefkern.objective.token_weights import stage_weights
 from prefkern.stats import TokenStats
 from prefkern.train.run import prepare
 from prefkern.train.token_view import view_example
@@ -87,12 +87,12 @@ def test_the_sum_under_the_weights_is_what_the_loss_reads():
     targets[1, 6:] = -100
     scored = targets != -100
     tokens = TokenStats(logp=logp * scored, ref_logp=ref * scored)
-    weights = token_weights(tokens, targets, loss="ld_dpo", alpha=0.5)["logp"].reshape(4, 9)
+    weights = stage_weights(tokens, targets, loss="ld_dpo", alpha=0.5)["logp"].reshape(4, 9)
     ratio = ((logp - ref) * weights).sum(1)
     want = torch.nn.functional.softplus(-0.1 * (ratio[0::2] - ratio[1::2])).mean()
     got, _ = prefkern.loss_from_stats(tokens, targets, loss="ld_dpo", alpha=0.5, beta=0.1)
     torch.testing.assert_close(got, want)
-    own = token_weights(tokens, targets, loss="dpo", token_weights=2.0 * scored)
+    own = stage_weights(tokens, targets, loss="dpo", token_weights=2.0 * scored)
     assert torch.equal(own["logp"], 2.0 * scored.flatten()) and len(own) == 1
 
 

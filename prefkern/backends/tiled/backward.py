@@ -12,7 +12,7 @@ from .epilogue import Epilogue
 from .operands import HeadTile, Operands, gather
 from .products import add_product, full_precision, product
 from .tiles import DX, Products
-from .tiling import Step, Tiling
+from .tiling import TileRange, Tiling
 from .units import Piece, Units
 
 # A left factor holds rows, a right one columns; the gradient of each is a product with the other.
@@ -103,7 +103,7 @@ class _Unfold:
         if bias is not None:
             parts["bias"].copy_(bias)
 
-    def gradient(self, step: Step, heads: list[HeadTile], dx: Tensor | None = None) -> Tensor:
+    def gradient(self, step: TileRange, heads: list[HeadTile], dx: Tensor | None = None) -> Tensor:
         """dL/dx of a step. A kept tile stays as it is, so that a second backward reads the same."""
         kept = self.products.kept.place(step)
         made = self.products.make(step, heads, kept, filled=True)
@@ -189,7 +189,7 @@ class _RightSum:
         if self.several and place.dtype != call.fold_dtype:
             self.total = torch.empty_like(place, dtype=call.fold_dtype)
 
-    def add(self, dx: Tensor, left: Tensor, step: Step) -> None:
+    def add(self, dx: Tensor, left: Tensor, step: TileRange) -> None:
         """dx [m, w], left [m, D] of one block of rows."""
         if not self.several:
             product(dx.T, left, self.place)

@@ -143,7 +143,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Tile:
+class ProductTile:
     """Raw products of rows [r0, r0 + m) and columns [v0, v0 + w); last dimension contiguous."""
 
     r0: int
@@ -178,7 +178,7 @@ class Epilogue(Protocol):
         ...
 
     def fold(
-        self, sweep: Sweep, tile: Tile, fields: Tensor, at: Tensor, keep: Tensor | None
+        self, sweep: Sweep, tile: ProductTile, fields: Tensor, at: Tensor, keep: Tensor | None
     ) -> None:
         """First sweep, ONE read of each tile. For each row and chunk one number per field: sums in
         the fold dtype relative to the chunk's own maxima, so that a kernel keeps no state between
@@ -189,20 +189,28 @@ class Epilogue(Protocol):
         policy's products rounded to the working dtype; only where sweep.rounded."""
         ...
 
-    def fold_again(self, sweep: Sweep, tile: Tile, norms: Tensor, fields: Tensor) -> None:
+    def fold_again(self, sweep: Sweep, tile: ProductTile, norms: Tensor, fields: Tensor) -> None:
         """Second sweep (jsd, tv, bkl): norms [NORMS, m], fields [SECOND, chunks, m]; those of
         statistics that were not asked for are left alone."""
         ...
 
     def fold_frozen(
-        self, sweep: Sweep, tile: Tile, fields: Tensor, at: Tensor, sums: FrozenSums, out: Tensor
+        self,
+        sweep: Sweep,
+        tile: ProductTile,
+        fields: Tensor,
+        at: Tensor,
+        sums: FrozenSums,
+        out: Tensor,
     ) -> None:
         """Frozen head: what `fold` does; sums.maxima raised to the tile's own, sums.totals moved
         there if there are any; out [m, w] = the terms of the mass. `fold_in_steps` does it by the
         other functions here, a backend may do it in one kernel."""
         ...
 
-    def factor(self, sweep: Sweep, tile: Tile, maxima: Tensor, name: str, out: Tensor) -> None:
+    def factor(
+        self, sweep: Sweep, tile: ProductTile, maxima: Tensor, name: str, out: Tensor
+    ) -> None:
         """Frozen head: out [m, w] in the working dtype = the terms that multiply W in the sum
         `name` (tables.FACTORS); maxima [2, m] of policy and reference, finite."""
         ...
@@ -214,7 +222,7 @@ class Epilogue(Protocol):
         not touched. names[0] is always "mass"."""
         ...
 
-    def gradient(self, sweep: Sweep, tile: Tile, coefficients: Tensor, dx: Tensor) -> None:
+    def gradient(self, sweep: Sweep, tile: ProductTile, coefficients: Tensor, dx: Tensor) -> None:
         """ONE read of each tile, ONE write of dx [m, w] = dL/dx in the working dtype; coefficients
         [COEFFICIENTS, m]. tile.x holds the sweep.backward_models first models. dx may be
         tile.x[0] itself."""
@@ -224,7 +232,7 @@ class Epilogue(Protocol):
 def fold_in_steps(
     kernels: Epilogue,
     sweep: Sweep,
-    tile: Tile,
+    tile: ProductTile,
     fields: Tensor,
     at: Tensor,
     sums: FrozenSums,

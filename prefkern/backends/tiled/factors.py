@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .epilogue import Epilogue, FrozenSums, Tile
+from .epilogue import Epilogue, FrozenSums, ProductTile
 from .operands import HeadTile, Operands
 from .products import add_product
-from .tiling import Step, Tiling, scratch, tile_view
+from .tiling import TileRange, Tiling, scratch, tile_view
 
 
 class Factors:
@@ -22,12 +22,12 @@ class Factors:
         lowest = torch.finfo(totals.dtype).min
         self.maxima = totals.new_full((2, totals.shape[1]), lowest)
 
-    def fold(self, tile: Tile, fields: Tensor, at: Tensor, head: HeadTile) -> None:
+    def fold(self, tile: ProductTile, fields: Tensor, at: Tensor, head: HeadTile) -> None:
         """The fold of a tile (fields [F, C, m]), and its terms times its head rows added."""
         sweep, names, first = self.ops.sweep, self.ops.call.plan.factors, tile.v0 == 0
         sums = FrozenSums(names, self.totals, self.maxima, started=not first)
         m, w = tile.x[0].shape
-        terms = tile_view(self.terms, Step(0, m, 0, w))
+        terms = tile_view(self.terms, TileRange(0, m, 0, w))
         self.kernels.fold_frozen(sweep, tile, fields, at, sums, terms)
         depth = head.weight.shape[1]
         for name, total in zip(names, self.totals, strict=True):

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .. import tables
 from ..contract import Folded, HeadCall
-from .epilogue import Epilogue, Tile
+from .epilogue import Epilogue, ProductTile
 from .factors import Factors
 from .operands import HeadTile, Operands, gather
 from .products import full_precision
 from .tiles import Products
-from .tiling import Step, Tiling
+from .tiling import TileRange, Tiling
 from .topset import TopSet
 
 # Chunk sums merged at a time: where the arithmetic is eager, float64 copies of them stay below
@@ -44,20 +44,20 @@ def fold_again(kernels: Epilogue, call: HeadCall, norms: Tensor, cache: Tensor) 
             for step, heads in steps(ops, plan, block):
                 places = [] if ops.sweep.rounded else products.kept.place(step)
                 made = products.make(step, heads, places, filled=True)
-                tile = Tile(step.r0, step.v0, tuple(made[:2]))
+                tile = ProductTile(step.r0, step.v0, tuple(made[:2]))
                 kernels.fold_again(ops.sweep, tile, norms[:, block], _part(fields, step, chunk))
             out[:, block] = fields.sum(1, dtype=torch.float64)
     return out
 
 
-def steps(ops: Operands, plan: Tiling, block: slice) -> Iterator[tuple[Step, list[HeadTile]]]:
+def steps(ops: Operands, plan: Tiling, block: slice) -> Iterator[tuple[TileRange, list[HeadTile]]]:
     """Every tile of a block of rows, with the head's rows of its columns; none of no rows."""
     for v0 in plan.tiles() if block.stop > block.start else ():
         v1 = min(v0 + plan.columns, plan.V)
-        yield Step(block.start, block.stop, v0, v1), ops.heads(v0, v1)
+        yield TileRange(block.start, block.stop, v0, v1), ops.heads(v0, v1)
 
 
-def _part(fields: Tensor, step: Step, chunk: int) -> Tensor:
+def _part(fields: Tensor, step: TileRange, chunk: int) -> Tensor:
     """Fields of the chunks of one step."""
     first = step.v0 // chunk
     return fields[:, first : first + -(-step.w // chunk)]

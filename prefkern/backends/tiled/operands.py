@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import memory
 from ..contract import HeadCall, Model
-from .epilogue import LogitOptions, Sweep, Tile
-from .tiling import Step, Tiling, given_tiling, make_tiling, stride_of
+from .epilogue import LogitOptions, ProductTile, Sweep
+from .tiling import TileRange, Tiling, given_tiling, make_tiling, stride_of
 
 
 class ModelRows(NamedTuple):
@@ -96,10 +96,10 @@ class Operands(NamedTuple):
                 found.append(HeadTile(rows(one.model.weight), low))
         return found
 
-    def tile(self, step: Step, products: list[Tensor]) -> Tile:
-        return Tile(step.r0, step.v0, tuple(products), self._advantage(step))
+    def tile(self, step: TileRange, products: list[Tensor]) -> ProductTile:
+        return ProductTile(step.r0, step.v0, tuple(products), self._advantage(step))
 
-    def _advantage(self, step: Step) -> Tensor | None:
+    def _advantage(self, step: TileRange) -> Tensor | None:
         """Given values on one tile: [w], or [m, w] from sparse ones."""
         if self.values is None or not self.by_tile:
             return None
@@ -112,7 +112,7 @@ class Operands(NamedTuple):
         dense.scatter_(1, local.masked_fill(outside, step.w), self.values[step.r0 : step.r1])
         return dense[:, : step.w]
 
-    def taught(self, step: Step, x: Tensor) -> Tensor:  # [m] float64
+    def taught(self, step: TileRange, x: Tensor) -> Tensor:  # [m] float64
         """This tile's part of sum_k q_k z_k; x: the policy's products."""
         assert self.values is not None and self.columns is not None
         local = self.columns[step.r0 : step.r1] - step.v0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .operands import HeadTile, ModelRows, Operands
 from .products import add_product, product
-from .tiling import Kept, Step, Tiling, scratch, tile_view
+from .tiling import Kept, TileRange, Tiling, scratch, tile_view
 
 DX = -1  # the scratch tile of a gradient that cannot lie over the policy's products
 
@@ -30,7 +30,7 @@ class Products:
         return made
 
     def make(
-        self, step: Step, heads: list[HeadTile], places: list[Tensor], *, filled: bool = False
+        self, step: TileRange, heads: list[HeadTile], places: list[Tensor], *, filled: bool = False
     ) -> list[Tensor]:
         """[m, w] of every model; those of the first lie in `places`, already there if `filled`."""
         if self.ops.call.given:
@@ -45,14 +45,14 @@ class Products:
             made.append(out)
         return made
 
-    def room(self, i: int, step: Step, dtype: torch.dtype) -> Tensor:
+    def room(self, i: int, step: TileRange, dtype: torch.dtype) -> Tensor:
         """A scratch tile, the same one for all steps."""
         if i not in self.scratch:
             self.scratch[i] = scratch(self.plan, dtype, self.ops.device)
         return tile_view(self.scratch[i], step)
 
 
-def _multiply(one: ModelRows, head: HeadTile, step: Step, out: Tensor) -> None:
+def _multiply(one: ModelRows, head: HeadTile, step: TileRange, out: Tensor) -> None:
     """Low-rank terms come first: where tiles have 16 bits, what is rounded twice is the smaller
     part of the sum."""
     assert one.hidden is not None

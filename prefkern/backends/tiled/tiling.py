@@ -19,7 +19,7 @@ ALIGN = 16
 ROW_ALIGN = 128
 
 
-class Step(NamedTuple):
+class TileRange(NamedTuple):
     """One tile: rows [r0, r1), columns [v0, v1)."""
 
     r0: int
@@ -64,11 +64,11 @@ class Tiling(NamedTuple):
     def tiles(self) -> range:
         return range(0, self.V, self.columns)
 
-    def steps(self, v0: int) -> Iterator[Step]:
+    def steps(self, v0: int) -> Iterator[TileRange]:
         """The tiles of one range of columns."""
         v1 = min(v0 + self.columns, self.V)
         for r0 in self.row_blocks():
-            yield Step(r0, min(r0 + self.rows, self.M), v0, v1)
+            yield TileRange(r0, min(r0 + self.rows, self.M), v0, v1)
 
     @property
     def largest(self) -> int:
@@ -117,7 +117,7 @@ class Kept(NamedTuple):
     models: int
     cache: Tensor  # flat
 
-    def place(self, step: Step) -> list[Tensor]:
+    def place(self, step: TileRange) -> list[Tensor]:
         """Where the tiles of a step lie, one [m, w] view per model; none where they do not fit."""
         # every range of columns before this one is of full width
         before = step.v0 // self.plan.columns * self.plan.M * stride_of(self.plan.columns)
@@ -146,7 +146,7 @@ class Kept(NamedTuple):
         self.cache[end:].zero_()
 
 
-def tile_view(flat: Tensor, step: Step) -> Tensor:
+def tile_view(flat: Tensor, step: TileRange) -> Tensor:
     """The [m, w] tile at the start of a flat buffer."""
     return flat[: step.m * step.stride].view(step.m, step.stride)[:, : step.w]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import batches
-from .plan import Plan
+from .plan import LossPlan
 
 # Columns of which KTOTrainer can make its rows.
 _ANSWERS = (("completion", "label"), ("chosen", "rejected"), ("completion_ids", "label"))
@@ -15,7 +15,7 @@ _ANSWERS = (("completion", "label"), ("chosen", "rejected"), ("completion_ids", 
 class LossData:
     """The part of `PreferenceLosses` that meets data."""
 
-    plan: Plan | None
+    plan: LossPlan | None
     rows = "pairs"  # what a row of the trainer's own data holds: "pairs" or "answers"
     _columns: dict[str, str]  # argument of a loss -> column
 
@@ -25,7 +25,7 @@ class LossData:
         plan = self.plan
         return plan is not None and (plan.needs.lists or len(plan.needs.roles) > 2)
 
-    def _answers(self, plan: Plan) -> list[str]:
+    def _answers(self, plan: LossPlan) -> list[str]:
         """Columns that hold the answers where there are many."""
         if plan.needs.lists:
             return ["completions"]
@@ -82,7 +82,7 @@ class LossData:
                 )
         batches.check_columns(found, self._columns, names)
 
-    def _check_images(self, plan: Plan, row: Mapping[str, Any]) -> None:
+    def _check_images(self, plan: LossPlan, row: Mapping[str, Any]) -> None:
         """Rows with images are tokenised in TRL's collator, which knows pairs and single answers
         and says nothing of where an answer's tokens come to lie."""
         names = ", ".join(plan.names)

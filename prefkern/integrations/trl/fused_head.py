@@ -29,7 +29,7 @@ from ..verify import verify_head
 from .versions import swapped
 
 # TRL's name of a statistic -> ours. Of these TRL differentiates the first two.
-FIELDS = {
+OUR_STATISTICS = {
     "log_probs": "logp", "entropy": "ent", "log_sum_sq_probs": "col", "mean_logits": "zmean",
     "is_top1": "top1",
 }  # fmt: skip
@@ -63,7 +63,7 @@ def add_fused_lm_head(
         packed_attention.use(hf.causal_lm(model), max_length or sys.maxsize)
     at_head(model, packed=packed)
     verify_head(model, backend=backend)
-    stats = tuple(FIELDS[name] for name in dict.fromkeys(("log_probs", *outputs)))
+    stats = tuple(OUR_STATISTICS[name] for name in dict.fromkeys(("log_probs", *outputs)))
     quiet = {"col"} | (set() if entropy_moves else {"ent"})
     options: dict[str, Any] = {
         "stats": stats, "no_grad_stats": tuple(quiet.intersection(stats)),
@@ -122,7 +122,7 @@ def _output(
 ) -> FusedCausalLMOutput:  # fmt: skip
     found = {
         theirs: value[:, :end]
-        for theirs, ours in FIELDS.items()
+        for theirs, ours in OUR_STATISTICS.items()
         if (value := getattr(tokens, ours)) is not None
     }
     if "is_top1" in found:

@@ -24,7 +24,7 @@ from ...train.recipes import masks as recipe
 from ...train.recipes.states import FILE as STATES_FILE
 from ...train.recipes.states import LossStates
 from .. import hf
-from .plan import Plan
+from .plan import LossPlan
 
 NAME = "prefkern_masks"  # of the masks among the policy's modules
 
@@ -32,7 +32,7 @@ NAME = "prefkern_masks"  # of the masks among the policy's modules
 class LossMemory:
     """Masks and states of one trainer; what has neither has no memory."""
 
-    def __init__(self, trainer: Any, plan: Plan) -> None:
+    def __init__(self, trainer: Any, plan: LossPlan) -> None:
         self.trainer = trainer
         self.masks: Any = None
         self._found: dict[str, Tensor] = {}  # masks of the last rows
@@ -44,12 +44,12 @@ class LossMemory:
             self._build(plan)
 
     @classmethod
-    def of(cls, trainer: Any, plan: Plan) -> LossMemory | None:
+    def of(cls, trainer: Any, plan: LossPlan) -> LossMemory | None:
         """None where no loss of the run has masks or a state."""
         stateful = any(record.update is not None for record in plan.records)
         return cls(trainer, plan) if plan.needs.masks or stateful else None
 
-    def _build(self, plan: Plan) -> None:
+    def _build(self, plan: LossPlan) -> None:
         trainer = self.trainer
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
@@ -95,7 +95,7 @@ class LossMemory:
             rows = layers.flatten(1, 2)[:, scored]  # [L, n, D]
             found = self.masks(rows)
             self._found = {k: v.detach() for k, v in found.items() if isinstance(v, Tensor)}
-            return {name: recipe.spread(value, scored) for name, value in found.items()}
+            return {name: recipe.at_scored(value, scored) for name, value in found.items()}
 
         return masked
 

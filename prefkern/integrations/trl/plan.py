@@ -64,7 +64,7 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LossPlan:
     """The losses of a run: what preference_loss is called with."""
 
     names: list[str]  # with the arguments of each behind it
@@ -90,7 +90,7 @@ class Plan:
 
 def plan_of(
     config: Any, families: Sequence[str], trl_types: frozenset[str], *, aux_model: bool
-) -> Plan | None:
+) -> LossPlan | None:
     """The plan of a configuration; None where the formulas are TRL's.
 
     Args:
@@ -143,7 +143,7 @@ def plan_of(
     if not all(isinstance(w, int | float) and math.isfinite(w) for w in weights):
         raise ValueError(f"loss_weights must be finite numbers, got {list(weights)}.")
     order = _order(calls)
-    return Plan(
+    return LossPlan(
         [names[i] for i in order], [float(weights[i]) for i in order], args,
         tuple(records[i] for i in order), tuple(calls[i].hyper for i in order), needs, columns,
         mask_options, loss_args,

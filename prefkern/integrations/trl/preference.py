@@ -24,7 +24,7 @@ from . import batches, logs
 from .data import LossData
 from .fused_head import FusedHead, add_fused_lm_head
 from .memory import LossMemory
-from .plan import DPO_TYPES, Plan, plan_of
+from .plan import DPO_TYPES, LossPlan, plan_of
 
 # Entries of a batch that are no arguments of the model.
 _OWN_KEYS = frozenset({
@@ -122,7 +122,7 @@ class PreferenceLosses(LossData, FusedHead):
                     "embeddings makes them one size."
                 )
 
-    def _check_arguments(self, plan: Plan, config: Any, arguments: dict[str, Any]) -> None:
+    def _check_arguments(self, plan: LossPlan, config: Any, arguments: dict[str, Any]) -> None:
         needs, names = plan.needs, ", ".join(plan.names)
         if any(getattr(s, "is_prompt_learning", False) for s in _peft_settings(arguments)):
             raise ValueError(

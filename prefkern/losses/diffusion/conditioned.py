@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import core as shared
+from .. import core
 from ..declare import diffusion, formula
 from .diff_dpo import diff_dpo
 
@@ -32,7 +32,7 @@ def dcpo(
     Args:
         beta: Strength of the pull to the reference, > 0; the default is Diffusion-DPO's.
     """
-    shared.positive("beta", beta)
+    core.positive("beta", beta)
     return formula(diff_dpo)(
         chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, kappa=0.5 * beta
     )
@@ -62,7 +62,7 @@ def ppd(
     Args:
         beta: Strength of the pull to the reference, > 0; the default is Diffusion-DPO's.
     """
-    shared.positive("beta", beta)
+    core.positive("beta", beta)
     return formula(diff_dpo)(
         chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, kappa=0.5 * beta
     )

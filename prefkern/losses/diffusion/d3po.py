@@ -6,10 +6,9 @@ import math
 
 from torch import Tensor
 
-from .. import core as shared
-from .. import links
+from .. import core, links
 from ..declare import diffusion, formula
-from . import core
+from . import errors
 
 
 @diffusion(source="arXiv 2311.13231", status="code read", reference=True)
@@ -41,17 +40,17 @@ def d3po(
         beta: Temperature, > 0.
         eps: Clip range in (0, 1).
     """
-    shared.positive("beta", beta)
-    shared.positive("sigma", sigma)
+    core.positive("beta", beta)
+    core.positive("sigma", sigma)
     if not 0.0 < eps < 1.0:
         raise ValueError(f"eps must be in (0, 1), got {eps}.")
-    core.one_per_sample("chosen_err", chosen_err)
-    precision = 0.5 / shared.per_item("sigma", sigma, chosen_err) ** 2
+    errors.one_per_sample("chosen_err", chosen_err)
+    precision = 0.5 / core.per_item("sigma", sigma, chosen_err) ** 2
     low, high = math.log1p(-eps), math.log1p(eps)
-    u_w = -precision * core.change(chosen_err, ref_chosen_err, "chosen_err")
-    u_l = -precision * core.change(rejected_err, ref_rejected_err, "rejected_err")
-    margin = beta * shared.difference(u_w.clamp(low, high), u_l.clamp(low, high))
-    return links.logistic(margin if h is None else shared.data("h", h, margin) * margin)
+    u_w = -precision * errors.change(chosen_err, ref_chosen_err, "chosen_err")
+    u_l = -precision * errors.change(rejected_err, ref_rejected_err, "rejected_err")
+    margin = beta * core.difference(u_w.clamp(low, high), u_l.clamp(low, high))
+    return links.logistic(margin if h is None else core.data("h", h, margin) * margin)
 
 
 @diffusion(source="arXiv 2406.04314", status="code read", reference=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import core as shared
-from .. import links
+from .. import core, links
 from ..declare import diffusion
-from . import core
+from . import errors
 
 
 @diffusion(
@@ -39,14 +38,14 @@ def dense_dpo(
         ref_chosen_err, ref_rejected_err: `[P, F]` the reference's, same noise and time. Constant.
         labels: `[P, F]` +1 where the first video's segment is better, -1 the second's, 0 a tie.
     """
-    shared.positive("beta", beta)
-    delta = core.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
+    core.positive("beta", beta)
+    delta = errors.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
     if delta.dim() != 2:
         raise ValueError(
             f"the errors must be [P, F], one per segment, got {list(delta.shape)}; reduce with "
             "error_sum(..., segments=..., num_segments=F), or use diff_dpo."
         )
-    signs = shared.data("labels", labels, delta)
+    signs = core.data("labels", labels, delta)
     # select, not multiply: a tied segment contributes nothing, whatever its error is
     voted = torch.where(signs == 0, 0.0, signs * delta).sum(1)
     return links.logistic(-beta * voted)

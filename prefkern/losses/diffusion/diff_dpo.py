@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import core as shared
-from .. import links
+from .. import core, links
 from ..declare import diffusion, formula
-from . import core
+from . import errors
 
 KINDS = ("logistic", "hinge", "ipo")
 
@@ -41,14 +40,14 @@ def diff_dpo(
         kappa: Scale of Delta, > 0; the default is the authors' for means and SDXL.
         kind: "logistic", "hinge" or "ipo" (variants of diffusers' SD 1.5 script).
     """
-    shared.positive("kappa", kappa)
-    shared.choice("kind", kind, KINDS)
-    core.one_per_sample("chosen_err", chosen_err)
-    delta = core.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
+    core.positive("kappa", kappa)
+    core.choice("kind", kind, KINDS)
+    errors.one_per_sample("chosen_err", chosen_err)
+    delta = errors.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
     if kind == "ipo":
         return links.squared(delta + 0.5 / kappa)
     margin = -kappa * delta
-    return links.hinge(margin) if kind == "hinge" else links.logistic(margin)
+    return links.hinge_loss(margin) if kind == "hinge" else links.logistic(margin)
 
 
 @diffusion(source="arXiv 2505.11245", status="code read", reference=True)

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from .. import core as shared
+from .. import core
 from ..declare import diffusion
-from . import core
+from . import errors
 
 
 @diffusion(
     source="arXiv 2410.20898",
     status="provisional: weights of the divergence not read",
     reference=True,
-    rewards=core.error_rewards,
+    rewards=errors.error_rewards,
 )
 def diff_instruct_star(
     score_dot: Tensor,  # [B]
@@ -47,15 +47,15 @@ def diff_instruct_star(
     Returns:
         Unreduced loss `[B]`.
     """
-    shared.positive("c", c)
-    shared.not_negative("alpha", alpha)
-    shared.not_negative("weight", weight)
+    core.positive("c", c)
+    core.not_negative("alpha", alpha)
+    core.not_negative("weight", weight)
     for name, value in (("score_dot", score_dot), ("score_gap", score_gap)):
         checks.check_float(name, value)
-        core.one_per_sample(name, value)
+        errors.one_per_sample(name, value)
     checks.check_constant("score_gap", score_gap)
-    length = torch.sqrt(shared.data("score_gap", score_gap, score_dot) + c * c)
-    loss = -shared.per_item("weight", weight, score_dot) * score_dot / length
+    length = torch.sqrt(core.data("score_gap", score_gap, score_dot) + c * c)
+    loss = -core.per_item("weight", weight, score_dot) * score_dot / length
     if reward is None:
         return loss
-    return shared.difference(loss, alpha * reward.to(loss.dtype))
+    return core.difference(loss, alpha * reward.to(loss.dtype))

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from .. import core as shared
-from .. import links
+from .. import core, links
 from ..declare import diffusion
-from . import core
+from . import errors
 
 SERIES_BELOW = 1e-2  # there the series is exact to 3e-17, and x / (e^x - 1) starts to lose digits
 
@@ -50,11 +49,11 @@ def diffusion_mapo(
     Returns:
         Unreduced loss `[P]`; it contains the supervised term e_w.
     """
-    shared.positive("snr", snr)
-    shared.positive("T", T)
-    shared.not_negative("beta_mapo", beta_mapo)
+    core.positive("snr", snr)
+    core.positive("T", T)
+    core.not_negative("beta_mapo", beta_mapo)
     for name, err in (("chosen_err", chosen_err), ("rejected_err", rejected_err)):
         checks.check_float(name, err)
-        core.one_per_sample(name, err)
-    margin = T * shared.difference(link(snr * chosen_err), link(snr * rejected_err))
+        errors.one_per_sample(name, err)
+    margin = T * core.difference(link(snr * chosen_err), link(snr * rejected_err))
     return chosen_err + links.logistic(margin, beta_mapo)

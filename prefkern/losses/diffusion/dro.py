@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import core as shared
-from .. import links
+from .. import core, links
 from ..declare import diffusion
-from . import core
+from . import errors
 
 
 @diffusion(source="arXiv 2510.18353", status="code read", reference=True)
@@ -30,7 +29,7 @@ def dro(
     Args:
         margin: Margin in units of the error, >= 0.
     """
-    shared.not_negative("margin", margin)
-    core.one_per_sample("chosen_err", chosen_err)
-    delta = core.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
-    return links.hinge(-delta, margin)
+    core.not_negative("margin", margin)
+    errors.one_per_sample("chosen_err", chosen_err)
+    delta = errors.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
+    return links.hinge_loss(-delta, margin)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import core as shared
+from .. import core
 from ..declare import diffusion, formula
 from .diff_dpo import diff_dpo
 
@@ -29,7 +29,7 @@ def inpo(
     Args:
         beta: Strength of the pull to the reference, > 0; 2000 for SD 1.5, 5000 for SDXL.
     """
-    shared.positive("beta", beta)
+    core.positive("beta", beta)
     return formula(diff_dpo)(
         chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, kappa=0.5 * beta
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...ops.list_rank import list_rank
-from .. import core as shared
+from .. import core
 from ..declare import diffusion
-from . import core
+from . import errors
 
 
 @diffusion(
@@ -47,10 +47,10 @@ def rank_dpo(
     Returns:
         Unreduced loss `[G]`; a group without a strict pair gives 0.
     """
-    shared.positive("beta", beta)
-    core.one_per_sample("err", err)
+    core.positive("beta", beta)
+    errors.one_per_sample("err", err)
     return list_rank(
-        -beta * core.change(err, ref_err),
+        -beta * errors.change(err, ref_err),
         phi,
         cu_groups,
         family="pair",

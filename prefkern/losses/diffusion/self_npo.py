@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import checks
-from .. import core as shared
+from .. import core
 from ..declare import diffusion
-from . import core
+from . import errors
 
 
 @diffusion(source="arXiv 2505.11777", status="code read")
@@ -32,6 +32,6 @@ def self_npo(
         Unreduced loss `[B]`.
     """
     checks.check_float("err", err)
-    core.one_per_sample("err", err)
-    shared.not_negative("weight", weight)
-    return shared.per_item("weight", weight, err) * err
+    errors.one_per_sample("err", err)
+    core.not_negative("weight", weight)
+    return core.per_item("weight", weight, err) * err

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import core as shared
-from .. import links
+from .. import core, links
 from ..declare import diffusion
-from . import core
+from . import errors
 
 
 @diffusion(source="arXiv 2506.02698", status="code read, equation from a summary", reference=True)
@@ -35,9 +34,9 @@ def smpo(
         beta: Strength of the pull to the reference, > 0; 2000 for SD 1.5, 5000 for SDXL.
         gamma: Scale of the preference, > 0.
     """
-    shared.positive("beta", beta)
-    shared.positive("gamma", gamma)
-    core.one_per_sample("chosen_err", chosen_err)
-    delta = core.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
-    strength = gamma * (2.0 * shared.data("p_win", p_win, delta) - 1.0)
+    core.positive("beta", beta)
+    core.positive("gamma", gamma)
+    errors.one_per_sample("chosen_err", chosen_err)
+    delta = errors.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
+    strength = gamma * (2.0 * core.data("p_win", p_win, delta) - 1.0)
     return links.logistic(-0.5 * beta * strength * delta)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import core as shared
-from .. import links
+from .. import core, links
 from ..declare import diffusion
-from . import core
+from . import errors
 
 
 @diffusion(
@@ -37,8 +36,8 @@ def tlpo(
         ref_chosen_err, ref_rejected_err: `[P, K]` the reference's. Constant.
         beta: Strength of the pull to the reference, > 0; the default is DenseDPO's.
     """
-    shared.positive("beta", beta)
-    delta = core.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
+    core.positive("beta", beta)
+    delta = errors.gap(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err)
     if delta.dim() != 2:
         raise ValueError(
             f"the errors must be [P, K], one column per dimension, got {list(delta.shape)}; for "

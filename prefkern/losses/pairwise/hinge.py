@@ -21,4 +21,4 @@ def hinge(chosen: SeqStats, rejected: SeqStats, *, beta: float = 0.05) -> Tensor
         beta: Inverse of the margin in nats, > 0.
     """
     core.positive("beta", beta)
-    return links.hinge(beta * core.logratio_gap(chosen, rejected))
+    return links.hinge_loss(beta * core.logratio_gap(chosen, rejected))

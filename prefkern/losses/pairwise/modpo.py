@@ -55,4 +55,4 @@ def modpo(
         "margin_reward_rejected", margin_reward_rejected, like
     )
     margin = (beta * gap - rewards @ torch.tensor(w[1:], dtype=gap.dtype, device=gap.device)) / w[0]
-    return links.hinge(margin) if link == "hinge" else links.logistic(margin)
+    return links.hinge_loss(margin) if link == "hinge" else links.logistic(margin)

@@ -42,5 +42,5 @@ def simpo(
     core.choice("link", link, ("sigmoid", "hinge"))
     margin = beta * (core.difference(chosen.mean_logp, rejected.mean_logp) - gamma_beta_ratio)
     if link == "hinge":
-        return links.hinge(margin)
+        return links.hinge_loss(margin)
     return links.smoothed_logistic(margin, label_smoothing)

@@ -27,4 +27,4 @@ def slic_hf(chosen: SeqStats, rejected: SeqStats, *, delta: float = 1.0) -> Tens
     """
     core.positive("delta", delta)
     gap = core.difference(chosen.require("logp"), rejected.require("logp"))
-    return links.hinge(gap, delta)
+    return links.hinge_loss(gap, delta)

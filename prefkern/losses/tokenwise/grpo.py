@@ -63,7 +63,7 @@ def grpo(
         core.positive("max_length", max_length)
     logp = token.field(tokens, "logp", scored)
     old = logp.detach() if old_logp is None else token.given("old_logp", old_logp, logp, scored)
-    advantage = token.spread("advantages", advantages, scored, cu_seqlens).to(logp.dtype)
+    advantage = token.per_token("advantages", advantages, scored, cu_seqlens).to(logp.dtype)
     value = links.clipped_gain(logp - old, advantage, eps)
     if beta:
         value = value + beta * links.kl_estimate(

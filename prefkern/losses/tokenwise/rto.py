@@ -50,7 +50,7 @@ def rto(
     core.not_negative("value_clip", value_clip)
     logp = token.field(tokens, "logp", scored)
     old = logp.detach() if old_logp is None else token.given("old_logp", old_logp, logp, scored)
-    advantage = token.spread("advantages", advantages, scored, cu_seqlens).to(logp.dtype)
+    advantage = token.per_token("advantages", advantages, scored, cu_seqlens).to(logp.dtype)
     actor = links.clipped_gain(logp - old, advantage, eps_clip)
     loss = token.sequence_mean(actor, scored, cu_seqlens)
     if value_pred is None:

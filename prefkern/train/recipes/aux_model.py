@@ -9,7 +9,7 @@ from typing import Any
 from ... import losses
 from ...integrations import hf
 from ...integrations.loss_at_head import read_other
-from ...integrations.output_layer import resolve
+from ...integrations.output_layer import output_layer_of
 from ...losses.record import Loss
 from .. import reference_cache
 from ..config import TrainConfig
@@ -66,8 +66,8 @@ class AuxModel(Provider):
         self.model = opened.frozen(self.config.aux_model)
         if self.head:
             reference = opened.reference.model
-            ours = resolve(opened.policy if reference is None else reference)
-            theirs = resolve(self.model)
+            ours = output_layer_of(opened.policy if reference is None else reference)
+            theirs = output_layer_of(self.model)
             biased = any(layer.parameters[1] is not None for layer in (ours, theirs))
             if biased or ours.options != theirs.options:
                 raise ValueError(

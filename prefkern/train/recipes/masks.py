@@ -93,7 +93,7 @@ class Masks(Provider):
     def learned(self, batch: PreferenceBatch) -> dict[str, Any]:
         found, scored = self.masks(self.layers), (batch.targets != -100).flatten()
         self.last = {k: v.detach() for k, v in found.items() if isinstance(v, Tensor)}
-        return {name: spread(value, scored) for name, value in found.items()}
+        return {name: at_scored(value, scored) for name, value in found.items()}
 
     def metrics(self) -> dict[str, Tensor]:
         """Mean of each mask over the scored rows and the share of rows it drops."""
@@ -105,7 +105,7 @@ class Masks(Provider):
         return found
 
 
-def spread(value: Any, scored: Tensor) -> Any:
+def at_scored(value: Any, scored: Tensor) -> Any:
     """A mask of the scored rows [n] over all rows [N], 0 elsewhere; a flag as it is."""
     if not isinstance(value, Tensor):
         return value

@@ -14,10 +14,10 @@ from ..read_config import nearest
 from .source import Source, under_read_names
 
 Rows = list[dict[str, Any]]
-Step = Callable[[Rows], Rows]
+PrepStep = Callable[[Rows], Rows]
 
 
-def prep_steps(names: Sequence[str]) -> list[Step]:
+def prep_steps(names: Sequence[str]) -> list[PrepStep]:
     """The functions of prefkern.prep that `NAME:argument=value,...` mean, with their arguments.
 
     Raises:
@@ -26,7 +26,7 @@ def prep_steps(names: Sequence[str]) -> list[Step]:
     return [_prep_step(name) for name in names]
 
 
-def _prep_step(given: str) -> Step:
+def _prep_step(given: str) -> PrepStep:
     import yaml
 
     name, _, text = given.partition(":")
@@ -68,7 +68,7 @@ def writer(
     added: Sequence[Mapping[str, Any] | None],  # one per row; None leaves the row out
     *,
     without: Sequence[str] = (),
-    steps: Sequence[Step] = (),
+    steps: Sequence[PrepStep] = (),
     renamed: Mapping[str, str] | None = None,
 ) -> Callable[[Path], None]:
     """What writes the rows with their added columns, and without some of their own. The steps see

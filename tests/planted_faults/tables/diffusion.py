@@ -83,8 +83,8 @@ MUTANTS = [
     (
         "the_reference_keeps_its_adapters",
         D + "preference.py",
-        "with constant(self.denoiser), adapters_off(self.denoiser):",
-        "with constant(self.denoiser):",
+        "with evaluating(self.denoiser), adapters_off(self.denoiser):",
+        "with evaluating(self.denoiser):",
         *P,
     ),
     (

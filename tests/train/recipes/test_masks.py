@@ -62,11 +62,11 @@ def test_masks_that_stay_dead_are_told():
 def test_masks_of_scored_rows_stand_at_those_rows():
     scored = torch.tensor([False, True, False, True])
     values = torch.tensor([0.25, 0.5], requires_grad=True)
-    found = masks.spread(values, scored)
+    found = masks.at_scored(values, scored)
     assert found.tolist() == [0.0, 0.25, 0.0, 0.5]
     found[3].backward()
     assert values.grad.tolist() == [0.0, 1.0]
-    assert masks.spread(True, scored) is True and masks.spread(None, scored) is None
+    assert masks.at_scored(True, scored) is True and masks.at_scored(None, scored) is None
 
 
 def test_they_have_a_rate_and_a_decay_of_their_own(tmp_path, materials):

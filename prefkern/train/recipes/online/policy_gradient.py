@@ -13,7 +13,7 @@ from .... import losses
 from ....losses import advantages
 from ....losses.pointwise import fdpg
 from ....losses.record import Loss
-from .rows import Lists, Models, RowMaker, single_rows
+from .rows import Lists, RoundModels, RowMaker, single_rows
 
 
 class TargetRows(RowMaker):
@@ -29,7 +29,7 @@ class TargetRows(RowMaker):
     def serves(cls, record: Loss) -> bool:
         return "log_target_prob" in losses.required(record)
 
-    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+    def rows(self, lists: Lists, models: RoundModels) -> list[dict[str, Any]]:
         lists, both = models.logps(lists, "reference", "policy")
         ref, own = ([float(x.double().sum()) for x in side] for side in both)
         return target_rows(lists, ref, own, beta=self.config.target_beta)
@@ -54,11 +54,11 @@ class AdvantageRows(RowMaker):
     def serves(cls, record: Loss) -> bool:
         return "advantages" in losses.required(record) and not TokenRewardRows.serves(record)
 
-    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+    def rows(self, lists: Lists, models: RoundModels) -> list[dict[str, Any]]:
         lists, (own,) = models.logps(lists, "policy")
         each = self.config.judge_normalize == "each"
         mode = "normalize_then_sum" if each else "sum_then_normalize"
-        return advantage_rows(lists, own, weights=self.config.judge_weights, mode=mode)
+        return rows_with_advantages(lists, own, weights=self.config.judge_weights, mode=mode)
 
 
 class TokenRewardRows(AdvantageRows):
@@ -86,7 +86,7 @@ class TokenRewardRows(AdvantageRows):
                     f"loss_args: {name} must be in [0, 1], got {self.config.loss_args[name]}."
                 )
 
-    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+    def rows(self, lists: Lists, models: RoundModels) -> list[dict[str, Any]]:
         if models.aux is None:
             raise ValueError(
                 f"loss {self.records[0].name!r} reads token rewards off a DPO-trained model: set "
@@ -134,7 +134,7 @@ def fdpg_baseline(rows: Sequence[Mapping[str, Any]], divergence: str = "js") -> 
     return float(fdpg.advantages(own, target, divergence).mean())
 
 
-def advantage_rows(
+def rows_with_advantages(
     lists: Lists,
     own_logps: Sequence[Tensor],
     *,

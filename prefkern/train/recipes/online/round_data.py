@@ -16,7 +16,7 @@ from .. import value_head
 from ..value_head import ValueHead
 from . import judges, sampling
 from .answers import judged_lists
-from .rows import Models, RowMaker
+from .rows import RoundModels, RowMaker
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Sampler:
     config: TrainConfig
     prompts: Sequence[dict[str, Any]]
     maker: RowMaker
-    models: Models
+    models: RoundModels
     accelerator: Any
     load: Callable[[str], hf.Model]  # a further frozen model
     judge: judges.Judge | None = None  # made at the first use, on the main process
@@ -107,7 +107,7 @@ def make_sampler(
     if reads and not switched_off and reference is None:
         reference = other(start.reference or start.model)
     reads_aux = "aux" in maker.reads and config.aux_model is not None
-    here = Models(
+    here = RoundModels(
         config=config, tokenizer=tokenizer or models.load_tokenizer(start.model), policy=policy,
         reference=reference if reads and not switched_off else None,
         off=policy.disable_adapter if hasattr(policy, "peft_config") else None,

@@ -30,7 +30,7 @@ PER_ANSWER = ("completions", "scores", "objectives")  # columns of theirs with a
 
 
 @dataclass(frozen=True)
-class Models:
+class RoundModels:
     """The models of a round, by which makers score the answers."""
 
     config: TrainConfig
@@ -106,7 +106,7 @@ class RowMaker:
         """Those of config.loss_args that have these names."""
         return {k: v for k, v in self.config.loss_args.items() if k in names}
 
-    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+    def rows(self, lists: Lists, models: RoundModels) -> list[dict[str, Any]]:
         raise NotImplementedError
 
     def facts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -128,7 +128,7 @@ class PairRows(RowMaker):
     def serves(cls, record: Loss) -> bool:
         return record.family == "pairwise" and len(record.rows) == 2
 
-    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+    def rows(self, lists: Lists, models: RoundModels) -> list[dict[str, Any]]:
         needs = any("pref_prob" in losses.required(record) for record in self.records)
         name = "preference_prob" if self.config.soft_judge else "pref_prob" if needs else None
         return pair_rows(lists, pairs=self.config.online_pairs, probability=name)
@@ -144,7 +144,7 @@ class ListRows(RowMaker):
     def serves(cls, record: Loss) -> bool:
         return record.family == "listwise"
 
-    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+    def rows(self, lists: Lists, models: RoundModels) -> list[dict[str, Any]]:
         ranked = _ranked(lists)
         if any("pairs" in losses.required(record) for record in self.records):
             return [row | soft_pair_columns(row["scores"]) for row in ranked]
@@ -162,7 +162,7 @@ class RewardRows(RowMaker):
     def serves(cls, record: Loss) -> bool:
         return "reward" in losses.required(record)
 
-    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+    def rows(self, lists: Lists, models: RoundModels) -> list[dict[str, Any]]:
         return single_rows(lists, {"reward": [s for row in lists for s in row["scores"]]})
 
 
@@ -176,7 +176,7 @@ class BestRows(RowMaker):
     def serves(cls, record: Loss) -> bool:
         return record.alone
 
-    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+    def rows(self, lists: Lists, models: RoundModels) -> list[dict[str, Any]]:
         places = [row["scores"].index(max(row["scores"])) for row in lists]
         return [
             _rest(row) | {"completion": row["completions"][i], "score": row["scores"][i]}
@@ -196,7 +196,7 @@ class LevelRows(RowMaker):
     def serves(cls, record: Loss) -> bool:
         return "preference_levels" in losses.required(record)
 
-    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+    def rows(self, lists: Lists, models: RoundModels) -> list[dict[str, Any]]:
         for level in (level for row in lists for level in row["scores"]):
             if level < 1 or level != int(level):
                 raise ValueError(
@@ -228,7 +228,7 @@ class NegativeRows(RowMaker):
     def serves(cls, record: Loss) -> bool:
         return record.name == "d2o_list"
 
-    def rows(self, lists: Lists, models: Models) -> list[dict[str, Any]]:
+    def rows(self, lists: Lists, models: RoundModels) -> list[dict[str, Any]]:
         out = []
         for row in lists:
             bad = row["rejected"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ....integrations import hf
-from ....integrations.output_layer import resolve
+from ....integrations.output_layer import output_layer_of
 from ....prep.cells import text
 from ...data.encode import Encoder
 from ...data.rows import BadRow, ParsedRow, template_args
@@ -216,7 +216,7 @@ def _check_mixture(policy: hf.Model, reference: hf.Model | None) -> None:
     if reference is None:
         hf.adapter_off(policy)  # refuses a policy without an adapter
         return
-    own, other = (resolve(m).vocabulary for m in (policy, reference))
+    own, other = (output_layer_of(m).vocabulary for m in (policy, reference))
     if own != other:
         raise ValueError(f"a mixture needs one vocabulary, got heads of {own} and {other}.")
 

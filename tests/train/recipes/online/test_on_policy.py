@@ -147,7 +147,7 @@ def test_advantages_of_several_objectives_by_hand():
         each += [sum(w * p[i] for w, p in zip(weights, parts, strict=True))
                  for i in range(len(parts[0]))]  # fmt: skip
     for mode, want in (("sum_then_normalize", wanted), ("normalize_then_sum", standard(each))):
-        rows = policy_gradient.advantage_rows(lists, logps, weights=weights, mode=mode)
+        rows = policy_gradient.rows_with_advantages(lists, logps, weights=weights, mode=mode)
         assert [row["advantages"] for row in rows] == pytest.approx(want, rel=1e-6)
         assert all("objectives" not in row for row in rows)
 

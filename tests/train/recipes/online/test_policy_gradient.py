@@ -30,7 +30,7 @@ def relative(scores: list[float]) -> list[float]:
 
 
 def test_advantages_are_centred_and_scaled_within_a_list():
-    rows = policy_gradient.advantage_rows(LISTS, LOGPS)
+    rows = policy_gradient.rows_with_advantages(LISTS, LOGPS)
     want = relative([1.0, 4.0, 1.0]) + relative([-2.0, 2.0])
     assert [row["advantages"] for row in rows] == pytest.approx(want)
     assert [row["completion"] for row in rows] == ["a", "bb", "ccc", "d", "ee"]

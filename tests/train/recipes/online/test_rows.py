@@ -12,7 +12,7 @@ from tiny_tokenizer import byte_tokenizer
 from prefkern.losses import LOSSES
 from prefkern.train.recipes.answer_logps import answer_logps
 from prefkern.train.recipes.online.makers import MAKERS, maker_of
-from prefkern.train.recipes.online.rows import Models, pair_rows, single_rows
+from prefkern.train.recipes.online.rows import RoundModels, pair_rows, single_rows
 
 LISTS = [
     {"prompt": "x:", "completions": ["a", "bb", "ccc"], "scores": [1.0, 4.0, 2.0]},
@@ -71,7 +71,7 @@ def test_answers_that_a_model_cannot_read_are_left_out_everywhere():
         {"prompt": "y:", "completions": ["d", "ee"], "scores": [4.0, 5.0]},
     ]
     one, two = tiny_model(), tiny_model(seed=1)
-    models = Models(config=settings, tokenizer=tokenizer, policy=one, reference=two)
+    models = RoundModels(config=settings, tokenizer=tokenizer, policy=one, reference=two)
     kept, (own, ref) = models.logps(lists, "policy", "reference")
     assert [row["completions"] for row in kept] == [["a", "b"], ["d", "ee"]]
     assert [row["scores"] for row in kept] == [[1.0, 2.0], [4.0, 5.0]]
@@ -92,10 +92,10 @@ def test_models_that_are_not_there():
         yield
 
     settings = config("o", "m", "d", loss=("rto",))
-    models = Models(config=settings, tokenizer=byte_tokenizer(), policy=tiny_model(), off=off)
+    models = RoundModels(config=settings, tokenizer=byte_tokenizer(), policy=tiny_model(), off=off)
     _, (own, ref) = models.logps(LISTS, "policy", "reference")
     assert opened == [1] and torch.equal(own[0], ref[0])  # the policy, its adapter switched off
-    alone = Models(config=settings, tokenizer=byte_tokenizer(), policy=tiny_model())
+    alone = RoundModels(config=settings, tokenizer=byte_tokenizer(), policy=tiny_model())
     with pytest.raises(ValueError, match="loss rto needs a reference model"):
         alone.logps(LISTS, "reference")
     with pytest.raises(ValueError, match="reads token rewards off a DPO-trained model: set aux"):
