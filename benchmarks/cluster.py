@@ -73,7 +73,6 @@ PLANS = (
     ParallelPlan("rows, same tokens", 8, "same", True),
     ParallelPlan("rows, sequence", 8, "sequence", True),
 )
-REFERENCES = ("precomputed", "shared", "sharded")
 
 
 class Rank:

@@ -5,7 +5,7 @@ launched, the memory budget, and the kernels of a tile one by one.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -100,11 +100,6 @@ def tile_units(case: Case, backend: str) -> tuple[int, int]:
     options = tuple(LogitOptions.of(x, call.fold_dtype) for x in call.models)
     sweep = Sweep(call, call.targets, options)
     return _kernels_of(backend).chunk_columns(sweep), tile_itemsize(sweep)
-
-
-def shrink_tiles(set_attribute: Callable[..., object], size: int) -> None:
-    """Bytes of the tiles of a head op on a GPU, for tests of many tiles at small sizes."""
-    set_attribute(memory, "tile_bytes", lambda device: size)
 
 
 def cpu_epilogue(rows: int, columns: int, repeats: int) -> tuple[list[float], str]:

@@ -79,26 +79,3 @@ def rows(
         wanted = torch.full((len(at), each, 1), raised, device=device)
         hidden[at] += (torch.linalg.solve(gram, wanted).mT @ w)[:, 0]
     return hidden, targets
-
-
-def share_needed(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    targets: Tensor,  # [N], none ignored
-    chunk: int = CHUNK,
-    mass: float = MASS,
-) -> float:
-    """Share of the units that are needed, from the exact masses of every chunk."""
-    v, needed = weight.shape[0], 0
-    count = chunks_of(v, chunk)
-    for h, y in zip(hidden.detach().split(256), targets.split(256), strict=True):
-        z = h.float() @ weight.detach().float().T
-        padded = z.new_full((len(h), count * chunk), -torch.inf)
-        padded[:, :v] = z
-        p = padded.view(len(h), count, chunk).logsumexp(2).double().softmax(1)
-        order = p.argsort(1)
-        small = p.gather(1, order).cumsum(1) <= mass
-        skipped = torch.zeros_like(small).scatter(1, order, small)
-        skipped[torch.arange(len(h)), y // chunk] = False
-        needed += int((~skipped).sum())
-    return needed / (hidden.shape[0] * count)

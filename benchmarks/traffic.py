@@ -6,7 +6,6 @@ own reducer apart) are replaced for the length of a block.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -34,13 +33,6 @@ class Traffic:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
-
-    def bytes_of(self) -> Counter[str]:
-        """Collective -> bytes."""
-        total: Counter[str] = Counter()
-        for name, size in self.calls:
-            total[name] += size
-        return total
 
 
 def wire_bytes(name: str, size: float, ranks: int) -> float:

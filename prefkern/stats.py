@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -109,6 +110,11 @@ class SeqStats(NamedTuple):
     def index(self, rows: Tensor | slice) -> SeqStats:  # type: ignore[override]
         """The same record for the chosen sequences (a slice or an index tensor)."""
         return self.map(lambda field: field[rows])
+
+
+def stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which statistics and losses of such inputs come back: fp32, fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Stat(NamedTuple):

@@ -238,3 +238,10 @@ def upstream_for(stats, n: int, dtype: torch.dtype) -> dict[str, Tensor]:
         s: torch.randn(n, generator=g, dtype=FP64).to(stat_dtype(dtype))
         for s in differentiable(stats)
     }
+
+
+def one_model(regime: Regime, dtype: torch.dtype, **arguments) -> Inputs:
+    """Inputs without a reference, so that the checks call linear_logps."""
+    return make_inputs(regime, dtype, **arguments).replace(
+        ref_hidden=None, ref_weight=None, ref_bias=None, values=None
+    )

@@ -134,8 +134,10 @@ def one_thread():
 
 
 @pytest.fixture
-def golden_dir() -> Path:
-    return HERE / "golden"
+def on_backend(backend):
+    """For a file whose tests all run on every backend: pytest.mark.usefixtures("on_backend")."""
+    with prefkern.use_backend(backend):
+        yield
 
 
 @pytest.fixture

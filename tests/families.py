@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from tiny_models import with_large_logits
 
 VOCAB = 260
 # Sizes under all the names that configurations use; a family takes those it knows.
@@ -81,9 +82,4 @@ def family_model(family: str, seed: int = 0, **options: Any) -> Any:
     config = config_class(**{**sizes, **_OWN.get(family, {}), **options})
     torch.manual_seed(seed)
     model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])(config)
-    head = model.get_output_embeddings()
-    with torch.no_grad():
-        head.weight.normal_(std=0.3)
-        if getattr(head, "bias", None) is not None:
-            head.bias.normal_(std=0.3)
-    return model.eval()
+    return with_large_logits(model)

@@ -5,12 +5,24 @@ from __future__ import annotations
 import torch
 
 from prefkern import losses, preference_loss
+from prefkern.stats import SeqStats
 
 S, T, D, V = 6, 5, 4, 11
 
 
 def cu(*bounds):
     return torch.tensor(bounds, dtype=torch.int32)
+
+
+def answers(*logratios, length=8.0, **fields):
+    """Sequences of these log-ratios, the reference at -20 nats."""
+    logratio = torch.tensor(logratios, dtype=torch.float64)
+    reference = torch.full_like(logratio, -20.0)
+    return SeqStats(
+        logp=(reference + logratio).requires_grad_(), ref_logp=reference,
+        length=torch.full_like(logratio, length),
+        **{k: torch.tensor(v, dtype=torch.float64) for k, v in fields.items()},
+    )  # fmt: skip
 
 
 class Batch:

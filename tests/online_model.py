@@ -51,3 +51,16 @@ def letters_model(folder: Path, rate: float = 0.5, seed: int = 0) -> str:
     options = dict(loss=("sft",), max_steps=60, learning_rate=1e-2, logging_steps=60)
     train(config(out, start, data, per_device_train_batch_size=16, **options))
     return str(out)
+
+
+def write_two_rounds(folder: Path, name: str) -> None:
+    """The settings of an online run of two rounds, whose reference moves, as a file of `folder`."""
+    (folder / "judge.py").write_text(JUDGE)
+    prompts = write_rows(folder / "p.jsonl", [{"prompt": f"{x}:"} for x in "pqrst"] * 3)
+    settings = config(
+        folder / "out", letters_model(folder), prompts, round_data="online", num_rounds=2,
+        judge=f"{folder}/judge.py:share_of_a", num_generations=4, max_new_tokens=10, max_steps=5,
+        learning_rate=3e-3, per_device_train_batch_size=8, sync_ref_model=True,
+        ref_model_sync_steps=2,
+    )  # fmt: skip
+    (folder / name).write_text(json.dumps(settings.as_dict()))

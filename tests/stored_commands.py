@@ -20,6 +20,13 @@ def prefkern(verb: str, *given: object, **options: object) -> None:
     assert main([verb, *words, *map(str, QUIET)]) == 0, words
 
 
+def told(capsys) -> str:
+    """The one line of a mistake."""
+    lines = [x for x in capsys.readouterr().err.splitlines() if "error:" in x]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
 def trained(model: object, data: object, out: Path, *given: object, **options: object) -> Path:
     """The folder of a model after `prefkern train`."""
     defaults: dict[str, object] = dict(

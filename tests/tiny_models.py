@@ -77,6 +77,11 @@ def tiny_model(family: str = "llama", seed: int = 0, **options: Any) -> Any:
     }
     torch.manual_seed(seed)
     model = makers[family]()
+    return with_large_logits(model)
+
+
+def with_large_logits(model: Any) -> Any:
+    """The model, evaluating, with logits large enough to tell right from wrong."""
     head = model.get_output_embeddings()
     with torch.no_grad():
         head.weight.normal_(std=0.3)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..stats import stat_dtype
 from . import tables
 from .plan import Plan, ShardPlan, read_plan
 
@@ -73,7 +74,7 @@ class HeadCall(NamedTuple):
 
     @property
     def fold_dtype(self) -> torch.dtype:
-        return torch.float64 if self.working == torch.float64 else torch.float32
+        return stat_dtype(self.working)
 
     @property
     def given(self) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import env
 from .contract import Folded, Gradients, HeadCall, Problem, Tail
-from .native import NativeArithmetic
+from .native import NativeArithmetic, NativeOps
 
 COMPACTS = FOLDS_WIDE = PICKS_SCHEME = True
 LIBRARY = Path(__file__).parents[1].joinpath("_ops_cpu.so")
@@ -151,58 +151,9 @@ def _record(call: HeadCall) -> tuple[list[Tensor], list[float], str, int]:
     return (*call.pack(), call.plan.text, call.ignore_index)
 
 
-def list_rank_fwd(
-    scores: Tensor,  # [S]
-    labels: Tensor,  # [S], NaN where masked
-    cu_groups: Tensor,  # [G+1] int32
-    topk: Tensor | None,  # [G] int64
-    family: str,
-    options: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss [G], u [S])."""
-    return _ops().list_rank_fwd(scores, labels, cu_groups, topk, family, options)
-
-
-def segment_sum_fwd(
-    values: Tensor,  # [m, N]
-    weights: Tensor | None,  # [N] or [m, N]
-    cu_seqlens: Tensor,  # [S+1] int32
-) -> Tensor:
-    """[m, S] float64."""
-    return _ops().segment_sum_fwd(values, weights, cu_seqlens)
-
-
-def segment_sum_bwd(
-    d_out: Tensor,  # [m, S]
-    values: Tensor,
-    weights: Tensor | None,
-    cu_seqlens: Tensor,
-    need_values: bool,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    """(d_values [m, N], d_weights like weights); [0] where not needed."""
-    return _ops().segment_sum_bwd(d_out, values, weights, cu_seqlens, need_values, need_weights)
-
-
-def error_sum_fwd(
-    pred: Tensor,  # [B, O, F, I]
-    target: Tensor,
-    ref: Tensor | None,
-    segments: Tensor | None,  # [F] int32
-    num_segments: int,
-    stats: str,
-) -> Tensor:
-    """[n, B, num_segments] float64."""
-    return _ops().error_sum_fwd(pred, target, ref, segments, num_segments, stats)
-
-
-def error_sum_bwd(
-    d_out: Tensor,  # [n, B, num_segments]
-    pred: Tensor,
-    target: Tensor,
-    ref: Tensor | None,
-    segments: Tensor | None,
-    stats: str,
-) -> Tensor:
-    """d_pred like pred."""
-    return _ops().error_sum_bwd(d_out, pred, target, ref, segments, stats)
+_OTHER = NativeOps(_ops)
+list_rank_fwd = _OTHER.list_rank_fwd
+segment_sum_fwd = _OTHER.segment_sum_fwd
+segment_sum_bwd = _OTHER.segment_sum_bwd
+error_sum_fwd = _OTHER.error_sum_fwd
+error_sum_bwd = _OTHER.error_sum_bwd

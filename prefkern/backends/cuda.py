@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import env
 from . import tables, tiled
 from .contract import Arithmetic, Problem
-from .native import NativeArithmetic
+from .native import NativeArithmetic, NativeOps
 from .tiled.epilogue import FrozenSums, ProductTile, Sweep, fold_in_steps
 
 LIBRARY = Path(__file__).parents[1].joinpath("_ops_cuda.so")
@@ -272,36 +272,7 @@ arithmetic = KERNEL_SET.arithmetic
 fold = functools.partial(tiled.fold, KERNEL_SET)
 fold_again = functools.partial(tiled.fold_again, KERNEL_SET)
 unfold = functools.partial(tiled.unfold, KERNEL_SET)
-
-
-def list_rank_fwd(
-    scores: Tensor,  # [S]
-    labels: Tensor,  # [S], NaN where masked
-    cu_groups: Tensor,  # [G+1] int32
-    topk: Tensor | None,  # [G] int64
-    family: str,
-    options: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss [G], u [S])."""
-    return _ops().list_rank_fwd(scores, labels, cu_groups, topk, family, options)
-
-
-def segment_sum_fwd(
-    values: Tensor,  # [m, N]
-    weights: Tensor | None,  # [N] or [m, N]
-    cu_seqlens: Tensor,  # [S+1] int32
-) -> Tensor:
-    """[m, S] float64."""
-    return _ops().segment_sum_fwd(values, weights, cu_seqlens)
-
-
-def segment_sum_bwd(
-    d_out: Tensor,  # [m, S]
-    values: Tensor,
-    weights: Tensor | None,
-    cu_seqlens: Tensor,
-    need_values: bool,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    """(d_values [m, N], d_weights like weights); [0] where not needed."""
-    return _ops().segment_sum_bwd(d_out, values, weights, cu_seqlens, need_values, need_weights)
+_OTHER = NativeOps(_ops)
+list_rank_fwd = _OTHER.list_rank_fwd
+segment_sum_fwd = _OTHER.segment_sum_fwd
+segment_sum_bwd = _OTHER.segment_sum_bwd

@@ -1,5 +1,5 @@
-"""The arithmetic of rows in a compiled library (csrc/numerics/finish.h): the `Arithmetic` of the
-contract for the devices of that library."""
+"""What the compiled libraries share: the arithmetic of rows (csrc/numerics/finish.h), the
+`Arithmetic` of the contract for the devices of a library, and the ops outside the head."""
 
 from __future__ import annotations
 
@@ -40,6 +40,72 @@ class NativeArithmetic:
             d_out, out, saved, call.targets, call.rows, call.ignore_index, slope,
             call.plan.text,
         )  # fmt: skip
+
+
+class NativeOps:
+    """The ops outside the head as a library has them; `ops` gives its namespace of torch.ops."""
+
+    def __init__(self, ops: Callable[[], Any]) -> None:
+        self.ops = ops
+
+    def list_rank_fwd(
+        self,
+        scores: Tensor,  # [S]
+        labels: Tensor,  # [S], NaN where masked
+        cu_groups: Tensor,  # [G+1] int32
+        topk: Tensor | None,  # [G] int64
+        family: str,
+        options: str,
+    ) -> tuple[Tensor, Tensor]:
+        """(loss [G], u [S])."""
+        return self.ops().list_rank_fwd(scores, labels, cu_groups, topk, family, options)
+
+    def segment_sum_fwd(
+        self,
+        values: Tensor,  # [m, N]
+        weights: Tensor | None,  # [N] or [m, N]
+        cu_seqlens: Tensor,  # [S+1] int32
+    ) -> Tensor:
+        """[m, S] float64."""
+        return self.ops().segment_sum_fwd(values, weights, cu_seqlens)
+
+    def segment_sum_bwd(
+        self,
+        d_out: Tensor,  # [m, S]
+        values: Tensor,
+        weights: Tensor | None,
+        cu_seqlens: Tensor,
+        need_values: bool,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(d_values [m, N], d_weights like weights); [0] where not needed."""
+        return self.ops().segment_sum_bwd(
+            d_out, values, weights, cu_seqlens, need_values, need_weights
+        )
+
+    def error_sum_fwd(
+        self,
+        pred: Tensor,  # [B, O, F, I]
+        target: Tensor,
+        ref: Tensor | None,
+        segments: Tensor | None,  # [F] int32
+        num_segments: int,
+        stats: str,
+    ) -> Tensor:
+        """[n, B, num_segments] float64."""
+        return self.ops().error_sum_fwd(pred, target, ref, segments, num_segments, stats)
+
+    def error_sum_bwd(
+        self,
+        d_out: Tensor,  # [n, B, num_segments]
+        pred: Tensor,
+        target: Tensor,
+        ref: Tensor | None,
+        segments: Tensor | None,
+        stats: str,
+    ) -> Tensor:
+        """d_pred like pred."""
+        return self.ops().error_sum_bwd(d_out, pred, target, ref, segments, stats)
 
 
 def _teacher_mass(call: HeadCall) -> Tensor | None:

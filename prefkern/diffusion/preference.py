@@ -26,9 +26,6 @@ from .reference import adapters_off, evaluating, has_adapters
 from .schedule import Schedule
 from .walk import Denoiser
 
-# Inputs of losses that the batch itself gives.
-_OF_BATCH = ("sigma", "cu_groups")
-
 
 class DiffusionOutput(NamedTuple):
     loss: Tensor  # scalar

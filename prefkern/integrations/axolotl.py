@@ -19,7 +19,6 @@ from . import signatures
 
 TESTED = "axolotl 0.19.0"
 _TRAINER = "axolotl.core.trainers.dpo.trainer:AxolotlDPOTrainer"
-_CONFIG = "axolotl.core.trainers.dpo.args:AxolotlDPOConfig"
 _BASE = "axolotl.integrations.base:BasePlugin"
 KEYS = {"prefkern_args": "loss_args", "prefkern_columns": "loss_columns"}
 

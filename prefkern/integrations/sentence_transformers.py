@@ -19,16 +19,14 @@ from .. import losses
 from ..backends import list_options
 from ..ops.list_rank import list_rank
 
-# Our family and options -> the loss of sentence-transformers with the same values.
-SAME_AS = {"softmax": "ListNetLoss", "plackett_luce": "ListMLELoss(respect_input_order=False)"}
-
 
 class RankLoss(nn.Module):
     """Mean over queries of `list_rank`, or of a listwise loss, of the model's scores.
 
     Args:
         model: A CrossEncoder with one output.
-        family: Of `list_rank`: "pair", "plackett_luce", "softmax"; or a listwise loss of
+        family: Of `list_rank`: "pair", "plackett_luce" (the values of their ListMLELoss with
+            respect_input_order=False), "softmax" (their ListNetLoss); or a listwise loss of
             `prefkern.LOSSES` by name that reads scores alone: "approx_ndcg", "nca", "lipo" ... with
             that loss's arguments; its beta multiplies the scores and is 1 here. Default "pair".
         activation_fn: Applied to the scores. Default: none.

@@ -19,7 +19,7 @@ from .. import checks, losses
 from ..backends.choice import use_backend
 from ..head import HeadLike, as_head
 from ..losses.binding import LossLike
-from ..stats import TokenStats
+from ..stats import TokenStats, stat_dtype
 from . import segments
 from .given import check_labels, check_num_items, check_options, checked_weights
 from .models import Models, check_reference_values, reference_source, token_statistics
@@ -135,10 +135,10 @@ def preference_loss(
     )  # fmt: skip
     cu_seqlens = segments.sequence_boundaries(targets, cu_seqlens)
     check_labels(cu_groups, relevance, desirable, cu_seqlens.numel() - 1)
-    flat_args = {k: _flatten(v, targets.shape) for k, v in loss_args.items()}
-    terms = bind_terms(loss, loss_weights, flat_args, stateful=state_arguments is not None)
-    user = _user_weights(token_weights, terms, targets)
-    counts = check_num_items(num_items)
+    terms, user, counts = _bound(
+        loss, loss_weights, loss_args, targets, token_weights, num_items,
+        stateful=state_arguments is not None,
+    )  # fmt: skip
     source = reference_source(models, terms, user, targets, ignore_index)
     wide = targets if likelihood_targets is None else likelihood_targets
     check_likelihood_targets(terms, wide, targets, ignore_index)
@@ -162,7 +162,23 @@ def preference_loss(
         total, found = _total(terms, objective, counts, metrics, state_arguments)
         if metrics and active is not None:
             found["perf/active_share"] = active.double().sum() / objective.scored.sum().clamp(min=1)
-    return total.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32), found
+    return total.to(stat_dtype(hidden.dtype)), found
+
+
+def _bound(
+    loss: LossLike | Sequence[LossLike],
+    loss_weights: Sequence[float] | None,
+    loss_args: Mapping[str, Any],
+    targets: Tensor,
+    token_weights: Tensor | Mapping[str, Tensor] | None,
+    num_items: Mapping[str, float | Tensor] | None,
+    *,
+    stateful: bool,
+) -> tuple[list[Term], Tensor | dict[str, Tensor] | None, dict[str, float | Tensor]]:
+    """The terms with their arguments, the caller's token weights and denominators, checked."""
+    flat_args = {k: _flatten(v, targets.shape) for k, v in loss_args.items()}
+    terms = bind_terms(loss, loss_weights, flat_args, stateful=stateful)
+    return terms, _user_weights(token_weights, terms, targets), check_num_items(num_items)
 
 
 def _of_whole(terms: list[Term], tokens: TokenStats) -> TokenStats:
@@ -213,10 +229,10 @@ def loss_from_stats(
     check_options(layout, metrics, state_arguments)
     cu_seqlens = segments.sequence_boundaries(targets, cu_seqlens)
     check_labels(cu_groups, relevance, desirable, cu_seqlens.numel() - 1)
-    flat_args = {k: _flatten(v, targets.shape) for k, v in loss_args.items()}
-    terms = bind_terms(loss, loss_weights, flat_args, stateful=state_arguments is not None)
-    user = _user_weights(token_weights, terms, targets)
-    counts = check_num_items(num_items)
+    terms, user, counts = _bound(
+        loss, loss_weights, loss_args, targets, token_weights, num_items,
+        stateful=state_arguments is not None,
+    )  # fmt: skip
     _check_statistics(terms, tokens, targets, ref_seq_logp, ignore_index)
     with _on(backend):
         objective = Objective(
@@ -224,8 +240,7 @@ def loss_from_stats(
             user, item_weights, ref_seq_logp,
         )  # fmt: skip
         total, found = _total(terms, objective, counts, metrics, state_arguments)
-    wide = cast(Tensor, tokens.logp).dtype == torch.float64
-    return total.to(torch.float64 if wide else torch.float32), found
+    return total.to(stat_dtype(cast(Tensor, tokens.logp).dtype)), found
 
 
 class PreferenceLoss(nn.Module):

@@ -40,10 +40,6 @@ def no_autocast(device: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def stat_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @traced.constant_result
 def choose_backend(
     op: str,

@@ -30,7 +30,7 @@ from op_checks import (
 )
 
 import prefkern
-from benchmarks import inside
+from prefkern.backends import memory
 
 both_ops = pytest.mark.parametrize("op", ("linear_logps", "linear_divergence"))
 dtypes = pytest.mark.parametrize("dtype", (FP32, BF16, FP16), ids=("fp32", "bf16", "fp16"))
@@ -64,7 +64,7 @@ def test_frozen_head(gpu, op, dtype):
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=("fp32", "bf16"))
 def test_one_row_over_several_tiles(gpu, op, dtype, monkeypatch):
     """The sums of dH and dW start from [1, D], which libraries take for a bias."""
-    inside.shrink_tiles(monkeypatch.setattr, 1 << 12)
+    monkeypatch.setattr(memory, "tile_bytes", lambda device: 1 << 12)
     one = Regime("one_row", N=1, V=4099, D=64, ignored="none")
     check_closeness(gpu, inputs_of(op, one, dtype), stats_of(op))
 

@@ -3,22 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from example_files import example_files
 
 pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def example():
-    """example(name): the module, its starting model shared with the others of this file."""
-    with example_files(one_start=True) as load:
-        yield load
-
-
-@pytest.fixture(autouse=True)
-def _quiet(capsys, one_thread):
-    yield
-    capsys.readouterr()
 
 
 def test_router_sends_to_people_what_the_model_gets_wrong(example):

@@ -4,22 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from example_files import example_files
 
 pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def example():
-    """example(name): the module."""
-    with example_files() as load:
-        yield load
-
-
-@pytest.fixture(autouse=True)
-def _quiet(capsys, one_thread):
-    yield
-    capsys.readouterr()
 
 
 def test_bdhs_samples_what_the_model_expects_and_unlearns_it(example):

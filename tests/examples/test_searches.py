@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-
 import pytest
 import torch
-from doc_blocks import ROOT
 
 pytest.importorskip("transformers")
 
 
-@pytest.fixture(scope="module")
-def example():
-    """example(name): the module of examples/, which imports its neighbours by plain name."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    yield importlib.import_module
-    sys.path.remove(str(ROOT / "examples"))
-
-
 @pytest.fixture(autouse=True)
-def same_samples(one_thread):
+def same_samples():
     torch.manual_seed(0)
 
 

@@ -6,24 +6,10 @@ import math
 
 import pytest
 import torch
+from loss_batch import answers, cu
 
 from prefkern import losses
 from prefkern.losses import weights
-from prefkern.stats import SeqStats
-
-
-def answers(*logratios, length=8.0, **fields):
-    logratio = torch.tensor(logratios, dtype=torch.float64)
-    reference = torch.full_like(logratio, -20.0)
-    return SeqStats(
-        logp=(reference + logratio).requires_grad_(), ref_logp=reference,
-        length=torch.full_like(logratio, length),
-        **{k: torch.tensor(v, dtype=torch.float64) for k, v in fields.items()},
-    )  # fmt: skip
-
-
-def cu(*bounds):
-    return torch.tensor(bounds, dtype=torch.int32)
 
 
 def test_lists_of_two_are_pairs():

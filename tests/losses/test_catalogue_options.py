@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loss_batch import cu
 from torch.nn.functional import softplus
 
 from prefkern import losses, preference_loss
 from prefkern.losses import weights
 from prefkern.losses.pointwise import fdpg
 from prefkern.stats import SeqStats, TokenStats
-
-
-def cu(*bounds: int) -> torch.Tensor:
-    return torch.tensor(bounds, dtype=torch.int32)
 
 
 def trajectories():

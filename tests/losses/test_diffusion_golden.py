@@ -8,20 +8,16 @@ import pytest
 import torch
 import vectors
 
-from prefkern import error_sum, losses, use_backend
+from prefkern import error_sum, losses
 from prefkern.losses.diffusion.diffusion_mapo import link
 
-pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("on_backend"),
+    pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning"),
+]
 OP = "error_sum"
 GOLDEN = vectors.load("list")["diffusion"]
 CASES = GOLDEN["cases"]
-
-
-@pytest.fixture(autouse=True)
-def _on(backend):
-    """Every test of this file runs on every backend."""
-    with use_backend(backend):
-        yield
 
 
 class Inputs:

@@ -10,15 +10,12 @@ import pytest
 import torch
 from closeness import assert_same_bits
 from list_oracles import lse, softplus
+from loss_batch import cu
 
 from prefkern import losses
 from prefkern.losses import lists
 
 pytestmark = pytest.mark.filterwarnings("ignore:loss .* is provisional:UserWarning")
-
-
-def cu(*bounds):
-    return torch.tensor(bounds, dtype=torch.int32)
 
 
 def case(name: str, **args):

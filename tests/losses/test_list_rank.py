@@ -11,18 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from list_oracles import IDS, VARIANTS, oracle, oracle_slope, ragged
 
-from prefkern import use_backend
 from prefkern.backends.list_options import FAMILIES, ListOptions, pack, unpack
 from prefkern.ops.list_rank import list_rank
 
-
-@pytest.fixture(autouse=True)
-def _on(backend):
-    """Every test of this file runs on every backend."""
-    with use_backend(backend):
-        yield
-
-
+pytestmark = pytest.mark.usefixtures("on_backend")
 SIZES = [3, 0, 1, 7, 2, 0, 12, 5, 1]
 
 

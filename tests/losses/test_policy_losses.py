@@ -8,25 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import vectors
+from loss_batch import answers, cu
 
 from prefkern import losses
 from prefkern.losses import advantages, weights
 from prefkern.losses.pointwise import fdpg
-from prefkern.stats import SeqStats, TokenStats
-
-
-def answers(*logratios, length=8.0, **fields):
-    logratio = torch.tensor(logratios, dtype=torch.float64)
-    reference = torch.full_like(logratio, -20.0)
-    return SeqStats(
-        logp=(reference + logratio).requires_grad_(), ref_logp=reference,
-        length=torch.full_like(logratio, length),
-        **{k: torch.tensor(v, dtype=torch.float64) for k, v in fields.items()},
-    )  # fmt: skip
-
-
-def cu(*bounds):
-    return torch.tensor(bounds, dtype=torch.int32)
+from prefkern.stats import TokenStats
 
 
 def policy(*logp, ref=0.0):

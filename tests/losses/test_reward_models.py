@@ -6,16 +6,13 @@ import math
 
 import pytest
 import torch
+from loss_batch import cu
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
 from prefkern import losses
 from prefkern.losses.listwise.dpa_rag import sup_con
 from prefkern.losses.listwise.more import head_gradients, min_norm_weights, source_weights
 from prefkern.losses.listwise.pal import bound_penalty, ideal_point_scores, ideal_points
-
-
-def cu(*bounds: int) -> torch.Tensor:
-    return torch.tensor(bounds, dtype=torch.int32)
 
 
 def test_shortest_combination_of_two_and_of_many():

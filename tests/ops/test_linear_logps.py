@@ -19,7 +19,7 @@ from cases import (
     Regime,
     differentiable,
     dtypes,
-    make_inputs,
+    one_model,
     options,
     regimes,
     upstream_for,
@@ -28,13 +28,6 @@ from closeness import assert_same_bits
 from op_checks import check_closeness, check_masked_rows, run_op
 
 import prefkern
-
-
-def one_model(regime, dtype, **arguments):
-    """Inputs without a reference, so that the checks call linear_logps."""
-    return make_inputs(regime, dtype, **arguments).replace(
-        ref_hidden=None, ref_weight=None, ref_bias=None, values=None
-    )
 
 
 @dtypes

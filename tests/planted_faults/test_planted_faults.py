@@ -6,7 +6,15 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from cases import BF16, FP32, FP64, OPTIONS, REGIMES, Regime, make_inputs
+from cases import (
+    BF16,
+    FP32,
+    FP64,
+    OPTIONS,
+    REGIMES,
+    Regime,
+    one_model,
+)
 from op_checks import check_closeness, check_masked_rows
 
 STATS = ("logp", "lse", "ent")
@@ -15,12 +23,6 @@ CASE = Regime("planted", N=67, V=1003, D=24)
 # 219 tiles of rows are summed into one dW of 54 numbers
 LONG_CASE = Regime("planted_long", N=2500, V=9, D=6)
 NAN_CASE = Regime("planted_nan", N=40, V=70, D=9)
-
-
-def one_model(regime, dtype, **arguments):
-    return make_inputs(regime, dtype, **arguments).replace(
-        ref_hidden=None, ref_weight=None, ref_bias=None, values=None
-    )
 
 
 @pytest.fixture

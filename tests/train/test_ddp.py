@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from online_model import JUDGE, letters_model, write_rows
+from online_model import write_two_rounds
 from safetensors.torch import load_file
 from tiny_models import config, save_model, write_data
 from torch.distributed import TCPStore
@@ -180,15 +180,7 @@ def test_states_of_two_ranks_are_those_of_one_process(tmp_path, losses, rows, ac
 @pytest.mark.slow
 def test_online_rounds_on_two_ranks(tmp_path):
     """Each rank answers half of the prompts; the processes stay together over the rounds."""
-    (tmp_path / "judge.py").write_text(JUDGE)
-    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": f"{x}:"} for x in "pqrst"] * 3)
-    settings = config(
-        tmp_path / "out", letters_model(tmp_path), prompts, round_data="online", num_rounds=2,
-        judge=f"{tmp_path}/judge.py:share_of_a", num_generations=4, max_new_tokens=10, max_steps=5,
-        learning_rate=3e-3, per_device_train_batch_size=8, sync_ref_model=True,
-        ref_model_sync_steps=2,
-    )  # fmt: skip
-    (tmp_path / "settings.json").write_text(json.dumps(settings.as_dict()))
+    write_two_rounds(tmp_path, "settings.json")
     two_ranks(tmp_path / "settings.json", tmp_path)
     lines = (tmp_path / "out" / "log_history.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

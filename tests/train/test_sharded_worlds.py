@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from many_processes import CASES, COMMON, assert_equal, rows_of, weights_of
-from online_model import JUDGE, letters_model, write_rows
+from online_model import write_two_rounds
 from ranks import run_ranks
 from tiny_models import config, save_model, write_data
 
@@ -46,15 +46,7 @@ def test_more_ranks_are_one_process_and_continue_to_the_same_bits(tmp_path, kind
 def test_online_rounds(tmp_path):
     """Sharded training on answers that each rank samples for half of the prompts, with a reference
     that moves; the second round starts from the first one's gathered model."""
-    (tmp_path / "judge.py").write_text(JUDGE)
-    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": f"{x}:"} for x in "pqrst"] * 3)
-    settings = config(
-        tmp_path / "out", letters_model(tmp_path), prompts, round_data="online", num_rounds=2,
-        judge=f"{tmp_path}/judge.py:share_of_a", num_generations=4, max_new_tokens=10, max_steps=5,
-        learning_rate=3e-3, per_device_train_batch_size=8, sync_ref_model=True,
-        ref_model_sync_steps=2,
-    )  # fmt: skip
-    (tmp_path / "run.json").write_text(json.dumps(settings.as_dict()))
+    write_two_rounds(tmp_path, "run.json")
     run_ranks(tmp_path / "ranks", WORKER, "trains", 2, "fsdp", str(tmp_path), "run", seconds=LONG)
     rows = rows_of(tmp_path / "out")
     sampled = [row for row in rows if "online/score" in row]

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...stats import stat_dtype
+
 # Autograd has one thread per device: the first to enter changes the settings, the last to leave
 # puts them back, so that none finds them undone halfway.
 _lock = threading.Lock()
@@ -144,5 +146,5 @@ def offers_fp32(function: str, device: torch.device, dtype: torch.dtype) -> bool
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     if _widens(a, "mm"):
         return torch.mm(a, b, out_dtype=torch.float32)
-    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    wide = stat_dtype(a.dtype)
     return a.to(wide) @ b.to(wide)

@@ -22,7 +22,7 @@ from ...head import Head
 from ...losses import links
 from ...objective import segments
 from ...ops.linear_stats import linear_logps
-from ...stats import SeqStats
+from ...stats import SeqStats, stat_dtype
 
 Aux = tuple[Tensor, ...]
 
@@ -125,11 +125,7 @@ class _Pairs(nn.Module):
             chosen.require("logp").float(), rejected.require("logp").float(), *means,
             likelihood.float(), *(r.float() for r in rewards),
         )  # fmt: skip
-        return value.to(_out(hidden)), aux, chosen, rejected
-
-
-def _out(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        return value.to(stat_dtype(hidden.dtype)), aux, chosen, rejected
 
 
 class LigerFusedLinearDPOLoss(_Pairs):
@@ -380,4 +376,4 @@ class LigerFusedLinearKTOLoss(nn.Module):
             for x in (logp, vocabulary * logits, rewards)
             for part in (x[chosen].sum(), x[~chosen].sum())
         ]
-        return value.to(_out(_input)), tuple(sums)
+        return value.to(stat_dtype(_input.dtype)), tuple(sums)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import core
-from ..declare import diffusion, formula
-from .diff_dpo import diff_dpo
+from ..declare import diffusion
+from .diff_dpo import under_beta
 
 
 @diffusion(
@@ -32,10 +31,7 @@ def dcpo(
     Args:
         beta: Strength of the pull to the reference, > 0; the default is Diffusion-DPO's.
     """
-    core.positive("beta", beta)
-    return formula(diff_dpo)(
-        chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, kappa=0.5 * beta
-    )
+    return under_beta(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, beta)
 
 
 @diffusion(
@@ -62,7 +58,4 @@ def ppd(
     Args:
         beta: Strength of the pull to the reference, > 0; the default is Diffusion-DPO's.
     """
-    core.positive("beta", beta)
-    return formula(diff_dpo)(
-        chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, kappa=0.5 * beta
-    )
+    return under_beta(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, beta)

@@ -50,6 +50,20 @@ def diff_dpo(
     return links.hinge_loss(margin) if kind == "hinge" else links.logistic(margin)
 
 
+def under_beta(
+    chosen_err: Tensor,  # [P]
+    rejected_err: Tensor,  # [P]
+    ref_chosen_err: Tensor,  # [P]
+    ref_rejected_err: Tensor,  # [P]
+    beta: float,
+) -> Tensor:  # [P]
+    """diff_dpo's formula as its authors' code scales mean errors: kappa = beta / 2."""
+    core.positive("beta", beta)
+    return formula(diff_dpo)(
+        chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, kappa=0.5 * beta
+    )
+
+
 @diffusion(source="arXiv 2505.11245", status="code read", reference=True)
 def diff_npo(
     chosen_err: Tensor,  # [P]

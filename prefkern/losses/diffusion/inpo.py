@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import core
-from ..declare import diffusion, formula
-from .diff_dpo import diff_dpo
+from ..declare import diffusion
+from .diff_dpo import under_beta
 
 
 @diffusion(source="arXiv 2503.18454", status="code read", reference=True)
@@ -29,7 +28,4 @@ def inpo(
     Args:
         beta: Strength of the pull to the reference, > 0; 2000 for SD 1.5, 5000 for SDXL.
     """
-    core.positive("beta", beta)
-    return formula(diff_dpo)(
-        chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, kappa=0.5 * beta
-    )
+    return under_beta(chosen_err, rejected_err, ref_chosen_err, ref_rejected_err, beta)

@@ -96,9 +96,7 @@ def _segments(
         return step_index.long()
     assert cu_segments is not None
     n = scored.numel()
-    number = torch.searchsorted(
-        cu_segments[1:].contiguous(), torch.arange(n, device=scored.device), right=True
-    )
+    number = ragged.owner(cu_segments, n)
     sequence = ragged.owner(cu_seqlens, n).clamp(max=cu_seqlens.numel() - 2)
     start = cu_seqlens[:-1].long().clamp(max=max(n - 1, 0))
     return number - number[start][sequence] + 1

@@ -61,7 +61,7 @@ MUTANTS = [
     (
         "an_fp64_loss_is_rounded",
         LOSS,
-        "total.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)",
+        "total.to(stat_dtype(hidden.dtype))",
         "total.to(torch.float32)",
         *BROAD,
     ),
@@ -103,7 +103,7 @@ MUTANTS = [
     (
         "statistics_take_the_dtype_of_fp32",
         LOSS,
-        "    return total.to(torch.float64 if wide else torch.float32), found",
+        "    return total.to(stat_dtype(cast(Tensor, tokens.logp).dtype)), found",
         "    return total.to(torch.float32), found",
         *BROAD,
     ),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from stored_commands import write_lines
+from stored_commands import told, write_lines
 from tiny_models import save_model, write_data
 from transformers import AutoTokenizer
 
@@ -31,12 +31,6 @@ def call(verb: str, given: Path, out: Path, *more: object) -> int:
     ]  # fmt: skip
     words += ["--max-new-tokens", 4] if verb == "sample" else []
     return main([str(word) for word in words])
-
-
-def told(capsys) -> str:
-    lines = [x for x in capsys.readouterr().err.splitlines() if "error:" in x]
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def test_the_model_that_gives_no_numbers_is_named(given, tmp_path, capsys):

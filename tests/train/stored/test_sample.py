@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from online_model import letters_model
-from stored_commands import rows_of, write_lines
+from stored_commands import rows_of, told, write_lines
 
 from prefkern.cli.main import main
 from prefkern.train import models
@@ -39,12 +39,6 @@ def call(given, out, *more, data=None) -> int:
         "--num-generations", 3, "--max-new-tokens", 8, *more,
     ]  # fmt: skip
     return main([str(word) for word in words])
-
-
-def told(capsys) -> str:
-    lines = [x for x in capsys.readouterr().err.splitlines() if "error:" in x]
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def test_answers_columns_and_seeds(given, tmp_path):

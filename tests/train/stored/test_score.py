@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from stored_commands import rows_of, write_lines
+from stored_commands import rows_of, told, write_lines
 from tiny_models import config, save_model, tiny_model, write_data
 from tiny_tokenizer import byte_tokenizer
 
@@ -75,12 +75,6 @@ def call(given: Path, out: Path, *more: object, data: str = "pairs.jsonl") -> li
 
 def judged(given: Path, out: Path, name: str, *more: object, data: str = "pairs.jsonl") -> int:
     return main(call(given, out, "--judge", f"{given}/judge.py:{name}", *more, data=data))
-
-
-def told(capsys) -> str:
-    lines = [x for x in capsys.readouterr().err.splitlines() if "error:" in x]
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 @pytest.mark.parametrize("layout", ["pairs", "lists", "unpaired"])
