@@ -109,6 +109,8 @@ class ObjectiveOptions:
 class ReferenceOptions:
     """The models that the policy is compared with."""
 
+    STORED: ClassVar[tuple[str, ...]] = ("precomputed_ref", "precomputed_aux")  # by `precompute`
+
     reference: Literal["auto", "model", "adapter", "columns", "none"] = "auto"
     """Where the reference comes from; auto: none, the cache, the adapter switched off, or a second
     model, whichever the loss, precomputed_ref and lora_r call for."""
@@ -128,9 +130,7 @@ class ReferenceOptions:
                 f"{self.reference}; leave reference=auto."
             )
         if self.precomputed_aux is not None and self.aux_model is not None:
-            raise ValueError(
-                "aux_model and precomputed_aux are two sources of one thing; give one."
-            )
+            raise ValueError("precomputed_aux is read instead of aux_model; give one of the two.")
 
 
 @dataclass(frozen=True, kw_only=True)

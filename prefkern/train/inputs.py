@@ -13,12 +13,13 @@ from .output import NAMES, OWN, check_writable
 MODELS = (
     "model", "ref_model", "rejected_ref_model", "aux_model", "judge_model", "judge_ref_model",
 )  # fmt: skip
-_STORED = (
-    "dataset", "eval_dataset", "precomputed_ref", "precomputed_aux", "fused_ref",
-    "precomputed_baseline",
-)  # fmt: skip
+# Options that name what `prefkern precompute` wrote, as the groups of options say.
+STORED = tuple(
+    name for group in reversed(TrainConfig.__mro__) for name in vars(group).get("STORED", ())
+)
+_READ = ("dataset", "eval_dataset", *STORED)
 # Options whose value is a place, which may be another on another machine.
-PATHS = frozenset({*MODELS, *_STORED, "output_dir", "resume_from_checkpoint", "device"})
+PATHS = frozenset({*MODELS, *_READ, "output_dir", "resume_from_checkpoint", "device"})
 
 
 def check_inputs(config: TrainConfig) -> None:
@@ -29,7 +30,7 @@ def check_inputs(config: TrainConfig) -> None:
         ValueError: naming the option and both paths.
     """
     out = Path(config.output_dir).resolve()
-    for option in (*MODELS, *_STORED):
+    for option in (*MODELS, *_READ):
         value = getattr(config, option)
         for source in value if isinstance(value, tuple) else [value]:
             if not isinstance(source, str) or not Path(source).exists():

@@ -251,7 +251,7 @@ def check_sources(config: TrainConfig) -> None:
         with _of_option(option):
             if (source := getattr(config, option)) is not None:
                 check_source(source)
-    for option in ("precomputed_ref", "precomputed_aux", "fused_ref", "precomputed_baseline"):
+    for option in inputs.STORED:
         value = getattr(config, option)
         for path in value if isinstance(value, tuple) else (value,):
             if path is not None and (not path or not Path(path).exists()):

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .config import TrainConfig, short_hash
-from .inputs import MODELS
+from .inputs import MODELS, STORED
 from .seals import file_sum, file_sums
 
-_FILES = ("precomputed_ref", "precomputed_aux", "fused_ref", "precomputed_baseline", "judge")
+_FILES = (*STORED, "judge")
 _CONFIGS = ("config.json", "adapter_config.json")
 # What of a model folder decides its numbers.
 _READ = ("*.safetensors", "*.bin", "*.json")

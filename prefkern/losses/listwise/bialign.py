@@ -75,7 +75,7 @@ def bialign(
         return torch.where(y > y_j, torch.relu(s_j - s + r_j - r), 0.0)
 
     ranking = lists.loss(lists.sum(lists.over_mates(hinge, share, lists.relevance, gap)))
-    # An empty list has no first sequence: it borrows one and is weighed 0.
+    # An empty list has no first sequence: the index is that of another, and its value becomes 0.
     filled = cu_groups[1:] > cu_groups[:-1]
     first = cu_groups[:-1].long().clamp(max=max(scores.numel() - 1, 0))
     if scores.numel() == 0:

@@ -54,13 +54,14 @@ def sup_con(
     group = ragged.owner(cu_groups, len(labels))
     other = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     rival = (group[:, None] == group[None, :]) & valid[:, None] & valid[None, :] & other  # [S, S]
-    friend = rival & (labels[:, None] == labels[None, :])
+    alike = rival & (labels[:, None] == labels[None, :])
     logits = z @ z.T / temperature
-    counting = friend.any(1)
-    # Rows without a friend are replaced before the logarithm: their gradient would be NaN.
+    counting = alike.any(1)
+    # An anchor without another of its label counts nothing; its row keeps all logits, since the
+    # gradient of a log-sum-exp of nothing is NaN.
     masked = torch.where(rival | ~counting[:, None], logits, -torch.inf)
     log_share = logits - torch.logsumexp(masked, 1, keepdim=True)
-    mean = torch.where(friend, log_share, 0.0).sum(1) / friend.sum(1).clamp(min=1)
+    mean = torch.where(alike, log_share, 0.0).sum(1) / alike.sum(1).clamp(min=1)
     groups = cu_groups.numel() - 1
     total = mean.new_zeros(groups).index_add(0, group, torch.where(counting, -mean, 0.0))
     anchors = mean.new_zeros(groups).index_add(0, group, valid.to(mean.dtype))

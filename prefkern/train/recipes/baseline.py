@@ -44,8 +44,7 @@ class Baseline(Provider):
             )
         if TENSOR in self.config.columns:
             raise ValueError(
-                f"precomputed_baseline and the column of {TENSOR} are two sources of one thing; "
-                "give one."
+                f"precomputed_baseline and the column of {TENSOR} both give {TENSOR}; drop one."
             )
 
     def on_examples(self, examples: list[Example]) -> list[Example]:

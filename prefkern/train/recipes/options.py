@@ -14,6 +14,8 @@ from typing import ClassVar, Literal
 class FusedOptions:
     """Of recipes.fused_reference."""
 
+    STORED: ClassVar[tuple[str, ...]] = ("fused_ref",)
+
     fused_ref: tuple[str, ...] = ()
     """infifpo: files or folders of `prefkern precompute`, one per source model."""
 
@@ -62,6 +64,8 @@ class HeadOptions:
 @dataclass(frozen=True, kw_only=True)
 class BaselineOptions:
     """Of recipes.baseline."""
+
+    STORED: ClassVar[tuple[str, ...]] = ("precomputed_baseline",)
 
     precomputed_baseline: tuple[str, ...] = ()
     """poft: files or folders of `prefkern precompute`, one per baseline model; the mean of their

@@ -46,8 +46,8 @@ class StepIndex(Provider):
         names = ", ".join(self.config.loss)
         if INDEX in self.config.columns:
             raise ValueError(
-                "the column step_index and an option that splits answers are two sources of one "
-                "thing; give one."
+                "the column step_index and an option that splits answers both say where steps are; "
+                "drop one."
             )
         if self.config.score_prompt:
             raise ValueError("steps are those of answers, and score_prompt scores prompts too.")

@@ -130,7 +130,7 @@ def test_a_dpo_model_gives_token_rewards(tmp_path, materials):
     # and they weigh: a guiding model equal to the reference gives dpo
     plain = run("plain", aux_model=model)
     assert plain != pytest.approx(live, abs=1e-4)
-    with pytest.raises(ValueError, match="two sources of one thing"):
+    with pytest.raises(ValueError, match="one of the two"):
         config(tmp_path, model, data, aux_model=aux, precomputed_aux="c")
     with pytest.raises(ValueError, match="other tokens"):
         run(

@@ -127,7 +127,7 @@ def test_columns_take_the_place_of_both(tmp_path, model):
     data = write_rows(tmp_path / "d.jsonl", table)
     run = prepare(config(tmp_path, model, data, loss=("tree_tpo",), columns={"cosine": "own"}))
     assert not any(isinstance(p, (StepCosine, StepIndex)) for p in run.providers)
-    with pytest.raises(ValueError, match="two sources"):
+    with pytest.raises(ValueError, match="both say where steps are"):
         prepare(
             config(
                 tmp_path, model, data, loss=("tree_tpo",), step_pattern="#",
