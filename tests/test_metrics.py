@@ -73,14 +73,14 @@ def test_pair_metrics_by_hand():
     chosen = seq(logp=[-4.0, -6.0], ref_logp=[-5.0, -6.0], length=[2.0, 4.0], fkl=[0.5, 0.1],
                  zmean=[2.0, 4.0], top1=[1.0, 2.0], ent=[3.0, 3.0])  # fmt: skip
     rejected = seq(logp=[-4.0, -7.0], ref_logp=[-4.0, -9.0], length=[1.0, 1.0], fkl=[0.2, 0.2],
-                   zmean=[5.0, 1.0], top1=[0.0, 1.0], ent=[1.0, 1.0])  # fmt: skip
+                   zmean=[5.0, 1.0], top1=[1.0, 1.0], ent=[2.0, 4.0])  # fmt: skip
     got = metrics.pair_metrics(chosen, rejected, lambda s: 0.1 * s.logratio)
     want = {
         "logps/chosen": -5.0, "logps/rejected": -5.5,
         "rewards/chosen": 0.05, "rewards/rejected": 0.1, "rewards/margins": -0.05,
         "rewards/accuracies": 0.5,
         "kl/chosen": 0.3, "kl/rejected": 0.2, "kl/margin": 0.1,
-        "logits/chosen": 1.0, "logits/rejected": 3.0, "mean_token_accuracy": 0.5, "entropy": 1.0,
+        "logits/chosen": 1.0, "logits/rejected": 3.0, "mean_token_accuracy": 0.5, "entropy": 1.5,
     }  # fmt: skip
     assert {k: pytest.approx(v.item()) for k, v in got.items()} == want
     assert all(v.dim() == 0 and not v.requires_grad for v in got.values())
@@ -99,3 +99,54 @@ def test_unpaired_metrics_one_side_missing():
     assert got["rewards/rejected"] == 0 and got["rewards/margins"] == 0
     both = metrics.unpaired_metrics(rows, torch.tensor([True, False]), lambda s: s.logratio)
     assert both["rewards/margins"].item() == pytest.approx(1.0)
+
+
+def test_unpaired_metrics_by_hand():
+    rows = seq(logp=[-4.0, -6.0, -2.0], ref_logp=[-5.0, -6.0, -4.0], length=[2.0, 4.0, 1.0],
+               fkl=[0.5, 0.1, 0.3], zmean=[2.0, 8.0, 3.0], top1=[1.0, 2.0, 1.0],
+               ent=[3.0, 3.0, 1.0])  # fmt: skip
+    got = metrics.unpaired_metrics(
+        rows, torch.tensor([True, False, True]), lambda s: 0.1 * s.logratio
+    )
+    want = {
+        "logps/chosen": -3.0, "logps/rejected": -6.0,
+        "rewards/chosen": 0.15, "rewards/rejected": 0.0, "rewards/margins": 0.15,
+        "kl/chosen": 0.4, "kl/rejected": 0.1,
+        "logits/chosen": 5 / 3, "logits/rejected": 2.0,
+        "mean_token_accuracy": 2 / 3, "entropy": 1.0,
+    }  # fmt: skip
+    assert {k: pytest.approx(v.item()) for k, v in got.items()} == want
+
+
+def test_sequence_metrics_by_hand():
+    rows = seq(logp=[-4.0, -6.0], ref_logp=[-5.0, -9.0], length=[2.0, 4.0], fkl=[0.5, 0.1],
+               zmean=[2.0, 4.0], top1=[1.0, 2.0], ent=[3.0, 6.0])  # fmt: skip
+    got = metrics.sequence_metrics(rows, lambda s: 0.1 * s.logratio)
+    want = {
+        "logps/mean": -5.0, "rewards/mean": 0.2, "kl/mean": 0.3,
+        "logits/mean": 1.0, "mean_token_accuracy": 0.5, "entropy": 1.5,
+    }  # fmt: skip
+    assert {k: pytest.approx(v.item()) for k, v in got.items()} == want
+    assert metrics.sequence_metrics(rows, None).keys() == want.keys() - {"rewards/mean"}
+
+
+def test_list_metrics_by_hand():
+    """A list of three, one of a single answer that has nothing to compare, one with an answer left
+    out and a tie of scores. Scores and rewards are different numbers."""
+    relevance = torch.tensor([0.0, 2.0, 1.0, 5.0, 1.0, math.nan, 0.0], dtype=torch.float64)
+    scores = torch.tensor([0.1, 0.3, 0.2, 0.4, 0.5, 0.9, 0.5], dtype=torch.float64)
+    cu = torch.tensor([0, 3, 4, 7], dtype=torch.int32)
+    rows = seq(logp=[-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0],
+               ref_logp=[-1.0, -3.0, -5.0, -7.0, -9.0, -5.0, -7.0], length=[2.0] * 7,
+               zmean=[2.0] * 7, top1=[1.0] * 7, ent=[3.0] * 7)  # fmt: skip
+    got = metrics.list_metrics(rows, scores, relevance, cu, lambda s: s.logratio)
+    want = {
+        "rank/ndcg": 1.0,  # the tie is broken by place
+        "rank/best_first": 0.5,  # a tie with the best is no win
+        "rank/pair_accuracy": 0.75, "rank/kendall_tau": 0.5,  # a tie counts one half
+        "logps/mean": -4.0,
+        "rewards/chosen": (1.0 + 3.0 + 4.0) / 3, "rewards/rejected": (0.0 + 2.0 + 0.0) / 3,
+        "rewards/margins": ((1.0 - 1.0) + (4.0 - 0.0)) / 2,
+        "logits/mean": 1.0, "mean_token_accuracy": 0.5, "entropy": 1.5,
+    }  # fmt: skip
+    assert {k: pytest.approx(v.item()) for k, v in got.items()} == want

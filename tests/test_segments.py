@@ -54,6 +54,13 @@ def test_weights_and_their_gradient(kind):
     )  # the gradient of a weight is its statistic
 
 
+def test_the_weight_of_an_ignored_token_is_read_by_nobody():
+    t, w = tokens(), torch.rand(7)
+    dirty = torch.where(TARGETS == -100, torch.nan, w)
+    seq = segments.sequence_stats(t, TARGETS, CU, token_weights=dirty)
+    assert seq.logp.tolist() == pytest.approx(loop_sum(t.logp, w), abs=1e-6)
+
+
 def test_bad_weights():
     with pytest.raises(ValueError, match="shape of targets"):
         segments.sequence_stats(tokens(), TARGETS, CU, token_weights=torch.ones(6))

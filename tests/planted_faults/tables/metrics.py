@@ -5,9 +5,10 @@ from __future__ import annotations
 S = "prefkern/objective/segments.py"
 R = "prefkern/objective/metrics.py"
 BROAD = (
-    "tests/test_objective.py",
     "tests/test_metrics.py",
     "tests/test_segments.py",
+    "tests/test_objective_glue.py",
+    "tests/test_objective.py",
     "tests/losses/test_every_loss.py",
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 LOSS = "prefkern/objective/preference_loss.py"
 M = "prefkern/objective/models.py"
 BROAD = (
+    "tests/test_objective_glue.py",
     "tests/test_objective.py",
     "tests/test_given.py",
     "tests/test_objective_tail.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 T = "prefkern/objective/terms.py"
 BROAD = (
+    "tests/test_objective_glue.py",
     "tests/test_objective.py",
     "tests/test_given.py",
     "tests/test_metrics.py",
