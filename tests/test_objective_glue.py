@@ -99,7 +99,7 @@ def test_statistics_for_the_log_are_asked_for_where_there_is_one(monkeypatch):
     assert asked == [{"logp"}, {"logp", *models.LOGGED}]
 
 
-# ---- statistics that come from elsewhere ----------------------------------------------------------
+# ---- statistics that come from elsewhere ---------------------------------------------------------
 
 
 def given(dtype=torch.float64, **more):
