@@ -167,14 +167,16 @@ def write_plan(
     shard: ShardPlan | None = None,
 ) -> str:
     """statistics;without gradient;flags;tensors[;shard], each joined by commas. `short`: the
-    compute dtype has 16 bits, so that products are rounded unless a gradient forbids it."""
+    compute dtype has 16 bits, so that products are rounded unless a gradient forbids it. Such a
+    gradient is not made of sums of head rows either: they cancel after their terms were rounded,
+    and over a head whose rows have a part in common entropy's was 11 % off, fkl's 9 %."""
     moving = {s.name for s in stats} - no_grad - NO_GRADIENT
     exact = short and not moving <= OWN_PROBABILITY
     # through the number's own type and without !r, which a compiler can turn to text where it is
     # symbolic
     tail = float(tail)
     flags = (
-        ("exact", exact), ("frozen", frozen), (f"tail:{tail}", tail > 0.0),
+        ("exact", exact), ("frozen", frozen and not exact), (f"tail:{tail}", tail > 0.0),
         ("either", either and tail > 0.0 and not exact),
     )  # fmt: skip
     parts = (map(str, stats), sorted(no_grad), (name for name, on in flags if on), tensors)
