@@ -23,6 +23,8 @@ ENUMS = {
     "Saved": ("SAVED",),
     "Coef": ("COEFFICIENTS",),
     "Factor": ("FACTORS",),
+    "Maximum": ("MAXIMA",),
+    "Move": ("SHIFT",),
     "Input": ("TENSORS",),
     "Number": ("NUMBERS",),
 }

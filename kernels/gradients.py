@@ -24,7 +24,7 @@ from .loads import (
     round_to,
     target_column,
 )
-from .positions import COEF, FACTOR, FLAG, PARAM
+from .positions import COEF, FACTOR, FLAG, MAXIMUM, PARAM, SHIFT
 from .primitives import blend, exp, expm1, log1p, narrow, weighted
 
 
@@ -214,7 +214,7 @@ def factor(
     z = logits(raw, bias_ptr, cols, col_ok, flags & FLAG.bias,
                tl.load(params_ptr + PARAM.factor), tl.load(params_ptr + PARAM.top),
                inside)  # fmt: skip
-    x = z - load_row(maxima_ptr, 0, max_stride, rows, row_ok)
+    x = z - load_row(maxima_ptr, MAXIMUM.policy, max_stride, rows, row_ok)
     f = exp(x)
     if which == FACTOR.log:
         f = weighted(f, x)
@@ -223,7 +223,7 @@ def factor(
         zr = logits(raw_r, ref_bias_ptr, cols, col_ok, flags & FLAG.ref_bias,
                     tl.load(params_ptr + PARAM.ref_factor),
                     tl.load(params_ptr + PARAM.ref_top), inside)  # fmt: skip
-        xr = zr - load_row(maxima_ptr, 1, max_stride, rows, row_ok)
+        xr = zr - load_row(maxima_ptr, MAXIMUM.reference, max_stride, rows, row_ok)
         f = f - exp(xr) if which == FACTOR.gap else weighted(f, x - xr)
     slope = tl.load(params_ptr + PARAM.slope)
     if slope != 0:
@@ -243,12 +243,10 @@ def raise_rows(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     ok = rows < m
-    fp, fr = (
-        tl.load(shift_ptr + rows, mask=ok, other=1.0),
-        tl.load(shift_ptr + shift_stride + rows, mask=ok, other=1.0),
-    )
-    dp = tl.load(shift_ptr + 2 * shift_stride + rows, mask=ok, other=0.0)
-    dr = tl.load(shift_ptr + 3 * shift_stride + rows, mask=ok, other=0.0)
+    fp = tl.load(shift_ptr + SHIFT.fp * shift_stride + rows, mask=ok, other=1.0)
+    fr = tl.load(shift_ptr + SHIFT.fr * shift_stride + rows, mask=ok, other=1.0)
+    dp = tl.load(shift_ptr + SHIFT.dp * shift_stride + rows, mask=ok, other=0.0)
+    dr = tl.load(shift_ptr + SHIFT.dr * shift_stride + rows, mask=ok, other=0.0)
     moved = (fp != 1) | (fr != 1) | (dp != 0) | (dr != 0)
     on = moved[:, None] & (cols < depth)[None, :]
     at_ptr = total_ptr + rows.to(tl.int64)[:, None] * row_stride + cols[None, :]

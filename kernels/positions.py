@@ -7,7 +7,8 @@ from types import ModuleType
 
 import triton.language as tl
 
-from prefkern.backends.tables import COEFFICIENTS, FACTORS, FIELDS, NORMS, SECOND
+from prefkern.backends.tables import COEFFICIENTS, FACTORS, FIELDS, MAXIMA, NORMS, SECOND
+from prefkern.backends.tables import SHIFT as SHIFTS
 from prefkern.backends.tiled.epilogue import FLAGS, PARAMS
 
 
@@ -28,4 +29,6 @@ NORM = _positions("NORM", NORMS)
 COEF = _positions("COEF", COEFFICIENTS)
 PARAM = _positions("PARAM", PARAMS)
 FACTOR = _positions("FACTOR", FACTORS)
+MAXIMUM = _positions("MAXIMUM", MAXIMA)
+SHIFT = _positions("SHIFT", SHIFTS)
 FLAG = _named("FLAG", {key: 1 << i for i, key in enumerate(FLAGS)})

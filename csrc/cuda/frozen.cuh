@@ -65,7 +65,8 @@ struct FrozenFactor {
     const RowWriter<E, 2> out(row, a.out, a.out_stride, r, a.out_type);
     const bool counts = a.targets[r] != a.ignore, two = a.model[1].x != nullptr;
     b.each([&](int t) {
-      const float m = a.maxima[r], mr = two ? a.maxima[a.maxima_stride + r] : 0.0f;
+      const auto maximum = [&](Maximum k) { return a.maxima[int(k) * a.maxima_stride + r]; };
+      const float m = maximum(Maximum::policy), mr = two ? maximum(Maximum::reference) : 0.0f;
       write_terms<Threads::kThreads>(a, row, out, t, counts, m, mr);
     });
   }
@@ -106,8 +107,8 @@ struct RaiseRows {
 
   PK_DEVICE static void run(Threads& b, const Args& a) {
     const int64_t r = b.index();
-    const Shift s = {a.shift[r], a.shift[a.shift_stride + r], a.shift[2 * a.shift_stride + r],
-                     a.shift[3 * a.shift_stride + r]};
+    const auto move = [&](Move k) { return a.shift[int(k) * a.shift_stride + r]; };
+    const Shift s = {move(Move::fp), move(Move::fr), move(Move::dp), move(Move::dr)};
     if (s.none()) return;
     b.each([&](int t) { move_sums<Threads::kThreads>(a.totals, r, t, s); });
   }
@@ -131,11 +132,14 @@ struct FrozenFold : FoldRow<E, TWO, SMALL, 512> {
     const RowReader<E, 1> policy(a.terms.model, r, 0, int(a.terms.w));
     const RowWriter<E, 1> out(policy, a.terms.out, a.terms.out_stride, r, a.terms.out_type);
     const bool counts = a.fold.targets[r] != a.fold.ignore;
-    float* maxima = a.maxima + r;
+    const auto maximum = [&](Maximum k) -> float& {
+      return a.maxima[int(k) * a.maxima_stride + r];
+    };
     float m = 0.0f, mr = 0.0f;
     if (counts) {
       Row::fold(b, a.fold, row, r, 0, parts, Again());
-      const float old = maxima[0], old_ref = TWO ? maxima[a.maxima_stride] : 0.0f;
+      const float old = maximum(Maximum::policy);
+      const float old_ref = TWO ? maximum(Maximum::reference) : 0.0f;
       m = larger(old, Row::template maximum<Field::max>(parts));
       if constexpr (TWO) mr = larger(old_ref, Row::template maximum<Field::ref_max>(parts));
       b.sync();  // every thread has read the old maxima
@@ -144,8 +148,8 @@ struct FrozenFold : FoldRow<E, TWO, SMALL, 512> {
       const bool moves = a.moves && !s.none();
       b.each([&](int t) {
         if (t == 0) {
-          maxima[0] = m;
-          if (TWO) maxima[a.maxima_stride] = mr;
+          maximum(Maximum::policy) = m;
+          if (TWO) maximum(Maximum::reference) = mr;
         }
         if (moves) move_sums<Threads::kThreads>(a.totals, r, t, s);
       });

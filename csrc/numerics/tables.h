@@ -168,6 +168,20 @@ constexpr const char* kFactorNames[kFactors] = {
   "cross",
 };
 
+enum class Maximum : int {
+  policy,
+  reference,
+};
+constexpr int kMaximums = 2;
+
+enum class Move : int {
+  fp,
+  fr,
+  dp,
+  dr,
+};
+constexpr int kMoves = 4;
+
 enum class Input : int {
   hidden,
   weight,

@@ -69,6 +69,10 @@ COEFFICIENTS = (
 # sum e W, sum e x W, sum (e - er) W, sum e (x - xr) W. Two models enter as differences of terms:
 # that of two sums would be the rounding of both where the models are close.
 FACTORS = ("mass", "log", "gap", "cross")
+# Their maxima so far, and where larger ones move them: dp = old - new of the policy and fp = e^dp,
+# dr and fr of the reference.
+MAXIMA = ("policy", "reference")
+SHIFT = ("fp", "fr", "dp", "dr")
 
 # What the record of a call is made of: tensors by name, and numbers.
 TENSORS = (

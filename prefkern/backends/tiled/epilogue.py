@@ -246,5 +246,5 @@ def fold_in_steps(
         torch.maximum(row, fields[tables.FIELDS.index(name)].amax(0), out=row)
     if sums.started:
         moves = old.sub_(sums.maxima)
-        kernels.raise_rows(sums.names, sums.totals, torch.cat([moves.exp(), moves]))
+        kernels.raise_rows(sums.names, sums.totals, torch.cat([moves.exp(), moves]))  # SHIFT
     kernels.factor(sweep, tile, sums.maxima, "mass", out)
