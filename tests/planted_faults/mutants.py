@@ -4,12 +4,14 @@
 
 Every row of a table is a textual change of one file and the tests that must notice it. A row that
 no longer applies (its text is gone, or stands there twice) or whose tests do not run is an error,
-not a catch. torch is imported once: each fault gets a fork, whose `prefkern` is the changed copy.
+not a catch. What the package stands on is imported once: each fault gets a fork, whose `prefkern`
+is the changed copy.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import shutil
@@ -163,8 +165,9 @@ def main(arguments: list[str]) -> int:
     for variable in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
         os.environ.pop(variable, None)
     os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
-    import numpy  # noqa: F401
-    import torch  # noqa: F401
+    for name in ("torch", "scipy", "hypothesis", "datasets", "accelerate", "peft", "pytest"):
+        importlib.import_module(name)
+    importlib.import_module("transformers.models.llama.modeling_llama")
 
     bad = 0
     with tempfile.TemporaryDirectory(prefix="prefkern_mutants_") as base:
