@@ -114,11 +114,11 @@ def pairs_from_judgements(
         texts, column = responses_of(data)
         q = _probabilities(data, probability_column, len(texts))
         k = range(len(texts))
-        means = [sum(q[a][b] for b in k if b != a) / (len(texts) - 1) for a in k]
+        wins = [sum(line) for line in q]  # K - 1 times the means; the diagonal is 0
         rest: Row = {"prompt": text_of(data, "prompt")}
         rest |= {n: v for n, v in data.items() if n not in ("prompt", column, probability_column)}
         # Places, not means, are the scores here: every two responses form a pair, equal means too.
-        order = sorted(k, key=lambda a: -means[a])
+        order = sorted(k, key=lambda a: -wins[a])
         places = [float(-order.index(a)) for a in k]
         for win, lose in strict_pairs(RankedRow(texts, places, rest, {}, column), pairs):
             row = {"chosen": texts[win], "rejected": texts[lose], "pref_prob": q[win][lose]}

@@ -128,6 +128,7 @@ def test_token_weights(check):
     ("weigh", "message"),
     [
         (lambda ids: [1.0], "'chosen_weights': must hold 2 numbers, one per token, got 1"),
+        (lambda ids: [1.0] * 3, "'chosen_weights': must hold 2 numbers, one per token, got 3"),
         (lambda ids: [-1.0] * len(ids), r"'chosen_weights\[0\]': must be at least 0"),
         (lambda ids: [float("inf")] * len(ids), r"'chosen_weights\[0\]': must be finite"),
     ],

@@ -50,6 +50,18 @@ def test_gap_from_another_column(check):
         curriculum([FOUR | {"logps": [1.0]}], gap_column="logps")
 
 
+def test_a_gap_is_a_distance():
+    """Best B -4; from it A 3 up, C 5 down, D 2 down."""
+    row = FOUR | {"logps": [-1.0, -4.0, -9.0, -6.0]}
+    found = curriculum([row], gap_column="logps")
+    assert [(r["rejected"], r["gap"]) for r in found] == [("C", 5.0), ("A", 3.0), ("D", 2.0)]
+
+
+def test_stages_come_in_increasing_order_however_the_table_is_sorted():
+    stages = split_stages(EASY_TO_HARD[::-1])
+    assert stages == [EASY_TO_HARD[1::-1], EASY_TO_HARD[2:3], EASY_TO_HARD[3:]]
+
+
 def test_stages_are_split():
     stages = split_stages(EASY_TO_HARD)
     assert [len(stage) for stage in stages] == [2, 1, 1]

@@ -39,6 +39,13 @@ def test_table(check):
     assert (pairs[0]["chosen"], pairs[0]["rejected"]) == ("A", "C")
 
 
+@pytest.mark.parametrize("stored", [{"ranks": [0, 1, 2]}, {"scores": [7.0, 8.0, 9.0]}])
+def test_the_scores_replace_those_of_the_list(stored):
+    row = {"prompt": "p", "completions": ["A", "B", "C"], "passed": PASSED}
+    wanted = row | {"scores": [1.5, 1.0, 0.5], "test_scores": [1.5, 1.0]}
+    assert rank_programs([row | stored], damping=0.5, rounds=1) == [wanted]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

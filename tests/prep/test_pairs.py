@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import MappingProxyType
 
 import pytest
 
@@ -100,6 +101,13 @@ def test_bad_lists_name_row_and_column(change, message):
         pairs_from_lists([LIST, LIST | change])
 
 
+def test_an_aligned_column_has_an_entry_for_every_response():
+    row = LIST | {"logps": [-1.0, -2.0, -3.0, -4.0, -5.0]}
+    message = "row 0, column 'logps': must hold 4 entries, one per response, got 5"
+    with pytest.raises(ValueError, match=message):
+        pairs_from_lists([row], aligned=("logps",))
+
+
 def test_lists_without_preference_can_be_skipped():
     tied = LIST | {"scores": [1.0] * 4}
     assert pairs_from_lists([tied, LIST], pairs="best_vs_worst", ties="skip") == rows("CB")
@@ -112,6 +120,14 @@ def test_bad_options():
         pairs_from_lists([LIST], pairs="some")
     with pytest.raises(ValueError, match="ties must be one of"):
         pairs_from_lists([LIST], ties="drop")
+
+
+def test_rows_are_read_as_dictionaries_of_their_own():
+    table = [{"a": 1}, MappingProxyType({"a": 2})]
+    rows = read_rows(table)
+    assert rows == [{"a": 1}, {"a": 2}] and [type(row) for row in rows] == [dict, dict]
+    rows[0]["a"] = 3
+    assert table[0] == {"a": 1}
 
 
 def test_tables():
@@ -149,6 +165,14 @@ def test_judged_pairs(check):
     check(pairs_from_judgements, [JUDGED], [ac, ab, cb])
     check(pairs_from_judgements, [JUDGED], [ac, cb], pairs="adjacent")
     check(pairs_from_judgements, [JUDGED], [ab], pairs="best_vs_worst")
+
+
+def test_the_mean_ranks_even_against_the_judgement_of_a_pair():
+    """Means: A (0.9 + 0.1) / 2 = 0.5, B (0.1 + 0.6) / 2 = 0.35, C (0.9 + 0.4) / 2 = 0.65."""
+    matrix = [[None, 0.9, 0.1], [0.1, None, 0.6], [0.9, 0.4, None]]
+    row = {"prompt": "p", "completions": ["A", "B", "C"], "pref_probs": matrix}
+    wanted = [soft("C", "A", 0.9), soft("C", "B", 0.4), soft("A", "B", 0.9)]
+    assert pairs_from_judgements([row]) == wanted
 
 
 def test_a_tie_of_judgements_is_a_pair_at_one_half():

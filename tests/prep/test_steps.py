@@ -33,6 +33,21 @@ def test_weights_from_text_fit_the_trainer():
         np.testing.assert_array_equal(sequence.token_weights, weighted[f"{name}_weights"])
 
 
+def test_answers_begin_where_the_prompt_ends_in_both():
+    """Merged, "pa" is a token of the chosen text alone: both answers then begin before the prompt's p."""
+    pytest.importorskip("tokenizers")
+    from prefkern.train.data import Loader
+
+    tokenizer = byte_tokenizer((("p", "a"),))
+    row = {"prompt": "xp", "chosen": "a", "rejected": "b"}
+    (weighted,) = divergence_weights([row], tokenizer=tokenizer)
+    assert weighted["chosen_weights"] == [1.0] * 2  # pa, EOS
+    assert weighted["rejected_weights"] == [1.0] * 3  # p, b, EOS
+    (example,) = Loader(tokenizer=tokenizer).load([weighted]).examples
+    assert [s.completion_start for s in example.sequences] == [1, 1]
+    assert [len(s.input_ids) for s in example.sequences] == [3, 4]
+
+
 def test_one_answer_may_begin_with_the_other_where_the_end_token_differs():
     row = {"prompt": "p", "chosen": " ab", "rejected": " abc"}
     (found,) = divergence_weights([row], tokenizer=byte_tokenizer())

@@ -12,8 +12,8 @@ PREP: list[Row] = [
         ("found.scores[win] > found.scores[lose]]", "found.scores[win] >= found.scores[lose]]"),
         ('"adjacent": [(a, a + 1) for', '"adjacent": [(0, a + 1) for'),
         ('"best_vs_worst": [(0, last)]', '"best_vs_worst": [(0, 1)]'),
-        ("key=lambda a: -means[a])", "key=lambda a: means[a])"),
-        ("/ (len(texts) - 1) for a in k]", "/ len(texts) for a in k if a or 1]"),
+        ("key=lambda a: -wins[a])", "key=lambda a: wins[a])"),
+        ("[sum(line) for line in q]", "[max(line) for line in q]"),
         ('f"rejected_{name}": values[loser]', 'f"rejected_{name}": values[winner]'),
         ("abs(q[a][b] + q[b][a] - 1.0) > 1e-6", "abs(q[a][b] + q[b][a] - 1.0) > 1.0"),
         ('"pref_prob": q[win][lose]', '"pref_prob": q[lose][win]'),
@@ -21,7 +21,7 @@ PREP: list[Row] = [
     ),
     *of(
         "prefkern/prep/columns.py",
-        "tests/prep",
+        "tests/prep/test_pairs.py",
         ("key=lambda i: -self.scores[i])", "key=lambda i: self.scores[i])"),
         ("if distinct and (first", "if (first"),
         ('if k not in used and k != "prompt"', 'if k != "prompt"'),
@@ -37,7 +37,7 @@ PREP: list[Row] = [
     ),
     *of(
         "prefkern/prep/table.py",
-        "tests/prep",
+        "tests/prep/test_pairs.py",
         ("rows.append(dict(row))", "rows.append(row)"),
         ("enumerate(read_rows(table))", "enumerate(read_rows(table), 1)"),
         ("    if not _is_dataset(table):", "    if rows:"),
@@ -110,7 +110,7 @@ PREP: list[Row] = [
     ),
     *of(
         "prefkern/prep/weights.py",
-        "tests/prep",
+        "tests/prep/test_annotators.py",
         ('row["weight"] * len(out) / total', 'row["weight"] / total'),
         ("    if found < 0.0:", "    if found < -1.0:"),
         ("if len(values) != len(tokens):", "if len(values) < len(tokens):"),
@@ -118,7 +118,7 @@ PREP: list[Row] = [
     ),
     *of(
         "prefkern/prep/triples.py",
-        "tests/prep",
+        "tests/prep/test_curriculum.py",
         ("order[0], order[1], order[-1]", "order[0], order[-1], order[1]"),
         ("first == second or second == last", "first == second"),
     ),
