@@ -34,7 +34,7 @@ def test_weights_from_text_fit_the_trainer():
 
 
 def test_answers_begin_where_the_prompt_ends_in_both():
-    """Merged, "pa" is a token of the chosen text alone: both answers then begin before the prompt's p."""
+    """Only the chosen text has the token "pa": both answers begin before the prompt's p."""
     pytest.importorskip("tokenizers")
     from prefkern.train.data import Loader
 

@@ -8,13 +8,17 @@ from rows import TESTS, TRAIN, Row, of
 RECIPES: list[Row] = [
     *of(
         f"{TRAIN}recipes/kto_baseline.py",
-        f"{TESTS}recipes/test_kto_baseline.py {TESTS}test_loop.py {TESTS}test_providers.py",
+        f"{TESTS}recipes/test_kto_baseline.py",
         ("examples[-1:] + examples[:-1]", "examples"),
         ("other.completion_start :]", "own.completion_start :]"),
         (")[:max_length]", ")"),
         ("baseline_from(total[0] / total[1])", "baseline_from(total[0])"),
-        ('if "kl_baseline" in config.loss_args:', "if not config.loss:"),
         ("        if self.config.score_prompt:", "        if not self.config.loss:"),
+    ),
+    *of(
+        f"{TRAIN}recipes/kto_baseline.py",
+        f"{TESTS}test_providers.py::test_a_baseline_of_the_users_own_is_used",
+        ('if "kl_baseline" in config.loss_args:', "if not config.loss:"),
     ),
     *of(
         f"{TRAIN}recipes/states.py",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from tiny_models import config, tiny_model
 
 from prefkern.integrations.head import at_head
+from prefkern.losses import LOSSES
 from prefkern.train.data import Encoded, Example, collate
-from prefkern.train.recipes.kto_baseline import baseline_from, mismatch
+from prefkern.train.processes import Processes
+from prefkern.train.providers import Micro, Opened
+from prefkern.train.recipes.kto_baseline import KtoBaseline, baseline_from, mismatch
 from prefkern.train.reference import Reference
 
 
@@ -23,6 +29,46 @@ def test_mismatched_completions_rotate_by_one():
     made = mismatch(rows, rows[-1:] + rows[:-1], 4)
     assert [e.sequences[0].input_ids.tolist() for e in made] == [[1, 2, 9], [4, 3], [8, 5, 6, 7]]
     assert [e.sequences[0].completion_start for e in made] == [2, 1, 1]
+
+
+def test_mismatched_rows_are_cut_at_max_length():
+    rows = [unpaired([1, 2], [3], 0), unpaired([4], [5, 6, 7], 1)]
+    made = mismatch(rows, rows[::-1], 3)
+    assert [e.sequences[0].input_ids.tolist() for e in made] == [[1, 2, 5], [4, 3]]
+
+
+def test_the_baseline_is_the_mean_over_a_micro_batch_of_a_steps_rows():
+    """The log-ratio of a row is the sum of its ids here."""
+    rows = [unpaired([1, 2], [3], 0), unpaired([4], [5, 6, 7], 1), unpaired([8], [9], 2)]
+    sums = SimpleNamespace(logratio=lambda batch: batch.input_ids.sum(1).double())
+    settings = config("out", "m", "d", loss=("kto",), max_length=3)
+    provider = KtoBaseline(settings, [LOSSES["kto"]])
+    provider.open(
+        Opened(
+            policy=None, reference=sums, examples=rows, packed=False, pad_id=0,
+            device=torch.device("cpu"), processes=Processes(None), training=True, resume=None,
+            say=print, frozen=str,
+        )
+    )  # fmt: skip
+
+    def baseline(*examples):
+        return provider.arguments(Micro(list(examples), None), None)["kl_baseline"].item()
+
+    provider.begin_step(rows, 0.0)
+    assert baseline(*rows[:2]) == ((1 + 2 + 9) + (4 + 3)) / 2
+    assert baseline(rows[2]) == 8 + 5 + 6
+    provider.begin_step(rows[1:2], None)  # alone in its step: the row before it in the data
+    assert baseline(rows[1]) == 4 + 3
+    provider.begin_step(rows[:1], None)
+    assert baseline(rows[0]) == 1 + 2 + 9
+
+
+def test_no_prompt_is_compared_where_prompts_are_scored():
+    settings = config("out", "m", "d", loss=("kto",))
+    KtoBaseline(settings, [LOSSES["kto"]]).check()
+    scored = KtoBaseline(replace(settings, score_prompt=True), [LOSSES["sft"], LOSSES["kto"]])
+    with pytest.raises(ValueError, match=r"loss 'kto' compares .* drop score_prompt\."):
+        scored.check()
 
 
 @pytest.mark.parametrize("packed", [True, False])

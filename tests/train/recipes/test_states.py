@@ -11,6 +11,7 @@ from tiny_models import config, save_model, write_data
 
 from prefkern.losses import LOSSES
 from prefkern.losses.pairwise import lcpo
+from prefkern.losses.pairwise.beta_dpo import BetaState, select
 from prefkern.losses.pairwise.selfie import NO_DOUBT
 from prefkern.stats import SeqStats
 from prefkern.train import train
@@ -82,6 +83,36 @@ def test_beta_dpo_keeps_a_share_and_follows_the_margin():
     own = ask(states_of("beta_dpo", gap_mean=0.5), "beta_dpo", seq(1.0), seq(0.0), a=0.6, ema=0.9)
     assert own["beta"].item() == pytest.approx(0.1 * (1 + 0.6 * (1.0 - 0.9 * 0.5 - 0.1)))
     assert "gap_mean" not in own
+
+
+def test_beta_dpo_moves_by_the_average_before_the_batch():
+    """M = 0.9 * 0.2 + 0.1 * 1 after a state of 0.2; one pair is kept whatever the draw."""
+    states = states_of("beta_dpo")
+    states.values["beta_dpo"] = BetaState(0.2, 0.0)
+    found = ask(states, "beta_dpo", seq(1.0), seq(0.0), a=0.6, ema=0.9)
+    assert found["beta"].item() == pytest.approx(0.1 * (1 + 0.6 * (1.0 - 0.28)))
+    assert found["gap_mean"] == 0.2 and states.values["beta_dpo"].mean == pytest.approx(0.28)
+
+
+def test_every_update_of_beta_dpo_draws_anew():
+    gaps = torch.linspace(-1.0, 1.0, 10).tolist()
+    rows, kept = (seq(*gaps), seq(*[0.0] * 10)), []
+    states = states_of("beta_dpo", rho=0.5)
+    for count in range(2):
+        kept.append(ask(states, "beta_dpo", *rows, a=0.6, ema=0.9)["keep"] > 0)
+        generator = torch.Generator().manual_seed(3 * 1_000_003 + count)
+        draw = select(*rows, states.values["beta_dpo"], rho=0.5, generator=generator)
+        assert kept[count].tolist() == draw.tolist()
+    assert kept[0].tolist() != kept[1].tolist()
+
+
+def test_the_progress_of_a_run_stays_through_evaluation():
+    states = states_of("selfie")
+    assert states.progress == 1.0  # a model that is only evaluated
+    states.begin_step([], 0.25)
+    assert states.progress == 0.25
+    states.begin_step([], None)
+    assert states.progress == 0.25
 
 
 def test_lcpo_learns_each_annotator():
