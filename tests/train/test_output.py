@@ -100,6 +100,16 @@ def test_what_others_put_into_a_checkpoint_stays(tmp_path, materials, capfd):
     assert {p.name for p in kept.rglob("*") if p.is_file()} == {"mmlu.json"}
 
 
+def test_checkpoints_of_another_run_are_not_this_runs(tmp_path):
+    output = Output(tmp_path)
+    for number, mark in ((1, None), (2, "another"), (10, output.run), (9, output.run)):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        if mark is not None:
+            (tmp_path / f"checkpoint-{number}" / MARK).write_text(json.dumps({"run": mark}))
+    output.close()
+    assert [p.name for p in output.checkpoints()] == ["checkpoint-9", "checkpoint-10"]
+
+
 def test_a_checkpoint_of_another_program_is_not_removed(tmp_path, materials):
     (tmp_path / "checkpoint-7").mkdir()
     (tmp_path / "checkpoint-7" / "optimizer.pt").write_text("mine")

@@ -82,10 +82,6 @@ class AuxModel(Provider):
             with inputs_of(self.model, batch) as inputs:
                 given["aux"] = read_other(self.model, inputs, batch.targets, distribution=True)
         if self.logp:
-            if reference.states is None and reference.logp is None:
-                raise ValueError(
-                    "aux log-probabilities are compared with a reference; there is none."
-                )
             stored = batch.numbers.get(NAME)
             logp = token_logps(self.model, batch, self.config) if stored is None else stored
             given[NAME] = logp.flatten()

@@ -128,7 +128,7 @@ RECIPES: list[Row] = [
     ),
     *of(
         f"{TRAIN}recipes/merge.py",
-        f"{TESTS}recipes/test_two_speeds.py",
+        f"{TESTS}recipes/test_two_speeds.py::test_adapters_merge_to_their_mean_and_need_one_base",
         ("[1.0 / len(paths)] * len(paths)", "[1.0] * len(paths)"),
         ("    if len(bases) > 1:", "    if len(bases) > 9:"),
         ('combination_type="cat"', 'combination_type="linear"'),
@@ -151,10 +151,7 @@ RECIPES: list[Row] = [
             '{**row, "chosen_aux_logp": one.tolist(), "rejected_aux_logp": other.tolist()}',
             '{**row, "chosen_aux_logp": other.tolist(), "rejected_aux_logp": one.tolist()}',
         ),
-        (
-            "if reference.states is None and reference.logp is None:",
-            "if reference.states is batch:",
-        ),
+        ("if stored is None else stored", "if stored is None else 0 * stored"),
         ("if not (self.logp or self.head):", "if self.logp and self.head:"),
         ("if config.aux_model is None and not stored:", "if not names:"),
     ),

@@ -10,7 +10,6 @@ KINDS: list[Row] = [
         f"{TRAIN}output.py",
         f"{TESTS}test_output.py {TESTS}test_damage.py",
         ('glob(f".prefkern-{self.run}-*")', 'glob("*-*")'),
-        ("if run_of(p) == self.run]", "]"),
         ("taken = sorted(n for n in names - self.made", "taken = sorted(n for n in names - names"),
         ("fcntl.LOCK_EX)", "fcntl.LOCK_SH)"),
         ("if path.is_symlink() or run_of(path) is None:", "if path.is_symlink():"),
@@ -18,6 +17,11 @@ KINDS: list[Row] = [
         ("in own:\n                continue", "or name:\n                continue"),
         ("found[:4]", "found[:0]"),
         ('if mark is not None and mark["run"] != run_of(resume):', "if False:"),
+    ),
+    *of(
+        f"{TRAIN}output.py",
+        f"{TESTS}test_output.py::test_checkpoints_of_another_run_are_not_this_runs",
+        ("if run_of(p) == self.run]", "]"),
     ),
     *of(
         f"{TRAIN}inputs.py",

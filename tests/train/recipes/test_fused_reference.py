@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_models import config, save_model, tiny_model, write_data
 from tiny_tokenizer import byte_tokenizer
 
@@ -15,6 +17,7 @@ from prefkern.losses.pairwise.infifpo import fused_reference
 from prefkern.train import models, reference_cache, train
 from prefkern.train.precompute import precompute
 from prefkern.train.recipes.aux_model import with_token_rewards
+from prefkern.train.recipes.fused_reference import with_sources
 from prefkern.train.run import prepare
 
 
@@ -96,6 +99,21 @@ def test_caches_that_do_not_belong_are_refused(tmp_path, materials, sources):
         prepare(config(tmp_path, model, lists, fused_ref=sources, **options))
     with pytest.raises(ValueError, match=r"reference of loss infifpo, got \['dpo'\]"):
         prepare(config(tmp_path, model, data, fused_ref=sources))
+
+
+def test_a_cache_that_is_not_finite_names_its_row(tmp_path, materials, sources):
+    _, model, data, _ = materials
+    examples = prepare(config(tmp_path, model, data)).examples
+    for file in Path(sources[0]).glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            about = stored.metadata()
+        last_of_row_4 = tensors["cu_seqlens"][2 * 4] - 1  # two answers a row
+        tensors["logp"][last_of_row_4] = -math.inf
+        save_file(tensors, tmp_path / file.name, about)
+    for paths in ([tmp_path], [sources[1], tmp_path]):
+        with pytest.raises(ValueError, match="log-probabilities of row 4 are not finite"):
+            with_sources(examples, paths)
 
 
 def test_a_dpo_model_gives_token_rewards(tmp_path, materials):

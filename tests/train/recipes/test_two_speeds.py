@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import config, save_model, tiny_model, write_data
+from tiny_tokenizer import byte_tokenizer
 
 from prefkern.cli.main import main
 from prefkern.train import models, train
@@ -18,6 +19,7 @@ from prefkern.train.recipes import two_speeds as speeds
 from prefkern.train.recipes.merge import merge_adapters
 from prefkern.train.recipes.sync import effective_parameters
 from prefkern.train.run import prepare
+from prefkern.train.step import PreferenceStep
 
 FILE = "adapter_model.safetensors"
 PROVISIONAL = pytest.mark.filterwarnings("ignore:loss 'dpo_second_reference'")
@@ -72,6 +74,40 @@ def test_they_change_places_when_the_slow_one_overtakes(tmp_path, materials):
     assert run.step.speeds.swaps >= 1 and logged(result, "slow/swaps")[-1] >= 1.0
     # the overtaker is the one that counts from then on
     assert logged(result, "rewards/margins")[-1] > logged(result, "slow/rewards/margins")[-1]
+
+
+@PROVISIONAL
+def test_the_fast_adapter_chases_the_slow_ones_log_probabilities(tmp_path, materials, monkeypatch):
+    run = prepare(two_speeds(tmp_path, materials))
+    with torch.no_grad():
+        for _, slow in speeds.adapter_pairs(run.step.policy):
+            slow.add_(0.05)
+    calls, forward = [], PreferenceStep.forward  # of the slow adapter, then of the fast one
+
+    def noted(self, micro, reference, given, num_items):
+        found = forward(self, micro, reference, given, num_items)
+        calls.append((given, found[1]))
+        return found
+
+    monkeypatch.setattr(PreferenceStep, "forward", noted)
+    examples = run.examples[:4]
+    micro = run.micro_batch(examples)
+    run.step(micro, *run.constants(micro), run.count_items(examples))
+    (_, slow), (given, fast) = calls
+    means = {side: given[f"slow_{side}_logps"].mean() for side in ("chosen", "rejected")}
+    for side, mean in means.items():
+        assert mean.item() == pytest.approx(slow[f"logps/{side}"].item(), rel=1e-5)
+        assert mean.item() != pytest.approx(fast[f"logps/{side}"].item(), rel=1e-3)
+    assert means["chosen"].item() != pytest.approx(means["rejected"].item(), rel=1e-2)
+
+
+def test_the_count_of_exchanges_is_kept(tmp_path, materials):
+    settings = two_speeds(tmp_path, materials)
+    left, right = (speeds.TwoSpeeds(settings, []) for _ in range(2))
+    left.swaps = 3
+    left.save(tmp_path)
+    right.load(tmp_path)
+    assert right.swaps == 3
 
 
 @PROVISIONAL
@@ -134,6 +170,29 @@ def test_whole_modules_beside_the_adapter_are_refused():
     policy = peft.get_peft_model(tiny_model(), settings)
     with pytest.raises(ValueError, match=r"whole modules \(lm_head\)"):
         speeds.add_slow_adapter(policy, Path("none"))
+
+
+def test_adapters_merge_to_their_mean_and_need_one_base(tmp_path, materials):
+    peft = pytest.importorskip("peft")
+    model, data = materials
+    settings, folders = config(tmp_path, model, data), [tmp_path / "one", tmp_path / "two"]
+    for rank, folder in enumerate(folders, 1):
+        lora = peft.LoraConfig(r=rank, target_modules=["q_proj"], init_lora_weights=False)
+        adapted = peft.get_peft_model(models.load_causal_lm(model, settings), lora)
+        adapted.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+    merged = merge_adapters(folders, tmp_path / "merged")
+    one, two, found = (
+        effective_parameters(models.load_model(str(name), settings)) for name in (*folders, merged)
+    )
+    name = next(name for name in one if "q_proj" in name)
+    assert (one[name] - two[name]).abs().max() > 1e-3
+    torch.testing.assert_close(found[name], (one[name] + two[name]) / 2, rtol=1e-5, atol=1e-6)
+    about = folders[1] / "adapter_config.json"
+    other = json.loads(about.read_text()) | {"base_model_name_or_path": save_model(tmp_path / "b")}
+    about.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"different base models: \[.*model.*, .*b.*\]"):
+        merge_adapters(folders, tmp_path / "none")
 
 
 def test_adapters_of_two_domains_merge_exactly(tmp_path, materials, capsys):
