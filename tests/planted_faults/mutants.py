@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 GREEN, RED = 0, 1  # pytest's exit codes; any other is no verdict
+LONGEST = 900  # seconds of one fault: one that loops for ever is no verdict either
 # In the changed copy: Python reads it as it starts. PYTHONPATH alone would lose to the folder that
 # `python -c` and `python -m` put first, which is the repository; its folder kernels/ is not the
 # package of that name.
@@ -115,6 +117,7 @@ def start(row: Mutant | None, tests: Iterable[str], folder: Path) -> int:
     if child:
         return child
     code = 70
+    os.setsid()  # with what it starts it can be ended as one group
     try:
         log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
@@ -141,7 +144,13 @@ def run(rows: list[Mutant], jobs: int, base: Path) -> Iterator[tuple[str, int, f
             folder, begun = base / f"{begun}", begun + 1
             child = start(row, every if row is None else row.tests, folder)
             running[child] = (name, time.monotonic(), folder)
-        child, status = os.wait()
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if not child:
+            time.sleep(0.05)
+            late = [pid for pid, (_, t, _) in running.items() if time.monotonic() - t > LONGEST]
+            for pid in late:
+                os.killpg(pid, signal.SIGKILL)
+            continue
         name, began, folder = running.pop(child)
         log = (folder / "log").read_text(encoding="utf-8", errors="replace")
         shutil.rmtree(folder)

@@ -278,7 +278,7 @@ RECIPES: list[Row] = [
     *of(
         f"{TRAIN}recipes/online/renewal.py",
         f"{TESTS}recipes/online/test_on_policy.py",
-        ("if step % self.every or due <= self.done:", "if step % self.every:"),
+        ("if due <= self.done:", "if due <= self.done + 1:"),
         ("self.sampler.rows(self.first + due)", "self.sampler.rows(self.first)"),
         ("        run.data, self.rows, self.facts = data, table, facts", "        pass"),
         ('self.done, self.facts = saved["samplings"], saved["sampled"]', "pass"),

@@ -41,7 +41,7 @@ class Renewal(Provider):
 
     def renew(self, step: int) -> bool:
         due = step // self.every
-        if step % self.every or due <= self.done:
+        if due <= self.done:
             return False
         self.done, why = due, ""
         table: list[dict[str, Any]] = []
