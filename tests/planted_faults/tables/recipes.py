@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from rows import TESTS, TRAIN, Row, of
 
+SAMPLES = f"{TESTS}recipes/online/test_rounds.py"
+
 # What one method alone needs.
 RECIPES: list[Row] = [
     *of(
@@ -223,7 +225,10 @@ RECIPES: list[Row] = [
     ),
     *of(
         f"{TRAIN}recipes/online/answers.py",
-        f"{TESTS}recipes/online/test_rounds.py",
+        f"{SAMPLES}::test_what_is_left_out_of_the_samples "
+        f"{SAMPLES}::test_cut_off_answers_are_trained_on_where_that_is_asked "
+        f"{SAMPLES}::test_answers_that_the_judge_cannot_use_are_left_out "
+        f"{SAMPLES}::test_samples_that_are_draws_keep_their_repetitions",
         ("if not (answer.finished or keep_unfinished):", "if not answer.finished:"),
         ("elif distinct and answer.text in kept:", "elif answer.text in kept:"),
         ("if total != -math.inf]", "if total == total]"),
@@ -263,7 +268,15 @@ RECIPES: list[Row] = [
             'for name in ("proposal_logp", "log_target_prob")',
             'for name in ("log_target_prob", "proposal_logp")',
         ),
+    ),
+    *of(
+        f"{TRAIN}recipes/online/policy_gradient.py",
+        f"{SAMPLES}::test_what_a_prompt_needs_and_whether_a_repeated_answer_counts",
         ("    least, distinct = 1, False", "    least, distinct = 1, True"),
+    ),
+    *of(
+        f"{TRAIN}recipes/online/policy_gradient.py",
+        f"{TESTS}recipes/online/test_rows.py",
         (
             'models.logps(lists, "aux", "reference", "policy")',
             'models.logps(lists, "reference", "aux", "policy")',

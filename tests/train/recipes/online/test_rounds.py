@@ -224,6 +224,34 @@ def test_what_is_left_out_of_the_samples():
         )
 
 
+def test_cut_off_answers_are_trained_on_where_that_is_asked():
+    answers = [[Answer("a", True), Answer("bb", False), Answer("bb", True)]]
+    judge = judges.scorer_judge(lambda row, texts: [float(len(t)) for t in texts])
+    lists, report = made_of.judged_lists([{"prompt": "x"}], answers, judge, keep_unfinished=True)
+    assert lists == [{"prompt": "x", "completions": ["a", "bb"], "scores": [1.0, 2.0]}]
+    assert report.counts["cut off"] == 0 and report.counts["repeated"] == 1
+
+
+def test_answers_that_the_judge_cannot_use_are_left_out():
+    """-inf: the second prompt then has one answer, which is enough for losses that imitate it."""
+    rows = [{"prompt": "x"}, {"prompt": "y"}]
+    answers = [[Answer(text, True) for text in texts] for texts in (("a", "?", "bb"), ("?", "c"))]
+
+    def judge(rows, answers):
+        return [[-math.inf if x == "?" else float(len(x)) for x in texts] for texts in answers]
+
+    lists, report = made_of.judged_lists(rows, answers, judge)
+    both = {"prompt": "x", "completions": ["a", "bb"], "scores": [1.0, 2.0]}
+    assert lists == [both]
+    assert report.counts["unusable"] == 2 and report.score == 1.5
+    assert report.counts["prompts without enough answers"] == report.counts["prompts"] == 1
+    lists, report = made_of.judged_lists(rows, answers, judge, least=1)
+    assert lists == [both, {"prompt": "y", "completions": ["c"], "scores": [1.0]}]
+    assert report.counts["prompts without enough answers"] == 0
+    with pytest.raises(ValueError, match="no prompt has 2 answers to train on"):
+        made_of.judged_lists(rows[1:], answers[1:], judge)
+
+
 def test_samples_that_are_draws_keep_their_repetitions():
     """Pairs and lists want different answers; a policy gradient wants every draw."""
     rows, answers = [{"prompt": "x"}], [[Answer("a", True), Answer("a", True), Answer("b", True)]]
@@ -292,3 +320,17 @@ def test_kinds():
     }  # fmt: skip
     for name, kind in names.items():
         assert maker_of(config("out", "m", "d"), [resolve(name)[0]]).name == kind
+
+
+@pytest.mark.parametrize(
+    ("loss", "least", "distinct"),
+    [
+        ("dpo", 2, True), ("lipo", 2, True), ("sft", 1, True), ("grpo", 2, False),
+        ("trpa", 2, False), ("fdpg", 1, False), ("rto", 1, False), ("oreo", 1, False),
+        ("d2o_list", 1, False),
+    ],
+)  # fmt: skip
+def test_what_a_prompt_needs_and_whether_a_repeated_answer_counts(loss, least, distinct):
+    """A comparison needs two answers that differ; an estimate over draws needs every draw."""
+    maker = maker_of(config("out", "m", "d"), [resolve(loss)[0]])
+    assert (maker.least, maker.distinct) == (least, distinct)

@@ -12,6 +12,7 @@ from tiny_tokenizer import byte_tokenizer
 from prefkern.losses import LOSSES
 from prefkern.train.recipes.answer_logps import answer_logps
 from prefkern.train.recipes.online.makers import MAKERS, maker_of
+from prefkern.train.recipes.online.policy_gradient import token_reward_rows
 from prefkern.train.recipes.online.rows import RoundModels, pair_rows, single_rows
 
 LISTS = [
@@ -79,6 +80,32 @@ def test_answers_that_a_model_cannot_read_are_left_out_everywhere():
     for model, found in ((one, own), (two, ref)):
         want = answer_logps(model, tokenizer, rows, ["a", "b", "d", "ee"], settings)
         assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
+
+
+def test_answers_that_one_of_the_models_cannot_read_are_left_out_of_all():
+    """The reference reads 5 tokens: not x:ccc and its end."""
+    settings, two = config("o", "m", "d", max_length=None), tiny_model(max_position_embeddings=5)
+    models = RoundModels(settings, byte_tokenizer(), policy=tiny_model(), reference=two)
+    kept, (own, ref) = models.logps(LISTS, "policy", "reference")
+    assert [row["completions"] for row in kept] == [["a", "bb"], ["d", "ee"]]
+    assert [row["scores"] for row in kept] == [[1.0, 4.0], [3.0, 3.0]]
+    assert [len(x) for x in own] == [len(x) for x in ref] == [2, 3, 2, 3]
+
+
+def test_token_rewards_are_of_the_three_models_by_their_names():
+    settings, tokenizer = config("o", "m", "d", loss=("rto",)), byte_tokenizer()
+    aux, reference, policy = (tiny_model(seed=seed) for seed in range(3))
+    models = RoundModels(settings, tokenizer, policy=policy, reference=reference, aux=aux)
+    found = maker_of(settings, [LOSSES["rto"]]).rows(LISTS, models)
+    prompts = [row for row in LISTS for _ in row["completions"]]
+    texts = [text for row in LISTS for text in row["completions"]]
+    logps = [
+        answer_logps(model, tokenizer, prompts, texts, settings)
+        for model in (aux, reference, policy)
+    ]
+    wanted = token_reward_rows(LISTS, *logps, [torch.zeros_like(x) for x in logps[2]])
+    assert found == wanted
+    assert [row["old_logp"] for row in found] == [x.tolist() for x in logps[2]]
 
 
 def test_models_that_are_not_there():
