@@ -290,11 +290,15 @@ RECIPES: list[Row] = [
     ),
     *of(
         f"{TRAIN}recipes/online/renewal.py",
+        f"{TESTS}recipes/online/test_on_policy.py::test_every_sampling_has_a_number_of_its_own",
+        ("self.sampler.rows(self.first + due)", "self.sampler.rows(self.first)"),
+        ('self.done, self.facts = saved["samplings"], saved["sampled"]', "pass"),
+    ),
+    *of(
+        f"{TRAIN}recipes/online/renewal.py",
         f"{TESTS}recipes/online/test_on_policy.py",
         ("if due <= self.done:", "if due <= self.done + 1:"),
-        ("self.sampler.rows(self.first + due)", "self.sampler.rows(self.first)"),
         ("        run.data, self.rows, self.facts = data, table, facts", "        pass"),
-        ('self.done, self.facts = saved["samplings"], saved["sampled"]', "pass"),
     ),
     *of(
         f"{TRAIN}recipes/rejected_reference.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from prefkern.losses import LOSSES
 from prefkern.train import train
 from prefkern.train.recipes import rounds
 from prefkern.train.recipes.online import judges, policy_gradient
-from prefkern.train.recipes.online.answers import judged_lists
+from prefkern.train.recipes.online.answers import NothingToTrain, judged_lists
 from prefkern.train.recipes.online.makers import maker_of
 from prefkern.train.recipes.online.renewal import Renewal
 from prefkern.train.recipes.online.sampling import Answer
@@ -302,6 +303,29 @@ def test_samples_that_agree_within_a_run_are_told_and_passed_over(
     run(tmp_path, letters, num_rounds=1, sample_every=2, max_steps=4)
     assert "step 2: no prompt has 2 answers" in capsys.readouterr().err
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_every_sampling_has_a_number_of_its_own():
+    asked, said = [], []
+
+    def rows(number):
+        asked.append(number)
+        raise NothingToTrain("all alike.")
+
+    settings = config("o", "m", "d")
+    one = SimpleNamespace(num_processes=1, is_main_process=True)
+    sampler = SimpleNamespace(config=SimpleNamespace(sample_every=2), accelerator=one, rows=rows)
+    run = SimpleNamespace(config=settings, records=[], say=said.append)
+    renewal = Renewal(sampler, run, first=10)
+    assert not any(renewal.renew(step) for step in (1, 2, 2, 3, 4, 5, 8))
+    assert asked == [11, 12, 14] and said[0].startswith("step 2: all alike.")
+    # a run that goes on from a checkpoint
+    again = Renewal(sampler, run, first=10)
+    again.restore({"samplings": 2, "sampled": {"score": 0.5}})
+    assert again.state() == {"samplings": 2, "sampled": {"score": 0.5}}
+    assert {k: v.item() for k, v in again.metrics().items()} == {"online/score": 0.5}
+    assert not again.renew(4) and not again.renew(6)
+    assert asked[3:] == [13]
 
 
 def test_vectors_are_weighed_where_answers_are_left_out():

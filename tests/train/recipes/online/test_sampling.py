@@ -11,7 +11,7 @@ from tokenizers import processors
 from prefkern.train import models
 from prefkern.train.data import Loader
 from prefkern.train.recipes.online import judges
-from prefkern.train.recipes.online.sampling import mix_logits, prompt_ids, sample_answers
+from prefkern.train.recipes.online.sampling import Mixture, mix_logits, prompt_ids, sample_answers
 from prefkern.train.stored.reward_model import conversation_ids
 
 ROWS = [{"prompt": "ab"}, {"prompt": "hello there"}]  # padded on the left to one length
@@ -42,6 +42,42 @@ def test_the_mixture_is_that_of_the_logits(family, b):
         )
         assert answer.text == tokenizer.decode(ids)
         assert not answer.finished
+
+
+def test_the_second_model_reads_each_token_once_and_at_its_place():
+    """A model with positions of its own, under padding on the left, token by token."""
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        model.transformer.wpe.weight.normal_()
+    reads = []
+    model.register_forward_pre_hook(
+        lambda _, args, given: reads.append(given["input_ids"].shape[1]) if given else None,
+        with_kwargs=True,
+    )
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    tokens = torch.arange(10).view(2, 5) + 40
+    second = Mixture(model, mask, 1.0)
+    with torch.no_grad():
+        for size in (5, 6, 7):
+            found = second(tokens[:, :size], torch.zeros(2, 260))
+            for logits, row, start in zip(found, tokens, (2, 0), strict=True):
+                torch.testing.assert_close(logits, model(row[None, start:]).logits[0, -1])
+            tokens = torch.cat([tokens, torch.tensor([[7], [9]]) * size], 1)
+    assert reads == [5, 1, 1]
+
+
+def test_answers_stand_with_their_prompts():
+    """A nucleus that holds one token gives every answer to a prompt as greedy sampling does."""
+    policy, tokenizer = tiny_model(), byte_tokenizer()
+    options = dict(max_new_tokens=3, seed=0)
+    rows = [*ROWS, {"prompt": "xyz"}]
+    one = sample_answers(policy, tokenizer, rows, num_generations=1, temperature=0.0, **options)
+    assert len({answer.text for (answer,) in one}) == 3
+    for size in (2, 3):
+        found = sample_answers(
+            policy, tokenizer, rows, num_generations=2, top_p=1e-6, batch_size=size, **options
+        )
+        assert found == [[answer, answer] for (answer,) in one]
 
 
 def test_the_reference_of_an_adapter_is_the_base_model():
