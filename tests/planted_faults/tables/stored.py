@@ -41,12 +41,16 @@ MUTANTS: list[Row] = [
         f"{TESTS}stored/test_score.py",
         ("and not overwrite and not _linked(path)", "and not path.name"),
         ("other and len(lines) > 1 and not self.overwrite", "not self.key"),
+        ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+        ("    return path.exists() and whole.exists() and", "    return whole.is_dir() and"),
+    ),
+    *of(
+        f"{TRAIN}stored/work.py",
+        f"{TESTS}stored/test_score.py::test_what_stands_before_a_damaged_line_is_kept",
         (
             "                if not isinstance(batch, list):",
             "                if batch is Ellipsis:",
         ),
-        ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
-        ("    return path.exists() and whole.exists() and", "    return whole.is_dir() and"),
     ),
     *of(
         f"{TRAIN}stored/work.py",

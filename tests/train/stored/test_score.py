@@ -351,6 +351,22 @@ def test_two_commands_on_one_file(given, tmp_path):
         held.close()
 
 
+def test_what_stands_before_a_damaged_line_is_kept(tmp_path):
+    out, key = tmp_path / "o.jsonl", {"a": 1}
+    held = Work(out, key, overwrite=False)
+    held.add([[1.0], [2.0]])
+    held.close()
+    with held.path.open("a") as file:
+        file.write("[[3.0]\n[[9.0]]\n")
+    again = Work(out, key, overwrite=False)
+    assert again.rows == [[1.0], [2.0]]
+    again.add([[4.0]])
+    again.close()
+    third = Work(out, key, overwrite=False)
+    third.close()
+    assert third.rows == [[1.0], [2.0], [4.0]]
+
+
 def test_prep_comes_last_and_loses_nothing(given, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     assert judged(given, out, "length", "--prep", "score_conditioned") == 2
