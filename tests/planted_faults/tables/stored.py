@@ -42,7 +42,6 @@ MUTANTS: list[Row] = [
         ("and not overwrite and not _linked(path)", "and not path.name"),
         ("other and len(lines) > 1 and not self.overwrite", "not self.key"),
         ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
-        ("    return path.exists() and whole.exists() and", "    return whole.is_dir() and"),
     ),
     *of(
         f"{TRAIN}stored/work.py",
@@ -51,6 +50,11 @@ MUTANTS: list[Row] = [
             "                if not isinstance(batch, list):",
             "                if batch is Ellipsis:",
         ),
+    ),
+    *of(
+        f"{TRAIN}stored/work.py",
+        f"{TESTS}stored/test_score.py::test_an_output_that_a_kill_left_linked_is_finished",
+        ("    return path.exists() and whole.exists() and", "    return whole.is_dir() and"),
     ),
     *of(
         f"{TRAIN}stored/work.py",

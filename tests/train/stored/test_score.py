@@ -367,6 +367,24 @@ def test_what_stands_before_a_damaged_line_is_kept(tmp_path):
     assert third.rows == [[1.0], [2.0], [4.0]]
 
 
+def test_an_output_that_a_kill_left_linked_is_finished(tmp_path):
+    out, key = tmp_path / "o.jsonl", {"a": 1}
+    held = Work(out, key, overwrite=False)
+    held.add([[1.0]])
+    held.close()
+    out.write_text("{}\n")
+    os.link(out, tmp_path / ".prefkern-o.jsonl.whole")
+    assert work.check_output(str(out), "d.jsonl", parquet=False, overwrite=False) == out
+    again = Work(out, key, overwrite=False)
+    assert again.finished(1)
+    again.clear()
+    assert not again.finished(1)
+    again.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["o.jsonl"]
+    with pytest.raises(ValueError, match=r"o\.jsonl exists; name a new file"):
+        work.check_output(str(out), "d.jsonl", parquet=False, overwrite=False)
+
+
 def test_prep_comes_last_and_loses_nothing(given, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     assert judged(given, out, "length", "--prep", "score_conditioned") == 2
