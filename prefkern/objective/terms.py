@@ -325,17 +325,13 @@ def _single(term: Term, objective: Objective) -> bool:
 
 
 def _per_sequence(name: str, record: Loss, objective: Objective) -> Tensor:
-    """`relevance` or `desirable` [S] of the batch, checked."""
-    value, what = getattr(objective, name), f"[S] = [{objective.num_sequences}]"
+    """`relevance` or `desirable` [S] of the batch, which given.check_labels has checked."""
+    value = getattr(objective, name)
     if value is None:
         example = "a bool" if name == "desirable" else "a number, higher is better,"
         raise ValueError(
-            f"loss {record.name!r} needs {name} {what}, {example} per sequence, got none."
-        )
-    checks.check_tensor(name, value)
-    if tuple(value.shape) != (objective.num_sequences,):
-        raise ValueError(
-            f"{name} must be {what}, one per sequence, got {checks.shape_text(value)}."
+            f"loss {record.name!r} needs {name} [S] = [{objective.num_sequences}], {example} per "
+            "sequence, got none."
         )
     return value
 
