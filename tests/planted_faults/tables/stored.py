@@ -95,6 +95,11 @@ MUTANTS: list[Row] = [
         ("place.argmax(-1)]", "0]"),
         ("            models.check_adapter(model, name)\n", ""),
         ('if kind != "SEQ_CLS":', "if False:"),
+    ),
+    *of(
+        f"{TRAIN}recipes/reward/model.py",
+        f"{TESTS}recipes/reward/test_reward_head.py"
+        "::test_a_reward_model_is_trained_on_with_its_outputs",
         ("if fresh else settings.num_labels)", "if fresh else 3)"),
     ),
     *of(

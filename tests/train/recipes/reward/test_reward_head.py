@@ -19,6 +19,7 @@ from prefkern.train import train
 from prefkern.train.evaluate import evaluate
 from prefkern.train.loop import train_run
 from prefkern.train.recipes.prepared import prepared_run as prepare
+from prefkern.train.recipes.reward.model import load_reward_policy
 from prefkern.train.stored.reward_model import load_reward_model
 
 OPTIONS = dict(
@@ -140,6 +141,30 @@ def test_adapters_that_do_not_fit(given, tmp_path):
     (out / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="is an adapter of task CAUSAL_LM, and head=reward trains"):
         prepare(again)
+
+
+def test_a_reward_model_is_trained_on_with_its_outputs(given, tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    settings = LlamaConfig(
+        vocab_size=260, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_labels=2,
+    )  # fmt: skip
+    made = LlamaForSequenceClassification(settings)
+    made.save_pretrained(tmp_path / "two")
+    common = dict(head="reward", loss=("bradley_terry",))
+    found, drawn = load_reward_policy(config(tmp_path, str(tmp_path / "two"), "d", **common), None)
+    assert drawn == [] and torch.equal(found.score.weight, made.score.weight)
+    message = r"num_outputs=3, and .*two has 2 outputs; drop num_outputs\."
+    with pytest.raises(ValueError, match=message):
+        load_reward_policy(
+            config(tmp_path, str(tmp_path / "two"), "d", num_outputs=3, **common), None
+        )
+    # scores of a causal model are new: one, or as many as are asked for
+    for outputs in (None, 3):
+        causal = config(tmp_path, str(given / "model"), "d", num_outputs=outputs, **common)
+        found, drawn = load_reward_policy(causal, None)
+        assert drawn == ["score.weight"] and found.score.weight.shape[0] == (outputs or 1)
 
 
 def test_context_aware_pairs(given, tmp_path):
