@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from tiny_tokenizer import byte_tokenizer
+from tokenizers import processors
 
 from prefkern.train.data import Loader, data_hash, length_baseline
 from prefkern.train.data.columns import KINDS, Column
@@ -298,6 +299,16 @@ def test_eos_is_appended_once_and_can_be_absent():
         load([GOOD], bare)
     (example,), _, _ = load([GOOD], bare, append_eos=False)
     assert texts(example.sequences[0], bare)[1] == " four"
+
+
+def test_a_tokenizer_that_ends_every_text_with_eos_ends_an_answer_once():
+    ending = byte_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", ending.eos_token_id)]
+    )
+    (example,) = load([GOOD], ending).examples
+    assert texts(example.sequences[0], ending) == ("2 + 2 =", " four</s>")
+    assert texts(example.sequences[1], ending) == ("2 + 2 =", " five</s>")
 
 
 def test_max_length_keeps_the_start():
