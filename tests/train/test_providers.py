@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from tiny_models import config, save_model, write_data
 
 from prefkern import losses
@@ -87,6 +89,20 @@ def test_a_provider_takes_the_place_of_a_column():
     run = settings("dpo_second_reference", slow_learning_rate=1e-3, lora_r=2)
     columns = next(p for p in plan(run)[1] if isinstance(p, Columns))
     assert not columns.columns and columns.supplies(LOSSES["dpo"]) == {"desirable"}
+
+
+def test_a_number_of_the_user_takes_the_place_of_a_column():
+    assert Columns(settings("madpo"), [LOSSES["madpo"]]).columns.keys() == {"rm_margin"}
+    own = settings("madpo", loss_args={"rm_margin": 0.5})
+    assert not Columns(own, [LOSSES["madpo"]]).columns
+
+
+def test_numbers_of_tokens_reach_a_loss_packed():
+    columns = Columns(settings("tgdpo", columns={"aux_logp": "c"}), [LOSSES["tgdpo"]])
+    aux, rows = torch.arange(6.0).reshape(2, 3), torch.ones(2)
+    batch = SimpleNamespace(columns={"pair_weight": rows}, numbers={"aux_logp": aux})
+    found = columns.arguments(SimpleNamespace(batch=batch), None)
+    assert found.keys() == {"aux_logp"} and found["aux_logp"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_arguments_that_may_be_tensors():

@@ -374,7 +374,7 @@ LOOP: list[Row] = [
         ("- config.loss_args.keys())", "- set())"),
         ("return sum(lengths) / len(lengths)", "return sum(lengths) / len(examples)"),
         ("sum(a < b for group", "sum(a <= b for group"),
-        ('record.family == "listwise" and "tokens', '"tokens'),
+        ('"listwise" and "tokens_per_group"', '"listwise" and "tokens_per_sequence"'),
         ("or name in config.loss_args:", "or False:"),
         ("if column.kind != NAME", "if column.kind == NAME"),
         ("any(part is Tensor", "any(part is not Tensor"),
