@@ -56,7 +56,7 @@ class Columns(Provider):
             needed = set(required) - supplied(record, config, others)
             for name in (*required, *readable):
                 wanted = name in needed or name in own or name in config.columns
-                if not wanted or name not in KINDS or name in config.loss_args:
+                if not wanted or name not in KINDS:
                     continue
                 self.columns.setdefault(
                     name,
@@ -66,6 +66,11 @@ class Columns(Provider):
                     ),
                 )  # fmt: skip
         for name in config.columns:
+            if name in config.loss_args:
+                raise ValueError(
+                    f"columns and loss_args both give {name!r}, the column "
+                    f"{config.columns[name]!r} and {config.loss_args[name]!r}; drop one."
+                )
             if name not in known and name not in TEXTS:
                 near = (
                     nearest(name, known | {*TEXTS})

@@ -285,10 +285,9 @@ template <class T>
 static void check_frozen(HeadCall& call, Passes<T>& pass) {
   const Model& m = call.model[0];
   const int64_t sizes[] = {call.tokens * m.depth, call.tokens * m.rank};
+  const int64_t bytes = dtype_bytes(call.working);
   std::vector<char> found[2], want[2];
-  for (int i = 0; i < 2; ++i) {
-    found[i].assign(size_t(sizes[i] * dtype_bytes(call.working)), 0x7f), want[i] = found[i];
-  }
+  for (int i = 0; i < 2; ++i) want[i] = found[i] = std::vector<char>(size_t(sizes[i] * bytes), 0x7f);
   const auto to = [&](std::vector<char>* d) {
     call.d.hidden = d[0].data(), call.d.low_in = d[1].data();
   };
@@ -297,7 +296,6 @@ static void check_frozen(HeadCall& call, Passes<T>& pass) {
   to(want);
   call.frozen = false, call.exact = true;
   pass.backward(pass.out);
-  const int64_t bytes = dtype_bytes(call.working);
   const double bound = bytes == 8 ? 1e-11 : bytes == 4 ? 1e-4 : 5e-2;
   for (int i = 0; i < 2; ++i) {
     double off = 0.0, size = 1e-30;

@@ -95,6 +95,9 @@ def test_a_number_of_the_user_takes_the_place_of_a_column():
     assert Columns(settings("madpo"), [LOSSES["madpo"]]).columns.keys() == {"rm_margin"}
     own = settings("madpo", loss_args={"rm_margin": 0.5})
     assert not Columns(own, [LOSSES["madpo"]]).columns
+    both = settings("dpo", columns={"pair_weight": "w"}, loss_args={"pair_weight": 2.0})
+    with pytest.raises(ValueError, match="both give 'pair_weight', the column 'w' and 2"):
+        Columns(both, [LOSSES["dpo"]])
 
 
 def test_numbers_of_tokens_reach_a_loss_packed():

@@ -375,7 +375,7 @@ LOOP: list[Row] = [
         ("return sum(lengths) / len(lengths)", "return sum(lengths) / len(examples)"),
         ("sum(a < b for group", "sum(a <= b for group"),
         ('"listwise" and "tokens_per_group"', '"listwise" and "tokens_per_sequence"'),
-        ("or name in config.loss_args:", "or False:"),
+        ("            if name in config.loss_args:\n", "            if False:\n"),
         ("if column.kind != NAME", "if column.kind == NAME"),
         ("any(part is Tensor", "any(part is not Tensor"),
         ("{k: v.flatten() for k", "{k: v.flatten().flip(0) for k"),

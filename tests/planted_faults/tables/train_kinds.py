@@ -60,8 +60,8 @@ KINDS: list[Row] = [
         f"{TESTS}test_loading.py",
         ('lacking = sorted(found["missing_keys"])', "lacking = []"),
         (
-            "settings = AutoConfig.from_pretrained(name, trust_remote_code=False)",
-            "settings = AutoConfig.from_pretrained(name)",
+            "return AutoTokenizer.from_pretrained(name, trust_remote_code=False)",
+            "return AutoTokenizer.from_pretrained(name)",
         ),
         ('if getattr(settings, "is_encoder_decoder", False):', "if False:"),
         ("if lacking := sorted(wanted - there):", "if lacking := []:"),
