@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import STORIES, VOCAB, tiny_model
+from tiny_models import STORIES, VOCAB, config, tiny_model
 from torch import nn
 
 from prefkern.integrations import hf, packed_attention
 from prefkern.integrations.head import at_head
 from prefkern.integrations.output_layer import output_layer_of
 from prefkern.integrations.verify import verify_head
+from prefkern.train import pairing
 from prefkern.train.data import Encoded, Example, collate
 from prefkern.train.forward import inputs_of, target_logps
 
@@ -187,3 +188,23 @@ def test_packed_attention_leaves_padded_batches_and_other_models_alone():
 def test_a_model_without_position_ids_cannot_be_packed():
     assert hf.takes_position_ids(tiny_model("llama"))
     assert not hf.takes_position_ids(tiny_model("mpt"))
+
+
+def test_a_model_that_reads_packed_rows_as_others_is_not_packed():
+    """A compiled or wrapped model may number positions by itself: packed and alone are compared."""
+    rows = [Example(i, (Encoded(torch.arange(4 + i).numpy().astype("int32"), 2),)) for i in (0, 1)]
+    said: list[str] = []
+
+    def shifted(compute):
+        found = compute()
+        return found + 0.5 if found.numel() > 5 else found
+
+    model = tiny_model()
+    at_head(model)
+    settings = config("out", "m", "d", packing="auto")
+    assert pairing.choose_packing(said.append, model, rows, settings) and not said
+    assert not pairing.choose_packing(said.append, model, rows, settings, shifted)
+    assert "packed log-probabilities differ by 0.5 nats from each sequence alone" in said[0]
+    with pytest.raises(ValueError, match="batches cannot be packed: packed log-prob"):
+        on = config("out", "m", "d", packing="on")
+        pairing.choose_packing(said.append, model, rows, on, shifted)

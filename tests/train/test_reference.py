@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import config, save_model, write_data
 
 from prefkern.train import reference_cache, train
@@ -138,3 +139,24 @@ def test_cache_rows_follow_the_batch():
         reference_cache.attach(rows, "x", StoredLogps(logp, torch.tensor([0, 3, 5])))
     with pytest.raises(ValueError, match="holds 1 sequences, the data 2"):
         reference_cache.attach(rows, "x", StoredLogps(logp, torch.tensor([0, 5])))
+
+
+def test_which_cache_of_a_folder_is_of_these_rows(tmp_path):
+    example = Example(row=0, sequences=(Encoded(np.arange(5, dtype=np.int32), 2),))
+    other = Example(row=0, sequences=(Encoded(np.arange(1, 7, dtype=np.int32), 2),))
+    about = {"format": reference_cache.FORMAT, "rows": reference_cache.rows_key([example])}
+    tensors = {"logp": torch.zeros(3), "cu_seqlens": torch.tensor([0, 3])}
+
+    def write(name, of):
+        data = {"data": reference_cache.data_hash([of])}
+        save_file(tensors, tmp_path / f"ref_logps-{name}.safetensors", about | data)
+
+    write("one", other)  # the same rows under another tokenizer
+    with pytest.raises(ValueError, match="computed for other tokens than this data set"):
+        reference_cache.find(tmp_path, [example], same_tokens=True)
+    assert reference_cache.find(tmp_path, [example], same_tokens=False).logp.tolist() == [0, 0, 0]
+    write("two", example)
+    assert reference_cache.find(tmp_path, [example], same_tokens=True).logp.tolist() == [0, 0, 0]
+    write("three", example)
+    with pytest.raises(ValueError, match="several caches of these rows"):
+        reference_cache.find(tmp_path, [example], same_tokens=True)
